@@ -1,0 +1,24 @@
+"""The operations rsfast exists for, each beside its plain PyTorch reference.
+
+This package knows tensors and row ranges only: nothing of networks, data or configuration.
+"""
+
+from rsfast.kernels.distillation_loss import (
+    DISTILL_MODES,
+    distillation_loss,
+    distillation_loss_reference,
+    teacher_weights,
+)
+from rsfast.kernels.global_avg_pool import global_avg_pool, global_avg_pool_reference
+from rsfast.kernels.switchable_bn_act import switchable_bn_act, switchable_bn_act_reference
+
+__all__ = [
+    "DISTILL_MODES",
+    "distillation_loss",
+    "distillation_loss_reference",
+    "global_avg_pool",
+    "global_avg_pool_reference",
+    "switchable_bn_act",
+    "switchable_bn_act_reference",
+    "teacher_weights",
+]

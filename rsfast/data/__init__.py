@@ -1,0 +1,22 @@
+"""From folders of images to batches of pyramids."""
+
+from rsfast.data.folder import FolderIndex, index_folder
+from rsfast.data.loader import (
+    BACKENDS,
+    NORMALIZATIONS,
+    Batch,
+    Loader,
+    train_loader,
+    val_loader,
+)
+
+__all__ = [
+    "BACKENDS",
+    "NORMALIZATIONS",
+    "Batch",
+    "FolderIndex",
+    "Loader",
+    "index_folder",
+    "train_loader",
+    "val_loader",
+]

@@ -1,0 +1,185 @@
+"""The NVIDIA DALI loader: one region decode per image, all levels from it. Only DALI import here.
+
+On a GPU the decoder is the "mixed" one and the resizes run on the device; on a CPU the same graph
+runs there. Paths, windows and sizes come from the plan through an external source, so that DALI
+draws no random number. A flip is a resize whose region of interest runs from right to left: it
+costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsfast.data.pil import render
+from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+
+try:
+    import nvidia.dali.fn as fn
+    from nvidia.dali import types
+    from nvidia.dali.pipeline import Pipeline
+except ImportError as error:
+    raise ImportError(
+        "the dali loader needs NVIDIA DALI: pip install 'rsfast[dali-cuda13]' (or dali-cuda12), "
+        "or use --loader pil"
+    ) from error
+
+__all__ = ["DaliDecoder"]
+
+_PREFETCH = 2  # batches
+
+
+class DaliDecoder:
+    """Renders the batches of a plan with DALI.
+
+    Args:
+        plan: of training or validation.
+        resolutions: r of each level.
+        workers: decoder threads.
+        device: a CPU, or the GPU that decodes and resizes.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan | ValPlan,
+        resolutions: Sequence[int],
+        *,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._resolutions = tuple(resolutions)
+        self._workers = max(1, workers)
+        self._device = device
+        self._pipeline: Pipeline | None = None
+        self._pending: Iterator[tuple[int, int]] = iter(())
+
+    def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
+        """[M, 3] uint8 of each step, on the device."""
+        self._pending = iter([(epoch, step) for step in steps])
+        pipeline, self._pipeline = self._pipeline or self._build(), None
+        for step in steps:
+            try:
+                outputs = pipeline.run()
+            except RuntimeError as error:
+                # DALI reports a sample number at best, and runs ahead of this step.
+                self._name_culprit(epoch, range(step, min(step + _PREFETCH + 2, steps.stop)))
+                raise RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {error}") from error
+            yield torch.cat([_as_tensor(level).view(-1, 3) for level in outputs])
+        # Kept for the next epoch; a loop left early comes not here and a new pipeline is built,
+        # because the old one holds batches that nobody wants.
+        try:
+            pipeline.run()
+        except StopIteration:
+            pipeline.reset()
+        self._pipeline = pipeline
+
+    def _build(self) -> Pipeline:
+        gpu = self._device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=self._plan.batch_size,
+            num_threads=self._workers,
+            device_id=self._device.index or 0 if gpu else None,
+            prefetch_queue_depth=_PREFETCH,
+        )
+        train = isinstance(self._plan, TrainPlan)
+        with pipeline:
+            levels = self._train_graph(gpu) if train else self._val_graph(gpu)
+            pipeline.set_outputs(*levels)
+        pipeline.build()
+        return pipeline
+
+    def _train_graph(self, gpu: bool) -> list:
+        count = len(self._resolutions)
+        windows = 1 if self._plan.crop == "single" else count
+        fields = iter(
+            fn.external_source(source=self._next_train, num_outputs=1 + 2 * windows + 2 * count)
+        )
+        encoded = fn.io.file.read(next(fields))
+        starts, shapes = _take(fields, windows), _take(fields, windows)
+        left, right = _take(fields, count), _take(fields, count)
+        decoding = {"device": "mixed" if gpu else "cpu", "adjust_orientation": False}
+        if windows == 1:
+            crop = fn.decoders.image_slice(
+                encoded, start=starts[0], shape=shapes[0], axis_names="HW", **decoding
+            )
+            crops = [crop] * count
+        else:
+            images = fn.decoders.image(encoded, **decoding)
+            crops = [
+                fn.slice(images, start=start, shape=shape, axis_names="HW")
+                for start, shape in zip(starts, shapes, strict=True)
+            ]
+        return [
+            self._resize(crop, size=(r, r), roi_start=start, roi_end=end, roi_relative=True)
+            for crop, r, start, end in zip(crops, self._resolutions, left, right, strict=True)
+        ]
+
+    def _val_graph(self, gpu: bool) -> list:
+        count = len(self._resolutions)
+        fields = iter(fn.external_source(source=self._next_val, num_outputs=1 + 2 * count))
+        images = fn.decoders.image(
+            fn.io.file.read(next(fields)),
+            device="mixed" if gpu else "cpu",
+            adjust_orientation=False,
+        )
+        sizes, corners = _take(fields, count), _take(fields, count)
+        return [
+            fn.slice(self._resize(images, size=size), start=corner, shape=(r, r), axis_names="HW")
+            for size, corner, r in zip(sizes, corners, self._resolutions, strict=True)
+        ]
+
+    @staticmethod
+    def _resize(images, **geometry):
+        # Pillow's bilinear: antialiased, and the scale is that of the whole pixels.
+        return fn.resize(
+            images,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+            subpixel_scale=False,
+            **geometry,
+        )
+
+    def _next_train(self) -> list[list[np.ndarray] | np.ndarray]:
+        batch = self._plan.batch(*next(self._pending))
+        assert isinstance(batch, TrainBatch)
+        windows = batch.windows[:1] if batch.shared_window else batch.windows
+        # Relative (y, x) at which the region of a resize starts and ends: x from 0 to 1 upright,
+        # from 1 to 0 mirrored.
+        start = np.zeros((*batch.flips.shape, 2), dtype=np.float32)
+        start[:, :, 1] = batch.flips
+        end = np.ones_like(start)
+        end[:, :, 1] = ~batch.flips
+        return [
+            self._paths(batch.images),
+            *np.ascontiguousarray(windows[:, :, :2]),
+            *np.ascontiguousarray(windows[:, :, 2:]),
+            *start,
+            *end,
+        ]
+
+    def _next_val(self) -> list[list[np.ndarray] | np.ndarray]:
+        batch = self._plan.batch(*next(self._pending))
+        assert isinstance(batch, ValBatch)
+        return [self._paths(batch.images), *batch.resized.astype(np.float32), *batch.corners]
+
+    def _paths(self, images: np.ndarray) -> list[np.ndarray]:
+        index = self._plan.index
+        return [np.frombuffer(index.path(i).encode(), dtype=np.uint8) for i in images]
+
+    def _name_culprit(self, epoch: int, steps: range) -> None:
+        """Raises an error that names the file Pillow cannot decode either, if there is one."""
+        for step in steps:
+            render(self._plan.index, self._plan.batch(epoch, step), self._resolutions)
+
+
+def _take(fields: Iterator, count: int) -> list:
+    return [next(fields) for _ in range(count)]
+
+
+def _as_tensor(level) -> Tensor:
+    """A batch of equal images [N, r, r, 3] as a tensor that shares DALI's memory."""
+    return torch.from_dlpack(level.as_tensor())

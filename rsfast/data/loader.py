@@ -1,0 +1,245 @@
+"""Batches of pyramids: a plan, a decoder that renders it, and the normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsfast.data.folder import FolderIndex, index_folder
+from rsfast.data.pil import PillowDecoder
+from rsfast.data.plan import TrainPlan, ValPlan
+from rsfast.data.synthetic import SyntheticDecoder
+from rsfast.models import check_resolutions
+from rsfast.pyramid import Pyramid
+
+__all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "train_loader", "val_loader"]
+
+BACKENDS = ("dali", "pil", "synthetic")
+# mean and standard deviation of RGB values in [0, 1]
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images at all resolutions and their labels.
+
+    Attributes:
+        images: Pyramid of [M, 3] float32 rows, RGB, normalised.
+        labels: [N] int64 on the device of the images.
+        indices: [N] int64 positions in the data set's index, on the CPU.
+    """
+
+    images: Pyramid
+    labels: Tensor
+    indices: Tensor
+
+
+class Decoder(Protocol):
+    """What a backend must be able to do."""
+
+    def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
+        """[M, 3] uint8 of each step, on the loader's device."""
+
+
+class Loader:
+    """An iterable of batches; each iteration is one epoch, and the next one follows it.
+
+    Attributes:
+        plan: which images and windows each step has.
+        resolutions: r of each level, in pixels.
+        class_names: names of the labels.
+        mean, std: the normalisation applied.
+        epoch: the epoch that the next iteration yields; set it to jump.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan | ValPlan,
+        decoder: Decoder,
+        resolutions: Sequence[int],
+        normalization: tuple[Sequence[float], Sequence[float]],
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self.resolutions = tuple(resolutions)
+        self.class_names = plan.index.class_names
+        self.mean, self.std = (tuple(part) for part in normalization)
+        self.epoch = 0
+        self._decoder = decoder
+        self._device = device
+        mean, std = (torch.tensor(part, device=device) for part in normalization)
+        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank."""
+        return self.plan.steps
+
+    @property
+    def num_images(self) -> int:
+        """Images in the data set, over all ranks."""
+        return len(self.plan.index)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, steps = self.epoch, range(len(self))
+        for step, rows in zip(steps, self._decoder.rows(epoch, steps), strict=True):
+            indices = self.plan.batch(epoch, step).images
+            labels = torch.from_numpy(self.plan.index.labels[indices])
+            yield Batch(
+                images=Pyramid(
+                    rows=rows.float().mul_(self._scale).add_(self._shift),
+                    sizes=tuple((r, r) for r in self.resolutions),
+                    num_images=len(indices),
+                ),
+                labels=labels.to(self._device, non_blocking=True),
+                indices=torch.from_numpy(indices),
+            )
+        self.epoch = epoch + 1
+
+
+def train_loader(
+    root: str | Path | None,
+    resolutions: Sequence[int],
+    batch_size: int,
+    *,
+    backend: str = "dali",
+    crop: str = "single",
+    flip: str = "shared",
+    normalize: str = "imagenet",
+    seed: int = 0,
+    crop_area: tuple[float, float] = (0.08, 1.0),
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+    device: torch.device | str = "cpu",
+    num_images: int = 1_281_167,
+    num_classes: int = 1000,
+) -> Loader:
+    """Shuffled training batches: one decode, one window and one flip per image, R resizes.
+
+    Args:
+        root: folder with train/ (one sub-folder per class); ignored by "synthetic".
+        resolutions: r of each level in pixels, strictly descending.
+        batch_size: N per rank; every batch is full.
+        backend: "dali", "pil" or "synthetic" (the same random batch at every step).
+        crop: "single" window for all levels, or "multi": an independent one for each.
+        flip: horizontal, p = 0.5: "shared" by the levels, "independent", or "none".
+        normalize: "imagenet" mean and deviation, or "none" for plain [0, 1].
+        seed: of order, windows and flips.
+        crop_area: range of the window's share of the image's area.
+        rank, world_size: which part of each step this process gets.
+        workers: decoder threads (dali) or processes (pil; 0 decodes in this one).
+        device: where batches are wanted; on a GPU, DALI decodes there.
+        num_images, num_classes: size of the synthetic data set.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+        ImportError: with the install command, if DALI is asked for and absent.
+    """
+    resolutions = check_resolutions(resolutions)
+    plan = TrainPlan(
+        index=_index(root, "train", backend, num_images, num_classes),
+        num_levels=len(resolutions),
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        crop=crop,
+        flip=flip,
+        crop_area=tuple(crop_area),
+    )
+    return _loader(plan, resolutions, backend, normalize, workers, torch.device(device))
+
+
+def val_loader(
+    root: str | Path | None,
+    resolutions: Sequence[int],
+    batch_size: int,
+    *,
+    backend: str = "dali",
+    normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
+    crop: str = "center",
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+    device: torch.device | str = "cpu",
+    num_images: int = 50_000,
+    num_classes: int = 1000,
+) -> Loader:
+    """Validation batches: every image exactly once over all ranks, the last batch may be smaller.
+
+    Args:
+        root: folder with val/ (one sub-folder per class); ignored by "synthetic".
+        resolutions: r of each level in pixels, in any order.
+        batch_size: N per rank at most.
+        backend: as in :func:`train_loader`.
+        normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
+        crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
+        rank, world_size, workers, device: as in :func:`train_loader`.
+        num_images, num_classes: size of the synthetic data set.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+        ImportError: with the install command, if DALI is asked for and absent.
+    """
+    plan = ValPlan(
+        index=_index(root, "val", backend, num_images, num_classes),
+        resolutions=tuple(resolutions),
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        crop=crop,
+    )
+    return _loader(plan, resolutions, backend, normalize, workers, torch.device(device))
+
+
+def _index(
+    root: str | Path | None, split: str, backend: str, num_images: int, num_classes: int
+) -> FolderIndex:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend != "synthetic":
+        if root is None:
+            raise ValueError(f"root must be a folder for the {backend} loader, got None")
+        return index_folder(Path(root) / split)
+    return FolderIndex(
+        root=Path("synthetic"),
+        paths=("",) * num_images,
+        labels=np.arange(num_images, dtype=np.int64) % num_classes,
+        sizes=np.full((num_images, 2), 256, dtype=np.int32),
+        class_names=tuple(str(label) for label in range(num_classes)),
+    )
+
+
+def _loader(
+    plan: TrainPlan | ValPlan,
+    resolutions: Sequence[int],
+    backend: str,
+    normalize: str | tuple[Sequence[float], Sequence[float]],
+    workers: int,
+    device: torch.device,
+) -> Loader:
+    if isinstance(normalize, str):
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize must be one of {list(NORMALIZATIONS)}, got {normalize!r}")
+        normalize = NORMALIZATIONS[normalize]
+    decoder: Decoder
+    if backend == "synthetic":
+        decoder = SyntheticDecoder(
+            resolutions, batch_size=plan.batch_size, seed=0, device=device
+        )
+    elif backend == "pil":
+        decoder = PillowDecoder(plan, resolutions, workers=workers, device=device)
+    else:
+        from rsfast.data.dali import DaliDecoder  # the only optional package
+
+        decoder = DaliDecoder(plan, resolutions, workers=workers, device=device)
+    return Loader(plan, decoder, resolutions, normalize, device)

@@ -1,0 +1,118 @@
+"""The Pillow loader: works everywhere, and is the oracle of what the transforms mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rsfast.data.folder import FolderIndex
+from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+
+__all__ = ["PillowDecoder", "render"]
+
+_BILINEAR = Image.Resampling.BILINEAR
+_FLIP = Image.Transpose.FLIP_LEFT_RIGHT
+
+
+def render(
+    index: FolderIndex, batch: TrainBatch | ValBatch, resolutions: Sequence[int]
+) -> np.ndarray:
+    """Decodes and resizes one batch.
+
+    Args:
+        index: where the images are.
+        batch: what to make of them.
+        resolutions: r of each level.
+
+    Returns:
+        [M, 3] uint8, the rows of a Pyramid with these levels.
+
+    Raises:
+        RuntimeError: naming the file that cannot be decoded.
+    """
+    count = len(batch.images)
+    levels = [np.empty((count, r, r, 3), dtype=np.uint8) for r in resolutions]
+    draw = _train_levels if isinstance(batch, TrainBatch) else _val_levels
+    for n, position in enumerate(batch.images):
+        path = index.path(position)
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RuntimeError(f"cannot decode {path}: {error}") from error
+        for level, picture in zip(levels, draw(image, batch, n, resolutions), strict=True):
+            level[n] = picture
+    return np.concatenate([level.reshape(-1, 3) for level in levels])
+
+
+def _train_levels(
+    image: Image.Image, batch: TrainBatch, n: int, resolutions: Sequence[int]
+) -> Iterator[Image.Image]:
+    crop = None
+    for level, r in enumerate(resolutions):
+        if crop is None or not batch.shared_window:
+            top, left, height, width = batch.windows[level, n].tolist()
+            crop = image.crop((left, top, left + width, top + height))
+        picture = crop.resize((r, r), _BILINEAR)
+        yield picture.transpose(_FLIP) if batch.flips[level, n] else picture
+
+
+def _val_levels(
+    image: Image.Image, batch: ValBatch, n: int, resolutions: Sequence[int]
+) -> Iterator[Image.Image]:
+    for level, r in enumerate(resolutions):
+        height, width = batch.resized[level, n].tolist()
+        top, left = batch.corners[level, n].tolist()
+        yield image.resize((width, height), _BILINEAR).crop((left, top, left + r, top + r))
+
+
+class _Batches(Dataset):
+    """(epoch, step) to the uint8 rows of that batch; one worker renders a whole batch."""
+
+    def __init__(self, plan: TrainPlan | ValPlan, resolutions: Sequence[int]) -> None:
+        self.plan = plan
+        self.resolutions = resolutions
+
+    def __getitem__(self, at: tuple[int, int]) -> Tensor:
+        batch = self.plan.batch(*at)
+        return torch.from_numpy(render(self.plan.index, batch, self.resolutions))
+
+
+class PillowDecoder:
+    """Renders the batches of a plan in worker processes.
+
+    Args:
+        plan: of training or validation.
+        resolutions: r of each level.
+        workers: processes; 0 renders in this one.
+        device: where the rows are wanted; page-locked memory is used on the way to a GPU.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan | ValPlan,
+        resolutions: Sequence[int],
+        *,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self._batches = _Batches(plan, tuple(resolutions))
+        self._workers = workers
+        self._device = device
+
+    def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
+        """[M, 3] uint8 of each step, on the device."""
+        loader = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=[(epoch, step) for step in steps],
+            num_workers=min(self._workers, len(steps)),
+            pin_memory=self._device.type == "cuda",
+        )
+        for rows in loader:
+            yield rows.to(self._device, non_blocking=True)

@@ -1,0 +1,162 @@
+"""The layers of an RS-Net: what `torch.nn` has, over all levels of a Pyramid at once.
+
+Each layer also knows its `single` counterpart, a plain `torch.nn` module for one resolution, so
+that a network written once serves training (pyramids) and deployment (tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsfast import kernels
+from rsfast.pyramid import Pyramid
+
+__all__ = ["BatchNormAct2d", "Conv2d", "MaxPool2d", "SwitchableBatchNorm2d", "global_avg_pool"]
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution without bias, shared by all levels; "same" padding for odd kernels.
+
+    A 1x1 convolution is one matrix product over the packed rows. Larger kernels run level by
+    level on channels-last views. The weight is kept in channels-last memory format.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Pyramid) -> Pyramid:
+        if self.kernel_size != (1, 1) or self.groups != 1:
+            return Pyramid.pack([super(Conv2d, self).forward(v) for v in x.levels()], x.banks)
+        if self.stride != (1, 1):
+            rows, columns = self.stride
+            x = Pyramid.pack([v[:, :, ::rows, ::columns] for v in x.levels()], x.banks)
+        return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
+
+    def single(self) -> nn.Conv2d:
+        """A plain convolution with a copy of the weight."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+            bias=False,
+        )
+        conv.weight = nn.Parameter(self.weight.detach().clone())
+        return conv
+
+
+class SwitchableBatchNorm2d(nn.Module):
+    """Batch norm with one private set per resolution, then residual add and activation.
+
+    Attributes:
+        weight, bias: [B, C], gamma and beta of each set.
+        running_mean, running_var: [B, C]; unbiased variance; momentum 0.1 as in PyTorch.
+        num_batches_tracked: [B] int64.
+        banks_in_use: the sets of the last training forward. An optimiser step must leave all
+            others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
+    """
+
+    def __init__(
+        self, num_features: int, num_banks: int, activation: str | None = None, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.num_banks = num_banks
+        self.activation = activation
+        self.eps = eps
+        self.momentum = 0.1
+        self.banks_in_use = tuple(range(num_banks))
+        self.weight = nn.Parameter(torch.ones(num_banks, num_features))
+        self.bias = nn.Parameter(torch.zeros(num_banks, num_features))
+        self.register_buffer("running_mean", torch.zeros(num_banks, num_features))
+        self.register_buffer("running_var", torch.ones(num_banks, num_features))
+        self.register_buffer("num_batches_tracked", torch.zeros(num_banks, dtype=torch.int64))
+
+    def forward(self, x: Pyramid, residual: Pyramid | None = None) -> Pyramid:
+        banks = x.banks if x.banks is not None else tuple(range(x.num_levels))
+        if self.training:
+            self.banks_in_use = tuple(sorted(set(banks)))
+        rows = kernels.switchable_bn_act(
+            x.rows,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            x.level_rows,
+            banks,
+            residual=None if residual is None else residual.rows,
+            activation=self.activation,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        return x.with_rows(rows)
+
+    def single(self, mixture: Sequence[tuple[int, float]]) -> BatchNormAct2d:
+        """Plain batch norm whose parameters and statistics are a weighted sum of sets.
+
+        Args:
+            mixture: (set, weight) pairs; the weights add up to 1.
+        """
+        norm = BatchNormAct2d(self.num_features, self.activation, self.eps)
+        with torch.no_grad():
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                banks = getattr(self, name)
+                mixed = sum(share * banks[bank] for bank, share in mixture)
+                getattr(norm, name).copy_(mixed)
+            norm.num_batches_tracked.copy_(self.num_batches_tracked[mixture[0][0]])
+        return norm
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, banks={self.num_banks}, activation={self.activation}"
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d`, then residual add and activation, for one resolution."""
+
+    def __init__(self, num_features: int, activation: str | None, eps: float) -> None:
+        super().__init__(num_features, eps=eps)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        if residual is not None:
+            y = y + residual
+        if self.activation == "relu":
+            return F.relu(y)
+        return F.relu6(y) if self.activation == "relu6" else y
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max pooling of every level."""
+
+    def forward(self, x: Pyramid) -> Pyramid:
+        return Pyramid.pack([super(MaxPool2d, self).forward(v) for v in x.levels()], x.banks)
+
+    def single(self) -> nn.MaxPool2d:
+        """Plain max pooling."""
+        return nn.MaxPool2d(self.kernel_size, self.stride, self.padding)
+
+
+def global_avg_pool(x: Pyramid) -> Tensor:
+    """[L, N, C]: the mean of each image's pixels."""
+    pooled = kernels.global_avg_pool(x.rows, x.level_rows, x.num_images)
+    return pooled.view(x.num_levels, x.num_images, x.num_channels)

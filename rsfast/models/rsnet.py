@@ -1,0 +1,158 @@
+"""RSNet: a trunk, one shared classifier, and the choice of batch-norm set per resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rsfast.models import deploy
+from rsfast.models.layers import SwitchableBatchNorm2d, global_avg_pool
+from rsfast.models.mobilenetv2 import MobileNetV2
+from rsfast.models.resnet import DEPTHS, ResNet
+from rsfast.pyramid import Pyramid
+
+__all__ = ["ARCHITECTURES", "RSNet", "check_resolutions", "create_model"]
+
+ARCHITECTURES = (*DEPTHS, "mobilenetv2")
+BN_MODES = ("private", "shared")
+
+
+def check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
+    """The resolutions as a tuple.
+
+    Raises:
+        ValueError: unless they are positive integers in strictly descending order.
+    """
+    resolutions = tuple(resolutions)
+    descending = all(a > b for a, b in zip(resolutions, resolutions[1:], strict=False))
+    if not resolutions or not descending or resolutions[-1] < 1:
+        raise ValueError(
+            "resolutions must be positive and strictly descending (the larger ones teach the "
+            f"smaller ones), got {resolutions}"
+        )
+    return resolutions
+
+
+class RSNet(nn.Module):
+    """A resolution switchable network: shared weights, private batch norm per resolution.
+
+    Attributes:
+        resolutions: trained resolutions in pixels, descending.
+        input_mean, input_std: the normalisation of the input that the weights expect, on values
+            in [0, 1], RGB. Loaders apply it; the network does not.
+        class_names: names of the classes if known.
+    """
+
+    def __init__(
+        self, arch: str, resolutions: Sequence[int], num_classes: int, bn: str = "private"
+    ) -> None:
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
+        if bn not in BN_MODES:
+            raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.arch = arch
+        self.resolutions = check_resolutions(resolutions)
+        self.num_classes = num_classes
+        self.bn = bn
+        self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+        self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
+        self.class_names: tuple[str, ...] | None = None
+        num_banks = len(self.resolutions) if bn == "private" else 1
+        self.backbone = MobileNetV2(num_banks) if arch == "mobilenetv2" else ResNet(arch, num_banks)
+        self.classifier = nn.Linear(self.backbone.out_channels, num_classes)
+        if arch == "mobilenetv2":
+            nn.init.normal_(self.classifier.weight, 0.0, 0.01)
+            nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: Pyramid | Sequence[Tensor]) -> Tensor:
+        """Logits of every level.
+
+        Args:
+            images: a Pyramid of 3-channel levels, or a sequence of tensors [N, 3, r, r]. Without
+                explicit `banks` each level must have a trained resolution, in descending order.
+
+        Returns:
+            [L, N, K], level by level.
+
+        Raises:
+            ValueError: if a level has a resolution that was not trained, or a set is out of range.
+        """
+        if not isinstance(images, Pyramid):
+            images = Pyramid.pack(images)
+        if images.num_channels != 3:
+            raise ValueError(f"images must have 3 channels (RGB), got {images.num_channels}")
+        x = self.backbone(images.with_banks(self._banks_of(images)))
+        return self.classifier(global_avg_pool(x))
+
+    def at(self, resolution: int, between: str = "interpolate") -> nn.Module:
+        """A plain, single-resolution copy of the network in eval mode.
+
+        Args:
+            resolution: in pixels; any, trained or not.
+            between: the batch-norm set of a resolution that was not trained: "interpolate"
+                linearly between the two neighbours, or "nearest". Outside the trained range both
+                take the nearest set.
+
+        Returns:
+            A module of plain torch layers, [N, 3, r, r] -> [N, K], on the network's device.
+        """
+        return deploy.single_resolution(self, resolution, between)
+
+    def batch_norms(self) -> list[SwitchableBatchNorm2d]:
+        """All batch-norm layers, in forward order of construction."""
+        return [m for m in self.modules() if isinstance(m, SwitchableBatchNorm2d)]
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of :func:`create_model` that make this network."""
+        return {
+            "arch": self.arch,
+            "resolutions": self.resolutions,
+            "num_classes": self.num_classes,
+            "bn": self.bn,
+        }
+
+    def _banks_of(self, images: Pyramid) -> tuple[int, ...]:
+        num_banks = 1 if self.bn == "shared" else len(self.resolutions)
+        if images.banks is not None:
+            banks = tuple(0 for _ in images.banks) if self.bn == "shared" else images.banks
+            if not all(0 <= bank < num_banks for bank in banks):
+                raise ValueError(f"banks must be in [0, {num_banks}), got {images.banks}")
+            return banks
+        indices = []
+        for height, width in images.sizes:
+            if height != width or height not in self.resolutions:
+                raise ValueError(
+                    f"images of {height}x{width} pixels have no batch-norm set: trained were "
+                    f"{self.resolutions}; use at(resolution), or a Pyramid with banks"
+                )
+            indices.append(self.resolutions.index(height))
+        if indices != sorted(set(indices)):
+            raise ValueError(
+                f"levels must come in descending order of resolution, got {images.sizes}"
+            )
+        return tuple(indices) if self.bn == "private" else (0,) * len(indices)
+
+
+def create_model(
+    arch: str,
+    resolutions: Sequence[int] = (224, 192, 160, 128, 96),
+    num_classes: int = 1000,
+    bn: str = "private",
+) -> RSNet:
+    """Builds a randomly initialised RS-Net.
+
+    Args:
+        arch: resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenetv2.
+        resolutions: in pixels, strictly descending.
+        num_classes: K.
+        bn: "private" (one set per resolution) or "shared" (one set for all, the paper's ablation).
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+    return RSNet(arch, resolutions, num_classes, bn)
