@@ -10,7 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Pyramid"]
+__all__ = ["Pyramid", "check_resolutions"]
+
+
+def check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
+    """The resolutions as a tuple.
+
+    Raises:
+        ValueError: unless they are positive integers in strictly descending order.
+    """
+    resolutions = tuple(resolutions)
+    descending = all(a > b for a, b in zip(resolutions, resolutions[1:], strict=False))
+    if not resolutions or not descending or resolutions[-1] < 1:
+        raise ValueError(
+            "resolutions must be positive and strictly descending (the larger ones teach the "
+            f"smaller ones), got {resolutions}"
+        )
+    return resolutions
 
 
 @dataclass(frozen=True, slots=True)

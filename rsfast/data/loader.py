@@ -15,8 +15,7 @@ from rsfast.data.folder import FolderIndex, index_folder
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
-from rsfast.models import check_resolutions
-from rsfast.pyramid import Pyramid
+from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "train_loader", "val_loader"]
 
@@ -68,6 +67,7 @@ class Loader:
         resolutions: Sequence[int],
         normalization: tuple[Sequence[float], Sequence[float]],
         device: torch.device,
+        max_steps: int = 0,
     ) -> None:
         self.plan = plan
         self.resolutions = tuple(resolutions)
@@ -76,12 +76,13 @@ class Loader:
         self.epoch = 0
         self._decoder = decoder
         self._device = device
+        self._steps = min(plan.steps, max_steps or plan.steps)
         mean, std = (torch.tensor(part, device=device) for part in normalization)
         self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
-        return self.plan.steps
+        return self._steps
 
     @property
     def num_images(self) -> int:
@@ -120,6 +121,7 @@ def train_loader(
     world_size: int = 1,
     workers: int = 2,
     device: torch.device | str = "cpu",
+    max_steps: int = 0,
     num_images: int = 1_281_167,
     num_classes: int = 1000,
 ) -> Loader:
@@ -138,6 +140,7 @@ def train_loader(
         rank, world_size: which part of each step this process gets.
         workers: decoder threads (dali) or processes (pil; 0 decodes in this one).
         device: where batches are wanted; on a GPU, DALI decodes there.
+        max_steps: end epochs after so many batches; 0 for whole epochs.
         num_images, num_classes: size of the synthetic data set.
 
     Raises:
@@ -156,7 +159,8 @@ def train_loader(
         flip=flip,
         crop_area=tuple(crop_area),
     )
-    return _loader(plan, resolutions, backend, normalize, workers, torch.device(device))
+    place = torch.device(device)
+    return _loader(plan, resolutions, backend, normalize, workers, place, max_steps)
 
 
 def val_loader(
@@ -226,6 +230,7 @@ def _loader(
     normalize: str | tuple[Sequence[float], Sequence[float]],
     workers: int,
     device: torch.device,
+    max_steps: int = 0,
 ) -> Loader:
     if isinstance(normalize, str):
         if normalize not in NORMALIZATIONS:
@@ -233,13 +238,11 @@ def _loader(
         normalize = NORMALIZATIONS[normalize]
     decoder: Decoder
     if backend == "synthetic":
-        decoder = SyntheticDecoder(
-            resolutions, batch_size=plan.batch_size, seed=0, device=device
-        )
+        decoder = SyntheticDecoder(plan, resolutions, device=device)
     elif backend == "pil":
         decoder = PillowDecoder(plan, resolutions, workers=workers, device=device)
     else:
         from rsfast.data.dali import DaliDecoder  # the only optional package
 
         decoder = DaliDecoder(plan, resolutions, workers=workers, device=device)
-    return Loader(plan, decoder, resolutions, normalize, device)
+    return Loader(plan, decoder, resolutions, normalize, device, max_steps)

@@ -23,6 +23,7 @@ FLIP_MODES = ("shared", "independent", "none")
 VAL_CROPS = ("center", "none")
 VAL_SCALE = 0.875  # share of the shorter side that the centre crop keeps
 _TRIES = 10
+DRAWS = 2 * _TRIES + 2  # random numbers per window: area and ratio of each try, top and left
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +59,21 @@ class ValBatch:
 
 
 def random_windows(
-    rng: np.random.Generator, sizes: np.ndarray, area: tuple[float, float]
+    draws: np.ndarray, sizes: np.ndarray, area: tuple[float, float]
 ) -> np.ndarray:
     """Crop windows: area uniform in `area`, aspect ratio log-uniform in [3/4, 4/3].
 
     Ten tries; if none fits, the largest centred window whose ratio is in range (what torchvision's
-    RandomResizedCrop does). The count of random numbers drawn does not depend on the sizes.
+    RandomResizedCrop does).
 
     Args:
-        rng: source of the numbers.
+        draws: [n, DRAWS] numbers in [0, 1).
         sizes: [n, 2] height and width in pixels.
         area: smallest and largest share of the image.
 
     Returns:
         [n, 4] int32 top, left, height, width.
     """
-    count = len(sizes)
-    draws = rng.random((count, 2 * _TRIES + 2))
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     shares = area[0] + (area[1] - area[0]) * draws[:, :_TRIES]
     log_ratios = math.log(4 / 3) * (2.0 * draws[:, _TRIES : 2 * _TRIES] - 1.0)
@@ -148,14 +147,16 @@ class TrainPlan:
         rng = np.random.default_rng((self.seed, epoch, 1 + step))
         # Drawn for all ranks and then cut, so that the pictures do not depend on the split.
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        flips = rng.random((self.num_levels, whole)) < 0.5
+        images = images[own]
+        flips = rng.random((self.num_levels, whole))[:, own] < 0.5
         if self.flip != "independent":
             flips[:] = flips[0] & (self.flip == "shared")
+        count = self.num_levels if self.crop == "multi" else 1
+        draws = rng.random((count, whole, DRAWS))[:, own]
         sizes = self.index.sizes[images]
-        draws = self.num_levels if self.crop == "multi" else 1
-        windows = np.stack([random_windows(rng, sizes, self.crop_area) for _ in range(draws)])
-        windows = np.broadcast_to(windows, (self.num_levels, whole, 4))
-        return TrainBatch(images[own], windows[:, own], flips[:, own], self.crop == "single")
+        windows = np.stack([random_windows(part, sizes, self.crop_area) for part in draws])
+        windows = np.broadcast_to(windows, (self.num_levels, self.batch_size, 4))
+        return TrainBatch(images, windows, flips, self.crop == "single")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,28 +11,12 @@ from rsfast.models import deploy
 from rsfast.models.layers import SwitchableBatchNorm2d, global_avg_pool
 from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.resnet import DEPTHS, ResNet
-from rsfast.pyramid import Pyramid
+from rsfast.pyramid import Pyramid, check_resolutions
 
-__all__ = ["ARCHITECTURES", "RSNet", "check_resolutions", "create_model"]
+__all__ = ["ARCHITECTURES", "RSNet", "create_model"]
 
 ARCHITECTURES = (*DEPTHS, "mobilenetv2")
 BN_MODES = ("private", "shared")
-
-
-def check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
-    """The resolutions as a tuple.
-
-    Raises:
-        ValueError: unless they are positive integers in strictly descending order.
-    """
-    resolutions = tuple(resolutions)
-    descending = all(a > b for a, b in zip(resolutions, resolutions[1:], strict=False))
-    if not resolutions or not descending or resolutions[-1] < 1:
-        raise ValueError(
-            "resolutions must be positive and strictly descending (the larger ones teach the "
-            f"smaller ones), got {resolutions}"
-        )
-    return resolutions
 
 
 class RSNet(nn.Module):

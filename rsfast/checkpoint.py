@@ -1,0 +1,128 @@
+"""Checkpoints: everything needed to continue or to use a network, replaced atomically on disk."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsfast.models import RSNet, create_model, official
+
+__all__ = ["copy", "load", "load_model", "model_payload", "save"]
+
+_FORMAT = 1
+
+
+def save(payload: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint; the file under `path` is the old one or the whole new one."""
+    _replace(path, lambda file: torch.save({"format": _FORMAT, **payload}, file))
+
+
+def copy(source: Path, path: Path) -> None:
+    """Copies a checkpoint under another name, in the same safe way."""
+    _replace(path, lambda file: shutil.copyfile(source, file))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint of rsfast or of the authors' code onto the CPU.
+
+    Nothing but tensors and plain Python values is unpickled.
+
+    Raises:
+        ValueError: if the file is missing, damaged or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path} must hold a dict, got {type(content).__name__}")
+    return content
+
+
+def model_payload(model: RSNet) -> dict[str, Any]:
+    """What it takes to rebuild a network: its settings, weights and input normalisation."""
+    return {
+        "settings": model.settings(),
+        "model": model.state_dict(),
+        "input_mean": model.input_mean,
+        "input_std": model.input_std,
+        "class_names": model.class_names,
+    }
+
+
+def load_model(
+    path: str | Path, resolutions: Sequence[int] | None = None
+) -> tuple[RSNet, Tensor]:
+    """A network ready to be evaluated, from a checkpoint of rsfast or of the authors' code.
+
+    Averaged (EMA) weights are taken where the run kept them.
+
+    Args:
+        path: of the checkpoint.
+        resolutions: of an authors' checkpoint with other than five sizes.
+
+    Returns:
+        The network in eval mode, and the raw ensemble scores [R].
+
+    Raises:
+        ValueError: if the checkpoint is missing, damaged or fits no architecture.
+    """
+    content = load(path)
+    if official.is_official(content):
+        model = official.from_state_dict(content, resolutions)
+        alpha = official.alpha_of(content)
+        return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
+    missing = {"settings", "model", "loss", "input_mean", "input_std"} - set(content)
+    if missing:
+        raise ValueError(
+            f"checkpoint {path} is neither of rsfast nor of the authors' code: "
+            f"it has no {sorted(missing)[0]!r}"
+        )
+    model = create_model(**content["settings"])
+    try:
+        model.load_state_dict(content.get("ema") or content["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint {path} does not fit the {model.arch} it says it is: {error}"
+        ) from error
+    model.input_mean = tuple(content["input_mean"])
+    model.input_std = tuple(content["input_std"])
+    model.class_names = content["class_names"]
+    return model.eval(), content["loss"]["alpha"]
+
+
+def _replace(path: Path, write: Callable[[str], Any]) -> None:
+    """Writes a temporary file beside `path`, makes sure it is on disk, then renames it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _sync(str(path.parent))
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,251 @@
+"""The settings of a run: one frozen dataclass, from which recipes and command line follow."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from rsfast.data.loader import BACKENDS, NORMALIZATIONS
+from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
+from rsfast.engine import PRECISIONS
+from rsfast.kernels import DISTILL_MODES
+from rsfast.models.rsnet import ARCHITECTURES, BN_MODES
+from rsfast.optim import DECAY_MODES
+from rsfast.pyramid import check_resolutions
+
+__all__ = ["TrainConfig", "parse_args", "recipe_names"]
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "arch": ARCHITECTURES,
+    "bn": BN_MODES,
+    "distill": DISTILL_MODES,
+    "crop": CROP_MODES,
+    "flip": FLIP_MODES,
+    "val_crop": VAL_CROPS,
+    "normalize": tuple(NORMALIZATIONS),
+    "loader": BACKENDS,
+    "precision": tuple(PRECISIONS),
+    "decay": DECAY_MODES,
+    "device": ("auto", "cpu", "cuda"),
+}
+# The authors' spelling of two options.
+_ALIASES = {"resolutions": ("--sizes",), "distill": ("--kd-type",)}
+_AUTHORS_KD_TYPES = {"ens_topdown": "full", "ens": "vanilla"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a training run depends on."""
+
+    arch: str = "resnet50"
+    """network, and the recipe that the other settings start from"""
+    data: str | None = None
+    """folder with train/ and val/, one sub-folder per class; without it the built-in set is used"""
+    output: str | None = None
+    """run folder; runs/<arch> by default"""
+    resolutions: tuple[int, ...] = (224, 192, 160, 128, 96)
+    """trained resolutions in pixels, strictly descending"""
+    distill: str = "full"
+    """which resolutions teach which"""
+    bn: str = "private"
+    """one batch-norm set per resolution, or one for all"""
+    label_smoothing: float = 0.0
+    """of the cross entropies, in [0, 1)"""
+    crop: str = "single"
+    """one random window per image, or one for each of its levels"""
+    flip: str = "shared"
+    """one random flip per image, one for each of its levels, or none"""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """range of the window's share of the image's area"""
+    val_crop: str = "center"
+    """resize to r / 0.875 and cut the centre, or resize straight to r"""
+    normalize: str = "imagenet"
+    """subtract mean and divide by deviation, or feed [0, 1]"""
+    batch_size: int = 256
+    """images per GPU (per process on CPUs)"""
+    epochs: int = 120
+    """passes over the data"""
+    steps_per_epoch: int = 0
+    """cut epochs short after so many steps; 0 for whole ones"""
+    lr: float = 0.1
+    """highest learning rate; cosine to 0 per step"""
+    warmup_epochs: float = 0.0
+    """epochs of linear warm-up"""
+    momentum: float = 0.9
+    """of SGD"""
+    nesterov: bool = False
+    """Nesterov momentum"""
+    weight_decay: float = 1e-4
+    """L2 factor"""
+    decay: str = "all"
+    """decay all parameters, or only the weights of convolutions and classifier"""
+    ema_decay: float = 0.0
+    """per-step decay of averaged weights, which are then the ones validated; 0 for none"""
+    precision: str | None = None
+    """autocast type; by default bf16 on a GPU and fp32 on a CPU"""
+    loader: str = "dali"
+    """data loader; synthetic repeats one random batch"""
+    workers: int = 2
+    """loader threads (dali) or processes (pil) per rank"""
+    device: str = "auto"
+    """auto takes a GPU where there is one"""
+    seed: int = 0
+    """of weights, order and augmentation"""
+    log_every: int = 50
+    """steps between log lines; the only moments that wait for the device"""
+    resume: str | None = None
+    """checkpoint to continue, or auto for the run folder's last one if it is there"""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "precision" and value is None):
+                raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+        check_resolutions(self.resolutions)
+        for name in ("batch_size", "epochs", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps_per_epoch", "workers", "lr", "weight_decay", "warmup_epochs", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("label_smoothing", "ema_decay", "momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if len(self.crop_area) != 2 or not 0.0 < self.crop_area[0] <= self.crop_area[1] <= 1.0:
+            raise ValueError(f"crop_area must be a range within (0, 1], got {self.crop_area}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be fewer than the {self.epochs} epochs, "
+                f"got {self.warmup_epochs}"
+            )
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    def to_toml(self) -> str:
+        """A config file; settings that are None are left out."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with rsfast."""
+    files = resources.files("rsfast.recipes").iterdir()
+    return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The config of a command line: defaults, recipe of the arch, --config file, then flags.
+
+    Exits with status 2 and one sentence on bad input.
+    """
+    parser = _build_parser()
+    flags = vars(parser.parse_args(argv))
+    try:
+        file = flags.pop("config", None)
+        from_file = _read_toml(Path(file)) if file else {}
+        arch = flags.get("arch", from_file.get("arch", TrainConfig.__dataclass_fields__["arch"].default))
+        recipe = _read_recipe(arch) if arch in ARCHITECTURES else {}
+        values = {**recipe, **from_file, **flags}
+        values["distill"] = _AUTHORS_KD_TYPES.get(values.get("distill"), values.get("distill", "full"))
+        return TrainConfig(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rsfast.train",
+        description="Trains a resolution switchable network.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML, over the recipe's")
+    hints, docs = typing.get_type_hints(TrainConfig), _field_docs(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        flag = "--" + field.name.replace("_", "-")
+        text = docs[field.name]
+        if field.default is not None:
+            text += f" (default {_shown(field.default)})"
+        options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+            options["action"] = _Tuple
+        else:
+            options["type"] = kind
+            if field.name in _CHOICES:
+                options["metavar"] = "{" + ",".join(_CHOICES[field.name]) + "}"
+        parser.add_argument(flag, *_ALIASES.get(field.name, ()), **options)
+    return parser
+
+
+class _Tuple(argparse.Action):
+    """Stores the values of one option as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: doc.value.value
+        for field, doc in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+
+
+def _read_recipe(arch: str) -> dict[str, Any]:
+    with resources.as_file(resources.files("rsfast.recipes") / f"{arch}.toml") as file:
+        return _read_toml(file)
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {file} cannot be read: {error}") from error
+    hints = typing.get_type_hints(TrainConfig)
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"config file {file}: unknown setting {key!r}")
+        values[key] = _typed(file, key, value, hints[key])
+    return values
+
+
+def _typed(file: Path, key: str, value: Any, kind: Any) -> Any:
+    """The value as its field wants it: TOML has no tuples, and writes 1 for 1.0."""
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        item = typing.get_args(kind)[0]
+        return tuple(_typed(file, key, part, item) for part in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(
+            f"config file {file}: {key} must be {getattr(kind, '__name__', kind)}, got {value!r}"
+        )
+    return value

@@ -1,0 +1,99 @@
+"""Processes under torchrun: NCCL between GPUs, gloo between CPUs, nothing for one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rsfast.models import RSNet
+
+__all__ = ["Rank", "average_bn_statistics", "first_rank_first", "join", "leave", "sum_over_ranks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among all of them.
+
+    Attributes:
+        index: from 0; rank 0 writes files and talks.
+        world_size: number of processes.
+        device: the one this process trains on.
+    """
+
+    index: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.index == 0
+
+
+def join(device: str = "auto") -> Rank:
+    """Joins the process group that torchrun describes, if it does.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        ValueError: if "cuda" is asked for and absent, or the name is unknown.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be one that exists: no CUDA device was found")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
+    return Rank(int(os.environ.get("RANK", 0)), world_size, place)
+
+
+def leave() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_rank_first(rank: Rank) -> Iterator[None]:
+    """Rank 0 runs the block before all others: it fills caches that they then find."""
+    if rank.world_size > 1 and not rank.is_main:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        # Also when rank 0 fails: the others then meet the same error instead of waiting.
+        if rank.world_size > 1 and rank.is_main:
+            dist.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Adds a tensor up over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def average_bn_statistics(model: RSNet) -> None:
+    """Gives all ranks the mean of their running statistics, so that they validate one network."""
+    if not dist.is_initialized():
+        return
+    buffers = [b for norm in model.batch_norms() for b in (norm.running_mean, norm.running_var)]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

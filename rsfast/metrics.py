@@ -1,0 +1,72 @@
+"""Counters that stay on the device until they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rsfast.distributed import sum_over_ranks
+from rsfast.losses import LossTerms
+
+__all__ = ["LossMeter", "TopK", "top_k_hits"]
+
+
+class LossMeter:
+    """Mean of the loss terms since it was last read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(LossTerms._fields), dtype=torch.float64, device=device)
+        self._steps = 0
+
+    def add(self, terms: LossTerms) -> None:
+        """Counts one step; no synchronisation."""
+        self._sums += torch.stack(terms)
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Mean over steps and ranks of each term and of their total, in nats; starts anew."""
+        means = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self._steps])]))
+        ce, ensemble, distill, steps = means.tolist()
+        self._sums.zero_()
+        self._steps = 0
+        terms = {"ce": ce / steps, "ensemble": ensemble / steps, "distill": distill / steps}
+        return {"loss": sum(terms.values()), **terms}
+
+
+def top_k_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Images whose label is the best, and among the five best, of each row of logits.
+
+    Args:
+        logits: [L, N, K].
+        labels: [N].
+
+    Returns:
+        [L, 2] int64 counts, top-1 and top-5 (top-K where there are fewer classes).
+    """
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [L, N, <=5]
+    hits = best == labels[None, :, None]
+    return torch.stack([hits[..., 0].sum(-1), hits.any(-1).sum(-1)], dim=1)
+
+
+class TopK:
+    """Top-1 and top-5 counts of L classifiers.
+
+    Args:
+        num_rows: L.
+        device: of the counts.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._hits = torch.zeros(num_rows, 2, dtype=torch.int64, device=device)
+        self._images = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Counts one batch of [L, N, K] logits; no synchronisation."""
+        self._hits += top_k_hits(logits, labels)
+        self._images += labels.shape[0]
+
+    def read(self) -> tuple[list[tuple[float, float]], int]:
+        """(top-1, top-5) in percent of each classifier over all ranks, and the images counted."""
+        counts = sum_over_ranks(torch.cat([self._hits.flatten(), self._images])).tolist()
+        images = counts.pop()
+        return [(100 * a / images, 100 * b / images) for a, b in zip(counts[::2], counts[1::2])], images

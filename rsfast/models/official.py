@@ -1,0 +1,200 @@
+"""Import and export of checkpoints in the layout of the authors' code.
+
+Their keys: a `module.` prefix (DataParallel), a second `.module` inside every shared layer, and
+batch-norm copies `bn_0 ... bn_{R-1}` in the order of their --sizes list, largest first. Their
+networks take RGB in [0, 1] without mean and deviation.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
+from rsfast.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from rsfast.models.resnet import DEPTHS, Bottleneck
+from rsfast.models.rsnet import RSNet, create_model
+
+__all__ = ["alpha_of", "from_state_dict", "is_official", "load", "save"]
+
+_DEFAULT_RESOLUTIONS = (224, 192, 160, 128, 96)
+_BN_FIELDS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def load(path: str | Path, resolutions: Sequence[int] | None = None) -> RSNet:
+    """Reads a checkpoint of the authors' code.
+
+    Args:
+        path: their checkpoint.pth.tar or model_best.pth.tar, or a bare state dict.
+        resolutions: what their --sizes was. The file does not say; five sets without this argument
+            are taken for (224, 192, 160, 128, 96).
+
+    Returns:
+        The network in eval mode, with input_mean 0 and input_std 1 (they do not normalise).
+
+    Raises:
+        ValueError: if the file is damaged, of another kind, or its keys fit no architecture.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {path} is damaged or not loadable: {error}") from error
+    return from_state_dict(content, resolutions)
+
+
+def is_official(content: Any) -> bool:
+    """Whether a loaded file has the layout of the authors' code."""
+    state = _state_dict(content)
+    return any(".bn_0." in key or ".bn1.bn_0." in key for key in state)
+
+
+def from_state_dict(content: dict[str, Any], resolutions: Sequence[int] | None = None) -> RSNet:
+    """As :func:`load`, from what `torch.load` returned."""
+    state = _state_dict(content)
+    num_sets = 1 + max(
+        (int(found[1]) for key in state if (found := re.search(r"\.bn_(\d+)\.", key))), default=-1
+    )
+    if not num_sets:
+        raise ValueError("checkpoint is not of the authors' code: it has no bn_0 keys")
+    if resolutions is None:
+        if num_sets != len(_DEFAULT_RESOLUTIONS):
+            raise ValueError(
+                f"resolutions must be given: the checkpoint has {num_sets} batch-norm sets and "
+                f"does not say of which sizes"
+            )
+        resolutions = _DEFAULT_RESOLUTIONS
+    if len(resolutions) != num_sets:
+        raise ValueError(
+            f"resolutions must be {num_sets}, one per batch-norm set of the checkpoint, "
+            f"got {tuple(resolutions)}"
+        )
+    arch = _guess_arch(state)
+    classifier = "classifier.module" if arch == "mobilenetv2" else "fc.module"
+    num_classes = state[f"{classifier}.bias"].shape[0]
+    model = create_model(arch, resolutions, num_classes)
+    used = {"alpha"}
+    with torch.no_grad():
+        for key, tensor in _official_tensors(model):
+            if key not in state:
+                raise ValueError(f"checkpoint lacks {key}, which a {arch} of this layout has")
+            if state[key].shape != tensor.shape:
+                raise ValueError(
+                    f"{key} must be {tuple(tensor.shape)} for {arch}, "
+                    f"got {tuple(state[key].shape)}"
+                )
+            tensor.copy_(state[key])
+            used.add(key)
+    unknown = sorted(set(state) - used)
+    if unknown:
+        raise ValueError(f"checkpoint has {len(unknown)} keys that {arch} lacks: {unknown[:3]}")
+    return model.eval()
+
+
+def alpha_of(content: dict[str, Any]) -> Tensor | None:
+    """[R] raw ensemble scores of a checkpoint of the authors' code, if it has them."""
+    return _state_dict(content).get("alpha")
+
+
+def save(model: RSNet, path: str | Path, alpha: Tensor | None = None) -> None:
+    """Writes a network as the authors' code would.
+
+    Args:
+        model: with private batch norm. The file cannot say how inputs are normalised; the
+            authors' code will feed it [0, 1].
+        path: of the file.
+        alpha: [R] raw ensemble scores; equal ones by default.
+
+    Raises:
+        ValueError: if the batch norm is shared: their layout has no place for it.
+    """
+    if model.bn != "private":
+        raise ValueError(f"model must have private batch norm to be saved, got bn={model.bn!r}")
+    if alpha is None:
+        alpha = torch.ones(len(model.resolutions))
+    state = {"alpha": alpha.detach().cpu()}
+    state |= {key: tensor.detach().cpu().clone() for key, tensor in _official_tensors(model)}
+    torch.save(
+        {
+            "epoch": 0,
+            "arch": f"parallel_{model.arch}",
+            "state_dict": {f"module.{key}": tensor for key, tensor in state.items()},
+            "best_acc0": 0.0,
+            "best_acc": 0.0,
+        },
+        path,
+    )
+
+
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without the DataParallel prefix."""
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _guess_arch(state: dict[str, Tensor]) -> str:
+    if "conv.0.module.weight" in state and "features.0.0.module.weight" in state:
+        return "mobilenetv2"
+    depths = tuple(
+        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")})
+        for stage in range(1, 5)
+    )
+    bottleneck = "layer1.0.conv3.module.weight" in state
+    for arch, (block, expected) in DEPTHS.items():
+        if depths == expected and bottleneck == (block is Bottleneck):
+            return arch
+    raise ValueError(
+        f"checkpoint fits no architecture of rsfast: {depths} blocks per stage, "
+        f"{'bottleneck' if bottleneck else 'basic'}"
+    )
+
+
+def _official_tensors(model: RSNet) -> list[tuple[str, Tensor]]:
+    """Their key and our tensor (a view for batch-norm rows), for everything but alpha."""
+    mobile = isinstance(model.backbone, MobileNetV2)
+    layers = _mobilenet_layers(model.backbone) if mobile else _resnet_layers(model.backbone)
+    pairs: list[tuple[str, Tensor]] = []
+    for name, layer in layers:
+        if isinstance(layer, SwitchableBatchNorm2d):
+            pairs += (
+                (f"{name}.bn_{bank}.{field}", getattr(layer, field)[bank])
+                for bank in range(layer.num_banks)
+                for field in _BN_FIELDS
+            )
+        else:
+            pairs.append((f"{name}.module.weight", layer.weight))
+    classifier = "classifier.module" if mobile else "fc.module"
+    pairs.append((f"{classifier}.weight", model.classifier.weight))
+    pairs.append((f"{classifier}.bias", model.classifier.bias))
+    return pairs
+
+
+def _resnet_layers(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Our names are theirs."""
+    return [
+        (name, layer)
+        for name, layer in backbone.named_modules()
+        if isinstance(layer, Conv2d | SwitchableBatchNorm2d)
+    ]
+
+
+def _mobilenet_layers(backbone: MobileNetV2) -> list[tuple[str, nn.Module]]:
+    """Theirs are positions in nn.Sequential, activations counted."""
+    layers: list[tuple[str, nn.Module]] = [
+        ("features.0.0", backbone.stem),
+        ("features.0.1", backbone.stem_bn),
+    ]
+    for number, block in enumerate(backbone.blocks, start=1):
+        assert isinstance(block, InvertedResidual)
+        inner = [*block.expand, block.depthwise, block.depthwise_bn, block.project]
+        position = 0
+        for layer in [*inner, block.project_bn]:
+            layers.append((f"features.{number}.conv.{position}", layer))
+            activated = isinstance(layer, SwitchableBatchNorm2d) and layer.activation is not None
+            position += 2 if activated else 1
+    return [*layers, ("conv.0", backbone.head), ("conv.1", backbone.head_bn)]

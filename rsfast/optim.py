@@ -1,0 +1,118 @@
+"""The optimiser of the paper, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.models import RSNet
+
+__all__ = ["build_optimizer", "lr_at", "set_lr"]
+
+DECAY_MODES = ("all", "weights")
+
+
+def lr_at(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
+    """Cosine to zero per step, after an optional linear warm-up.
+
+    Args:
+        step: from 0; the last one is total_steps - 1, so the rate never is exactly 0.
+        total_steps: T, warm-up included.
+        lr: the highest rate.
+        warmup_steps: steps from 0 up to `lr`; the cosine spans the rest. 0 in the paper.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    return 0.5 * lr * (1.0 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the rate of all groups; a tensor rate keeps its place in memory."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def build_optimizer(
+    model: RSNet,
+    loss: MultiResolutionDistillation,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    nesterov: bool = False,
+    decay: str = "all",
+) -> torch.optim.SGD:
+    """SGD over the network and alpha, which leaves batch-norm sets that took no part untouched.
+
+    A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
+    and momentum would move them all the same. They are put back after each such step.
+
+    Args:
+        model: the network.
+        loss: its `alpha` is trained by the same rule.
+        lr: learning rate of the first step.
+        momentum: of SGD.
+        weight_decay: L2 factor.
+        nesterov: momentum of that kind.
+        decay: "all" parameters (the paper's runs: biases, batch norm and alpha too), or only the
+            "weights" of convolutions and classifier.
+
+    Raises:
+        ValueError: if `decay` is unknown.
+    """
+    if decay not in DECAY_MODES:
+        raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
+    norms = {id(p) for norm in model.batch_norms() for p in norm.parameters()}
+    decayed, free = [], []
+    for param in (*model.parameters(), *loss.parameters()):
+        plain = param.dim() < 2 or id(param) in norms
+        (free if decay == "weights" and plain else decayed).append(param)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        fused=decayed[0].is_cuda,
+    )
+    _keep_idle_banks(optimizer, model)
+    return optimizer
+
+
+def _keep_idle_banks(optimizer: torch.optim.Optimizer, model: RSNet) -> None:
+    saved: list[tuple[Tensor, Tensor]] = []
+
+    def save(*_: object) -> None:
+        saved.extend((rows, rows.clone()) for rows in _idle_rows(optimizer, model))
+
+    def restore(*_: object) -> None:
+        for rows, before in saved:
+            rows.copy_(before)
+        saved.clear()
+
+    optimizer.register_step_pre_hook(save)
+    optimizer.register_step_post_hook(restore)
+
+
+def _idle_rows(optimizer: torch.optim.Optimizer, model: RSNet) -> Iterator[Tensor]:
+    """Views of the parameters and momenta of sets that the last training forward did not use."""
+    for norm in model.batch_norms():
+        for bank in set(range(norm.num_banks)) - set(norm.banks_in_use):
+            for param in norm.parameters():
+                yield param.detach()[bank]
+                momentum = optimizer.state[param].get("momentum_buffer")
+                if momentum is None:
+                    momentum = torch.zeros_like(param)
+                    optimizer.state[param]["momentum_buffer"] = momentum
+                yield momentum[bank]

@@ -1,0 +1,81 @@
+"""Pictures of a run, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["accuracy_against_multiply_adds", "accuracy_over_epochs"]
+
+
+def accuracy_over_epochs(
+    rows: Sequence[Mapping[str, Any]], resolutions: Sequence[int], path: Path
+) -> None:
+    """Top-1 of every resolution after each epoch.
+
+    Args:
+        rows: of summary.csv.
+        resolutions: of the columns top1_<resolution>.
+        path: of the PNG.
+    """
+    figure, axes = _figure()
+    epochs = [int(row["epoch"]) for row in rows]
+    for resolution in resolutions:
+        values = [float(row[f"top1_{resolution}"]) for row in rows]
+        axes.plot(epochs, values, marker="." if len(rows) < 30 else None, label=f"{resolution} px")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation top-1 (%)")
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def accuracy_against_multiply_adds(
+    rows: Sequence[Mapping[str, Any]], title: str, path: Path
+) -> None:
+    """Top-1 against multiply-adds; trained resolutions filled, others hollow.
+
+    Args:
+        rows: with resolution, trained, multiply_adds and top1.
+        title: above the picture.
+        path: of the PNG.
+    """
+    figure, axes = _figure()
+    rows = sorted(rows, key=lambda row: row["multiply_adds"])
+    costs = [row["multiply_adds"] / 1e6 for row in rows]
+    axes.plot(costs, [row["top1"] for row in rows], color="0.7", zorder=1)
+    for trained, face in ((True, "C0"), (False, "white")):
+        part = [(c, row["top1"]) for c, row in zip(costs, rows, strict=True) if row["trained"] is trained]
+        if part:
+            label = "trained" if trained else "not trained"
+            axes.scatter(*zip(*part, strict=True), facecolor=face, edgecolor="C0", label=label, zorder=2)
+    for cost, row in zip(costs, rows, strict=True):
+        axes.annotate(
+            str(row["resolution"]),
+            (cost, row["top1"]),
+            textcoords="offset points",
+            xytext=(4, -11),
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("multiply-adds per image (millions)")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _write(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,279 @@
+"""A training run: every side effect of start-up, and what is saved and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from rsfast import checkpoint, environment
+from rsfast.config import TrainConfig
+from rsfast.data import Loader, train_loader, val_loader
+from rsfast.data.builtin import builtin_root
+from rsfast.distributed import Rank, first_rank_first
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.metrics import LossMeter
+from rsfast.models import RSNet, create_model
+from rsfast.optim import build_optimizer, lr_at
+from rsfast.runlog import RunLog
+
+__all__ = ["Run", "build", "save"]
+
+_LOG = logging.getLogger("rsfast")
+# Settings that may differ between a run and its continuation.
+_FREE_TO_CHANGE = {"data", "output", "resume", "workers", "log_every", "device", "loader"}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that lives as long as a training run.
+
+    Attributes:
+        cfg: resolved settings.
+        rank: this process.
+        folder: of the run.
+        step: one training step.
+        ema: averaged weights, if asked for.
+        log: writer of the run's files, on rank 0.
+        first_epoch: where training starts; above 0 when resumed.
+        best: score of the best epoch so far.
+        meter: losses since the last log line.
+    """
+
+    cfg: TrainConfig
+    rank: Rank
+    folder: Path
+    train_loader: Loader
+    val_loader: Loader
+    model: RSNet
+    loss: MultiResolutionDistillation
+    optimizer: torch.optim.Optimizer
+    step: TrainStep
+    ema: AveragedModel | None
+    log: RunLog | None = None
+    first_epoch: int = 0
+    best: tuple[float, float] = (-1.0, -1.0)
+    meter: LossMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = LossMeter(self.rank.device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The same on all ranks."""
+        return len(self.train_loader)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step, counted from 0 over the whole run."""
+        warmup = round(self.cfg.warmup_epochs * self.steps_per_epoch)
+        total = self.cfg.epochs * self.steps_per_epoch
+        return lr_at(step, total, self.cfg.lr, warmup)
+
+
+def build(cfg: TrainConfig, rank: Rank) -> Run:
+    """Makes a run out of its settings, continued from a checkpoint if they say so.
+
+    Raises:
+        ValueError: naming the setting, the rule and the value.
+    """
+    cfg = _resolve(cfg, rank)
+    folder = Path(cfg.output or "")
+    resume_from = _resume_path(cfg, folder)
+    torch.manual_seed(cfg.seed)
+    torch.backends.cudnn.benchmark = True  # sizes never change within a run
+    loaders = _loaders(cfg, rank)
+    model = create_model(cfg.arch, cfg.resolutions, len(loaders[0].class_names), cfg.bn)
+    model.to(rank.device)
+    model.input_mean, model.input_std = loaders[0].mean, loaders[0].std
+    model.class_names = loaders[0].class_names
+    loss = MultiResolutionDistillation(len(cfg.resolutions), cfg.distill, cfg.label_smoothing)
+    loss.to(rank.device)
+    optimizer = build_optimizer(
+        model,
+        loss,
+        lr=cfg.lr,
+        momentum=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        nesterov=cfg.nesterov,
+        decay=cfg.decay,
+    )
+    ema = None
+    if cfg.ema_decay:
+        average = get_ema_multi_avg_fn(cfg.ema_decay)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    run = Run(
+        cfg=cfg,
+        rank=rank,
+        folder=folder,
+        train_loader=loaders[0],
+        val_loader=loaders[1],
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32"),
+        ema=ema,
+    )
+    if resume_from:
+        _restore(run, resume_from)
+    if rank.is_main:
+        _open_folder(run)
+    return run
+
+
+def save(run: Run, next_epoch: int, is_best: bool) -> None:
+    """Writes last.pt, and model_best.pt when this epoch is the best one."""
+    last = run.folder / "last.pt"
+    payload = {
+        **checkpoint.model_payload(run.model),
+        "loss": run.loss.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.step.scaler.state_dict(),
+        "epoch": next_epoch,
+        "best": run.best,
+        "rng": torch.get_rng_state(),
+        "config": dataclasses.asdict(run.cfg),
+        "world_size": run.rank.world_size,
+    }
+    if run.ema:
+        payload["ema"] = run.ema.module.state_dict()
+        payload["ema_updates"] = int(run.ema.n_averaged)
+    checkpoint.save(payload, last)
+    if is_best:
+        checkpoint.copy(last, run.folder / "model_best.pt")
+
+
+def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
+    """Fills in the settings whose default depends on the machine."""
+    precision = cfg.precision or ("bf16" if rank.device.type == "cuda" else "fp32")
+    output = cfg.output or f"runs/{cfg.arch}"
+    return dataclasses.replace(cfg, precision=precision, output=output)
+
+
+def _resume_path(cfg: TrainConfig, folder: Path) -> Path | None:
+    last = folder / "last.pt"
+    if cfg.resume == "auto":
+        return last if last.exists() else None
+    if cfg.resume:
+        return Path(cfg.resume)
+    if last.exists():
+        raise ValueError(
+            f"output folder {folder} holds a run already: continue it with --resume auto, "
+            f"or name another --output"
+        )
+    return None
+
+
+def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
+    common: dict[str, Any] = {
+        "backend": cfg.loader,
+        "rank": rank.index,
+        "world_size": rank.world_size,
+        "workers": cfg.workers,
+        "device": rank.device,
+    }
+    with first_rank_first(rank):
+        root = cfg.data
+        if root is None and cfg.loader != "synthetic":
+            root = str(builtin_root())
+            if rank.is_main:
+                _LOG.info("no --data given: using the built-in generated set in %s", root)
+        training = train_loader(
+            root,
+            cfg.resolutions,
+            cfg.batch_size,
+            crop=cfg.crop,
+            flip=cfg.flip,
+            normalize=cfg.normalize,
+            seed=cfg.seed,
+            crop_area=(cfg.crop_area[0], cfg.crop_area[1]),
+            max_steps=cfg.steps_per_epoch,
+            **common,
+        )
+        validation = val_loader(
+            root,
+            cfg.resolutions,
+            cfg.batch_size,
+            normalize=cfg.normalize,
+            crop=cfg.val_crop,
+            # Random labels teach nothing: one batch shows that validation runs.
+            num_images=cfg.batch_size * rank.world_size,
+            **common,
+        )
+    if training.class_names != validation.class_names and cfg.loader != "synthetic":
+        odd = sorted(set(training.class_names) ^ set(validation.class_names))
+        raise ValueError(
+            f"train/ and val/ of {root} must have the same classes, "
+            f"but {len(odd)} are in one only: {odd[:3]}"
+        )
+    return training, validation
+
+
+def _restore(run: Run, path: Path) -> None:
+    """Continues from a checkpoint that rsfast wrote at the end of an epoch."""
+    content = checkpoint.load(path)
+    if "optimizer" not in content or "config" not in content:
+        raise ValueError(f"checkpoint {path} holds no training state to resume from")
+    before, now = content["config"], dataclasses.asdict(run.cfg)
+    for name in sorted(set(now) - _FREE_TO_CHANGE):
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"checkpoint {path} was trained with {name} = {before.get(name)!r}, this run has "
+                f"{now[name]!r}: resume with the same settings, or start another --output"
+            )
+    if content["world_size"] != run.rank.world_size:
+        raise ValueError(
+            f"checkpoint {path} was trained by {content['world_size']} processes, this run has "
+            f"{run.rank.world_size}: the batch and its order would change"
+        )
+    if content["class_names"] != run.model.class_names:
+        raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
+    run.model.load_state_dict(content["model"])
+    run.loss.load_state_dict(content["loss"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.step.scaler.load_state_dict(content["scaler"])
+    if run.ema:
+        run.ema.module.load_state_dict(content["ema"])
+        run.ema.n_averaged.fill_(content["ema_updates"])
+    run.first_epoch = content["epoch"]
+    run.best = tuple(content["best"])
+    torch.set_rng_state(content["rng"])
+
+
+def _open_folder(run: Run) -> None:
+    """Creates the run folder and its log, and says what is about to happen."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.toml").write_text(run.cfg.to_toml())
+    except OSError as error:
+        raise ValueError(f"output folder {run.folder} cannot be written: {error}") from error
+    first_step = run.first_epoch * run.steps_per_epoch
+    run.log = RunLog(run.folder, run.cfg.resolutions, run.first_epoch, first_step)
+    norms = sum(p.numel() for norm in run.model.batch_norms() for p in norm.parameters())
+    facts = {
+        **environment.describe(run.rank.device),
+        "world_size": run.rank.world_size,
+        "device": str(run.rank.device),
+        "train_images": run.train_loader.num_images,
+        "val_images": run.val_loader.num_images,
+        "classes": len(run.train_loader.class_names),
+        "steps_per_epoch": run.steps_per_epoch,
+        "parameters_shared": _count(run.model) - norms,
+        "parameters_batch_norm": norms,
+    }
+    start = run.first_epoch * run.steps_per_epoch
+    run.log.write("start", step=start, **facts, config=dataclasses.asdict(run.cfg))
+    for name, value in facts.items():
+        _LOG.info("%-22s %s", name, f"{value:,}" if isinstance(value, int) else value)
+    if run.first_epoch:
+        _LOG.info("resumed after epoch %d of %d", run.first_epoch, run.cfg.epochs)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())

@@ -1,0 +1,92 @@
+"""The files of a run folder that people read: log.jsonl, summary.csv, TensorBoard, accuracy.png."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from rsfast import plots
+
+__all__ = ["RunLog"]
+
+
+class RunLog:
+    """Writes what happens in a run; made on rank 0 only.
+
+    A resumed run drops the lines that were written after the checkpoint it continues from, so
+    that the files read as if nothing had happened.
+
+    Args:
+        folder: of the run; exists.
+        resolutions: trained ones, for the columns of the summary.
+        first_epoch: epochs before this one are kept from an earlier start.
+        first_step: as above, in steps since the beginning of the run.
+    """
+
+    def __init__(
+        self, folder: Path, resolutions: Sequence[int], first_epoch: int, first_step: int
+    ) -> None:
+        self._folder = folder
+        self._resolutions = resolutions
+        self._rows = [
+            row for row in _read_csv(folder / "summary.csv") if int(row["epoch"]) <= first_epoch
+        ]
+        kept = [
+            line
+            for line in _read_lines(folder / "log.jsonl")
+            if json.loads(line).get("step", 0) <= first_step
+        ]
+        self._lines = open(folder / "log.jsonl", "w", buffering=1)  # noqa: SIM115 (kept open)
+        self._lines.writelines(kept)
+        # Only a resumed run has events to purge; a purge step in a fresh one would hide step 0.
+        purge = first_step if first_step else None
+        self._board = SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line of log.jsonl."""
+        self._lines.write(json.dumps({"event": event, **values}) + "\n")
+
+    def step(self, step: int, **values: float) -> None:
+        """Losses and speed of the steps up to and without `step`."""
+        self.write("step", step=step, **values)
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+
+    def epoch(self, step: int, row: dict[str, Any]) -> None:
+        """One row of summary.csv, which ends an epoch at `step`; redraws accuracy.png."""
+        self.write("epoch", step=step, **row)
+        for name, value in row.items():
+            if name != "epoch":
+                self._board.add_scalar(f"epoch/{name}", value, step)
+        self._board.flush()
+        self._rows.append(row)
+        path = self._folder / "summary.csv"
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            writer.writeheader()
+            writer.writerows(self._rows)
+        plots.accuracy_over_epochs(self._rows, self._resolutions, self._folder / "accuracy.png")
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._board.close()
+        self._lines.close()
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Whole lines only: a killed run may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
