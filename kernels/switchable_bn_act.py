@@ -41,12 +41,14 @@ def switchable_bn_act_reference(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Plain PyTorch: one `torch.batch_norm` per level; arguments as in :func:`switchable_bn_act`."""
+    """Plain PyTorch, one `torch.batch_norm` per level; see :func:`switchable_bn_act`."""
     levels = []
     for rows, bank in zip(torch.split(x, list(level_rows)), banks, strict=True):
-        # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order;
-        # as [m, C] it would walk every channel through all of memory.
-        image = rows.t()[None, :, :, None]
+        # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order; as
+        # [m, C] it would walk every channel through all of memory. Made by view and permute: an
+        # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
+        # backward then takes the gradient for NCHW and returns a wrong one.
+        image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
         # torch.batch_norm divides by m - 1, so one row must not touch the running variance.
         lone = training and rows.shape[0] == 1
         y = torch.batch_norm(
@@ -64,7 +66,7 @@ def switchable_bn_act_reference(
             running_var[bank].mul_(1.0 - momentum)
         if training:
             num_batches_tracked[bank].add_(1)
-        levels.append(y[0, :, :, 0].t())
+        levels.append(y.permute(0, 2, 3, 1).reshape(rows.shape))
     y = torch.cat(levels) if len(levels) > 1 else levels[0]
     if residual is not None:
         y = y + residual

@@ -17,7 +17,7 @@ _SOURCES = {
 }
 _MODULES = ("checkpoint", "data", "engine", "kernels", "losses", "models", "optim")
 
-__all__ = ["Pyramid", "RSNet", "create_model", *_MODULES]  # noqa: F822 (resolved by __getattr__)
+__all__ = ["Pyramid", "RSNet", "create_model", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

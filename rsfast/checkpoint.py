@@ -65,9 +65,7 @@ def model_payload(model: RSNet) -> dict[str, Any]:
     }
 
 
-def load_model(
-    path: str | Path, resolutions: Sequence[int] | None = None
-) -> tuple[RSNet, Tensor]:
+def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tuple[RSNet, Tensor]:
     """A network ready to be evaluated, from a checkpoint of rsfast or of the authors' code.
 
     Averaged (EMA) weights are taken where the run kept them.

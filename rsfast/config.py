@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import tomllib
 import types
@@ -156,10 +157,11 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     try:
         file = flags.pop("config", None)
         from_file = _read_toml(Path(file)) if file else {}
-        arch = flags.get("arch", from_file.get("arch", TrainConfig.__dataclass_fields__["arch"].default))
+        arch = flags.get("arch", from_file.get("arch", TrainConfig().arch))
         recipe = _read_recipe(arch) if arch in ARCHITECTURES else {}
         values = {**recipe, **from_file, **flags}
-        values["distill"] = _AUTHORS_KD_TYPES.get(values.get("distill"), values.get("distill", "full"))
+        if values.get("distill") in _AUTHORS_KD_TYPES:
+            values["distill"] = _AUTHORS_KD_TYPES[values["distill"]]
         return TrainConfig(**values)
     except ValueError as error:
         parser.error(str(error))
@@ -209,10 +211,10 @@ def _shown(value: Any) -> str:
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    source: Any = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     return {
         field.target.id: doc.value.value
-        for field, doc in zip(body, body[1:], strict=False)
+        for field, doc in itertools.pairwise(source.body[0].body)
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }
 

@@ -78,4 +78,5 @@ class MultiResolutionDistillation(nn.Module):
         return LossTerms(*terms)
 
     def extra_repr(self) -> str:
+        """Shown by `print`."""
         return f"{self.num_resolutions}, mode={self.mode!r}"

@@ -69,4 +69,7 @@ class TopK:
         """(top-1, top-5) in percent of each classifier over all ranks, and the images counted."""
         counts = sum_over_ranks(torch.cat([self._hits.flatten(), self._images])).tolist()
         images = counts.pop()
-        return [(100 * a / images, 100 * b / images) for a, b in zip(counts[::2], counts[1::2])], images
+        return [
+            (100 * a / images, 100 * b / images)
+            for a, b in zip(counts[::2], counts[1::2], strict=True)
+        ], images

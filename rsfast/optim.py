@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
@@ -71,7 +71,8 @@ def build_optimizer(
     if decay not in DECAY_MODES:
         raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
     norms = {id(p) for norm in model.batch_norms() for p in norm.parameters()}
-    decayed, free = [], []
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
     for param in (*model.parameters(), *loss.parameters()):
         plain = param.dim() < 2 or id(param) in norms
         (free if decay == "weights" and plain else decayed).append(param)

@@ -48,10 +48,16 @@ def accuracy_against_multiply_adds(
     costs = [row["multiply_adds"] / 1e6 for row in rows]
     axes.plot(costs, [row["top1"] for row in rows], color="0.7", zorder=1)
     for trained, face in ((True, "C0"), (False, "white")):
-        part = [(c, row["top1"]) for c, row in zip(costs, rows, strict=True) if row["trained"] is trained]
+        part = [
+            (c, row["top1"])
+            for c, row in zip(costs, rows, strict=True)
+            if row["trained"] is trained
+        ]
         if part:
             label = "trained" if trained else "not trained"
-            axes.scatter(*zip(*part, strict=True), facecolor=face, edgecolor="C0", label=label, zorder=2)
+            axes.scatter(
+                *zip(*part, strict=True), facecolor=face, edgecolor="C0", label=label, zorder=2
+            )
     for cost, row in zip(costs, rows, strict=True):
         axes.annotate(
             str(row["resolution"]),

@@ -20,7 +20,7 @@ def check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
         ValueError: unless they are positive integers in strictly descending order.
     """
     resolutions = tuple(resolutions)
-    descending = all(a > b for a, b in zip(resolutions, resolutions[1:], strict=False))
+    descending = all(a > b for a, b in itertools.pairwise(resolutions))
     if not resolutions or not descending or resolutions[-1] < 1:
         raise ValueError(
             "resolutions must be positive and strictly descending (the larger ones teach the "

@@ -70,6 +70,13 @@ class Run:
         """The same on all ranks."""
         return len(self.train_loader)
 
+    @property
+    def averaged_model(self) -> RSNet:
+        """The network to validate: the averaged one where there is one."""
+        averaged = self.ema.module if self.ema else self.model
+        assert isinstance(averaged, RSNet)
+        return averaged
+
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over the whole run."""
         warmup = round(self.cfg.warmup_epochs * self.steps_per_epoch)

@@ -92,7 +92,7 @@ def report(run: Run, step: int, losses: dict[str, float], images_per_s: float) -
 
 def finish_epoch(run: Run, epoch: int, losses: dict[str, float]) -> Accuracy:
     """Validates, saves and logs."""
-    model = run.ema.module if run.ema else run.model
+    model = run.averaged_model
     distributed.average_bn_statistics(model)
     weights = run.loss.ensemble_weights
     dtype = PRECISIONS[run.cfg.precision or "fp32"]

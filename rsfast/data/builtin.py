@@ -34,6 +34,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from rsfast.data.cache import cache_root
+
 __all__ = ["CLASS_NAMES", "builtin_root"]
 
 # Part of the cache folder's name: raise it whenever a change below alters a pixel.
@@ -116,7 +118,7 @@ def builtin_root(
     if workers is not None and workers <= 0:
         raise ValueError(f"workers must be positive or None, got {workers}")
 
-    cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir)
+    cache_dir = cache_root() if cache_dir is None else Path(cache_dir)
     root = cache_dir / f"builtin-v{FORMAT_VERSION}-{num_train}-{num_val}-{seed}"
     if root.is_dir():
         return root
@@ -129,15 +131,6 @@ def builtin_root(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root
-
-
-def _default_cache_dir() -> Path:
-    """The cache folder named by the environment; an empty variable counts as unset."""
-    if own := os.environ.get("RSFAST_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "rsfast"
-    return Path.home() / ".cache" / "rsfast"
 
 
 def _publish(partial: Path, root: Path) -> None:

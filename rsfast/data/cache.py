@@ -9,8 +9,12 @@ __all__ = ["cache_root"]
 
 
 def cache_root() -> Path:
-    """`$RSFAST_CACHE`, else `$XDG_CACHE_HOME/rsfast`, else `~/.cache/rsfast`; may not exist."""
-    if "RSFAST_CACHE" in os.environ:
-        return Path(os.environ["RSFAST_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rsfast"
+    """`$RSFAST_CACHE`, else `$XDG_CACHE_HOME/rsfast`, else `~/.cache/rsfast`; may not exist.
+
+    An empty variable counts as unset.
+    """
+    if own := os.environ.get("RSFAST_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "rsfast"
+    return Path.home() / ".cache" / "rsfast"

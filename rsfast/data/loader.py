@@ -114,7 +114,7 @@ def train_loader(
     backend: str = "dali",
     crop: str = "single",
     flip: str = "shared",
-    normalize: str = "imagenet",
+    normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
     rank: int = 0,
@@ -134,7 +134,7 @@ def train_loader(
         backend: "dali", "pil" or "synthetic" (the same random batch at every step).
         crop: "single" window for all levels, or "multi": an independent one for each.
         flip: horizontal, p = 0.5: "shared" by the levels, "independent", or "none".
-        normalize: "imagenet" mean and deviation, or "none" for plain [0, 1].
+        normalize: "imagenet", "none" (plain [0, 1]), or (mean, std) of RGB values in [0, 1].
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
         rank, world_size: which part of each step this process gets.
@@ -157,7 +157,7 @@ def train_loader(
         seed=seed,
         crop=crop,
         flip=flip,
-        crop_area=tuple(crop_area),
+        crop_area=crop_area,
     )
     place = torch.device(device)
     return _loader(plan, resolutions, backend, normalize, workers, place, max_steps)

@@ -58,9 +58,7 @@ class ValBatch:
     corners: np.ndarray
 
 
-def random_windows(
-    draws: np.ndarray, sizes: np.ndarray, area: tuple[float, float]
-) -> np.ndarray:
+def random_windows(draws: np.ndarray, sizes: np.ndarray, area: tuple[float, float]) -> np.ndarray:
     """Crop windows: area uniform in `area`, aspect ratio log-uniform in [3/4, 4/3].
 
     Ten tries; if none fits, the largest centred window whose ratio is in range (what torchvision's

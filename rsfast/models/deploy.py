@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rsfast.models.layers import BatchNormAct2d, SwitchableBatchNorm2d
+from rsfast.models.layers import BatchNormAct2d, Conv2d, MaxPool2d, SwitchableBatchNorm2d
 
 if TYPE_CHECKING:
     from rsfast.models.rsnet import RSNet
@@ -95,7 +95,7 @@ def _as_single(module: nn.Module, mixture: Sequence[tuple[int, float]]) -> nn.Mo
     """A copy of a module tree with every pyramid layer replaced by its plain counterpart."""
     if isinstance(module, SwitchableBatchNorm2d):
         return module.single(mixture)
-    if hasattr(module, "single"):
+    if isinstance(module, Conv2d | MaxPool2d):
         return module.single()
     clone = copy.copy(module)
     # copy.copy shares the dict of children; the clone gets its own.

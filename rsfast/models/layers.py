@@ -26,7 +26,12 @@ class Conv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
     ) -> None:
         super().__init__(
             in_channels,
@@ -72,6 +77,10 @@ class SwitchableBatchNorm2d(nn.Module):
         banks_in_use: the sets of the last training forward. An optimiser step must leave all
             others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self, num_features: int, num_banks: int, activation: str | None = None, eps: float = 1e-5

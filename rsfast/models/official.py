@@ -85,8 +85,7 @@ def from_state_dict(content: dict[str, Any], resolutions: Sequence[int] | None =
                 raise ValueError(f"checkpoint lacks {key}, which a {arch} of this layout has")
             if state[key].shape != tensor.shape:
                 raise ValueError(
-                    f"{key} must be {tuple(tensor.shape)} for {arch}, "
-                    f"got {tuple(state[key].shape)}"
+                    f"{key} must be {tuple(tensor.shape)} for {arch}, got {tuple(state[key].shape)}"
                 )
             tensor.copy_(state[key])
             used.add(key)
@@ -156,8 +155,11 @@ def _guess_arch(state: dict[str, Tensor]) -> str:
 
 def _official_tensors(model: RSNet) -> list[tuple[str, Tensor]]:
     """Their key and our tensor (a view for batch-norm rows), for everything but alpha."""
-    mobile = isinstance(model.backbone, MobileNetV2)
-    layers = _mobilenet_layers(model.backbone) if mobile else _resnet_layers(model.backbone)
+    backbone = model.backbone
+    if isinstance(backbone, MobileNetV2):
+        layers, classifier = _mobilenet_layers(backbone), "classifier.module"
+    else:
+        layers, classifier = _resnet_layers(backbone), "fc.module"
     pairs: list[tuple[str, Tensor]] = []
     for name, layer in layers:
         if isinstance(layer, SwitchableBatchNorm2d):
@@ -167,8 +169,8 @@ def _official_tensors(model: RSNet) -> list[tuple[str, Tensor]]:
                 for field in _BN_FIELDS
             )
         else:
+            assert isinstance(layer, Conv2d)
             pairs.append((f"{name}.module.weight", layer.weight))
-    classifier = "classifier.module" if mobile else "fc.module"
     pairs.append((f"{classifier}.weight", model.classifier.weight))
     pairs.append((f"{classifier}.bias", model.classifier.bias))
     return pairs

@@ -67,6 +67,11 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 class ResNet(nn.Module):
     """Images to the feature map before pooling; `out_channels` wide."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, arch: str, num_banks: int) -> None:
         super().__init__()
         block, depths = DEPTHS[arch]

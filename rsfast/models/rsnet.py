@@ -73,7 +73,7 @@ class RSNet(nn.Module):
         x = self.backbone(images.with_banks(self._banks_of(images)))
         return self.classifier(global_avg_pool(x))
 
-    def at(self, resolution: int, between: str = "interpolate") -> nn.Module:
+    def at(self, resolution: int, between: str = "interpolate") -> deploy.SingleResolutionNet:
         """A plain, single-resolution copy of the network in eval mode.
 
         Args:

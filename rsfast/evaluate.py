@@ -1,0 +1,321 @@
+"""`python -m rsfast.evaluate CHECKPOINT`: accuracy at every resolution, trained or not."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsfast import checkpoint, distributed, plots
+from rsfast.data import BACKENDS, train_loader, val_loader
+from rsfast.data.builtin import builtin_root
+from rsfast.data.plan import VAL_CROPS
+from rsfast.distributed import Rank
+from rsfast.engine import PRECISIONS
+from rsfast.metrics import TopK
+from rsfast.models import RSNet
+from rsfast.models.deploy import SingleResolutionNet, bn_mixture, calibrate, multiply_adds
+from rsfast.validation import Accuracy, validate
+
+__all__ = ["Row", "evaluate", "main", "parse_resolutions"]
+
+BETWEEN = ("interpolate", "nearest", "calibrate")
+_RESOLUTIONS_PER_PASS = 6  # one decode serves so many; bounds the memory for resized images
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        resolution: in pixels, or "ensemble".
+        trained: whether the resolution has a batch-norm set of its own.
+        batch_norm: where its batch-norm set comes from.
+        multiply_adds: of convolutions and classifier, for one image.
+        parameters: that this row needs (all of the network for the ensemble).
+        top1, top5: in percent.
+    """
+
+    resolution: int | str
+    trained: bool
+    batch_norm: str
+    multiply_adds: int
+    parameters: int
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What to evaluate, and on which data."""
+
+    data: str | None
+    resolutions: tuple[int, ...]
+    between: str
+    loader: str
+    batch_size: int
+    workers: int
+    val_crop: str
+    precision: str | None
+    calibration_batches: int
+
+
+def parse_resolutions(text: str) -> list[int]:
+    """ "160" is one resolution, "64:448:16" all from 64 to 448, both included, in steps of 16.
+
+    Raises:
+        ValueError: if the text is neither.
+    """
+    parts = text.split(":")
+    if not 1 <= len(parts) <= 3 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"resolutions must look like 160 or 64:448:16, got {text!r}")
+    numbers = [int(part) for part in parts]
+    if len(numbers) == 1:
+        found = numbers
+    else:
+        step = numbers[2] if len(numbers) == 3 else 1
+        found = list(range(numbers[0], numbers[1] + 1, step)) if step else []
+    if not found or min(found) < 1:
+        raise ValueError(f"resolutions must name at least one positive number, got {text!r}")
+    return found
+
+
+def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> list[Row]:
+    """Accuracy at the trained resolutions, of their ensemble, and at the others asked for.
+
+    Args:
+        model: on the rank's device.
+        alpha: [R] raw ensemble scores.
+        settings: what to evaluate.
+        rank: this process; images are shared out over all of them.
+
+    Returns:
+        One row per resolution, descending, then the ensemble.
+
+    Raises:
+        ValueError: if the data set has other classes than the network.
+    """
+    dtype = PRECISIONS[settings.precision] if settings.precision else _default_dtype(rank)
+    weights = torch.softmax(alpha, dim=0).to(rank.device)
+    loader = _val_batches(model, model.resolutions, settings, rank)
+    accuracy = validate(model, weights, loader, dtype)
+    singles = {r: model.at(r) for r in model.resolutions}
+    rows = _trained_rows(model, accuracy, singles)
+    extra = sorted(set(settings.resolutions) - set(model.resolutions), reverse=True)
+    for start in range(0, len(extra), _RESOLUTIONS_PER_PASS):
+        group = extra[start : start + _RESOLUTIONS_PER_PASS]
+        rows += _untrained_rows(model, group, settings, rank, dtype)
+    rows.sort(key=lambda row: int(row.resolution), reverse=True)
+    sums = sum(multiply_adds(net) for net in singles.values())
+    total = sum(p.numel() for p in model.parameters())
+    return [*rows, Row("ensemble", True, "all sets", sums, total, *accuracy.ensemble)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 2 bad input, 1 evaluation failed."""
+    args = _parse(argv)
+    rank = None
+    try:
+        rank = distributed.join(args.device)
+        resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
+        model, alpha = checkpoint.load_model(args.checkpoint, args.trained_resolutions)
+        with distributed.first_rank_first(rank):
+            data = args.data or str(builtin_root())
+        settings = Settings(
+            data=data,
+            resolutions=tuple(resolutions),
+            between=args.between,
+            loader=args.loader,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            val_crop=args.val_crop,
+            precision=args.precision,
+            calibration_batches=args.calibration_batches,
+        )
+        rows = evaluate(model.to(rank.device), alpha, settings, rank)
+        if rank.is_main:
+            title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
+            _write(rows, title, Path(args.output or args.checkpoint.parent / "evaluation"))
+    except (ValueError, ImportError) as error:
+        print(f"rsfast.evaluate: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"rsfast.evaluate: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.leave()
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rsfast.evaluate",
+        description="Accuracy of a network at every trained resolution, of their ensemble, and "
+        "at any other resolution.",
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="of rsfast (model_best.pt, last.pt) or of the authors' code")
+    add("--data", help="folder with val/ (and train/ to calibrate); the built-in set by default")
+    add(
+        "--resolutions",
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="besides the trained ones: 176, or 64:448:16 for a range with both ends",
+    )
+    add("--between", choices=BETWEEN, default="interpolate", help="batch norm of the others")
+    add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
+    add("--batch-size", type=int, default=64, help="images per process (default 64)")
+    add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
+    add("--val-crop", choices=VAL_CROPS, default="center", help="as in training (default center)")
+    add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--calibration-batches", type=int, default=20, help="training batches to calibrate on")
+    add(
+        "--trained-resolutions",
+        type=int,
+        nargs="+",
+        help="of an authors' checkpoint not at 224..96",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--output",
+        help="folder for accuracy.csv and accuracy.png; beside the checkpoint by default",
+    )
+    return parser.parse_args(argv)
+
+
+def _default_dtype(rank: Rank) -> torch.dtype | None:
+    return torch.bfloat16 if rank.device.type == "cuda" else None
+
+
+def _val_batches(
+    model: RSNet, resolutions: Sequence[int], settings: Settings, rank: Rank
+) -> Iterator:
+    loader = val_loader(
+        settings.data,
+        resolutions,
+        settings.batch_size,
+        backend=settings.loader,
+        normalize=(model.input_mean, model.input_std),
+        crop=settings.val_crop,
+        rank=rank.index,
+        world_size=rank.world_size,
+        workers=settings.workers,
+        device=rank.device,
+    )
+    names = loader.class_names
+    if len(names) != model.num_classes or (model.class_names and names != model.class_names):
+        raise ValueError(
+            f"data folder {settings.data} must have the {model.num_classes} classes of the "
+            f"checkpoint, got {len(names)}: {', '.join(names[:3])}, ..."
+        )
+    return iter(loader)
+
+
+def _trained_rows(
+    model: RSNet, accuracy: Accuracy, singles: dict[int, SingleResolutionNet]
+) -> list[Row]:
+    origin = "own set" if model.bn == "private" else "shared set"
+    return [
+        Row(r, True, origin, multiply_adds(net), _count(net), top1, top5)
+        for (r, net), (top1, top5) in zip(singles.items(), accuracy.levels, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _untrained_rows(
+    model: RSNet,
+    resolutions: Sequence[int],
+    settings: Settings,
+    rank: Rank,
+    dtype: torch.dtype | None,
+) -> list[Row]:
+    between = "nearest" if settings.between == "nearest" else "interpolate"
+    nets = [model.at(r, between) for r in resolutions]
+    if settings.between == "calibrate":
+        for net in nets:
+            calibrate(net, _calibration_images(model, net.resolution, settings, rank))
+    counts = TopK(len(nets), rank.device)
+    for batch in _val_batches(model, resolutions, settings, rank):
+        levels = zip(nets, batch.images.levels(), strict=True)
+        with torch.autocast(rank.device.type, dtype, enabled=dtype is not None):
+            logits = torch.stack([net(level) for net, level in levels])
+        counts.add(logits.float(), batch.labels)
+    accuracies, _ = counts.read()
+    return [
+        Row(
+            net.resolution,
+            False,
+            _origin(model, net.resolution, settings.between),
+            multiply_adds(net),
+            _count(net),
+            *values,
+        )
+        for net, values in zip(nets, accuracies, strict=True)
+    ]
+
+
+def _calibration_images(
+    model: RSNet, resolution: int, settings: Settings, rank: Rank
+) -> Iterator[Tensor]:
+    """The same training images on every rank, so that all ranks end with one network."""
+    loader = train_loader(
+        settings.data,
+        (resolution,),
+        settings.batch_size,
+        backend=settings.loader,
+        workers=settings.workers,
+        device=rank.device,
+        normalize=(model.input_mean, model.input_std),
+        max_steps=settings.calibration_batches,
+    )
+    return (batch.images.level(0) for batch in loader)
+
+
+def _origin(model: RSNet, resolution: int, between: str) -> str:
+    if between == "calibrate":
+        return "calibrated"
+    if model.bn == "shared":
+        return "shared set"
+    mixture = bn_mixture(model.resolutions, resolution, between)
+    if len(mixture) == 1:
+        return f"set of {model.resolutions[mixture[0][0]]}"
+    return " + ".join(f"{share:.2f} x {model.resolutions[bank]}" for bank, share in mixture)
+
+
+def _count(net: torch.nn.Module) -> int:
+    return sum(param.numel() for param in net.parameters())
+
+
+def _write(rows: Sequence[Row], title: str, folder: Path) -> None:
+    """The table on screen, accuracy.csv and accuracy.png."""
+    header = f"{'resolution':>10}  {'batch norm':<24}{'MAdds (M)':>10}{'params (M)':>12}"
+    header += f"{'top-1':>8}{'top-5':>8}"
+    print(title, header, "-" * len(header), sep="\n")
+    for row in rows:
+        print(
+            f"{row.resolution:>10}  {row.batch_norm:<24}{row.multiply_adds / 1e6:>10.1f}"
+            f"{row.parameters / 1e6:>12.2f}{row.top1:>8.2f}{row.top5:>8.2f}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "accuracy.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+        points = [asdict(row) for row in rows if row.resolution != "ensemble"]
+        plots.accuracy_against_multiply_adds(points, title, folder / "accuracy.png")
+    except OSError as error:
+        raise ValueError(f"output folder {folder} cannot be written: {error}") from error
+    print(f"written: {folder / 'accuracy.csv'}, {folder / 'accuracy.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
