@@ -49,23 +49,27 @@ def switchable_bn_act_reference(
         # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
         # backward then takes the gradient for NCHW and returns a wrong one.
         image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
-        # torch.batch_norm divides by m - 1, so one row must not touch the running variance.
-        lone = training and rows.shape[0] == 1
+        mean, var = running_mean[bank], running_var[bank]
+        if training:
+            # Levels may share a set: batch_norm keeps what it is given for the backward, so each
+            # level works on copies of its own.
+            mean, var = mean.clone(), var.clone()
         y = torch.batch_norm(
             image,
             weight[bank],
             bias[bank],
-            running_mean[bank],
-            running_var[bank].clone() if lone else running_var[bank],
+            mean,
+            var,
             training,
             momentum,
             eps,
             False,  # not cuDNN: its statistics are not those of the native kernels
         )
-        if lone:
-            running_var[bank].mul_(1.0 - momentum)
         if training:
-            num_batches_tracked[bank].add_(1)
+            running_mean[bank] = mean
+            # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
+            running_var[bank] = var if len(rows) > 1 else (1.0 - momentum) * running_var[bank]
+            num_batches_tracked[bank] += 1
         levels.append(y.permute(0, 2, 3, 1).reshape(rows.shape))
     y = torch.cat(levels) if len(levels) > 1 else levels[0]
     if residual is not None:

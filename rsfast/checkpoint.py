@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rsfast.models import RSNet, create_model, official
+from rsfast.unpickle import load_dict
 
-__all__ = ["copy", "load", "load_model", "model_payload", "save"]
+__all__ = ["copy", "load_model", "model_payload", "save"]
 
 _FORMAT = 1
 
@@ -28,30 +28,6 @@ def save(payload: dict[str, Any], path: Path) -> None:
 def copy(source: Path, path: Path) -> None:
     """Copies a checkpoint under another name, in the same safe way."""
     _replace(path, lambda file: shutil.copyfile(source, file))
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint of rsfast or of the authors' code onto the CPU.
-
-    Nothing but tensors and plain Python values is unpickled.
-
-    Raises:
-        ValueError: if the file is missing, damaged or holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {path} must hold a dict, got {type(content).__name__}")
-    return content
 
 
 def model_payload(model: RSNet) -> dict[str, Any]:
@@ -80,7 +56,7 @@ def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tu
     Raises:
         ValueError: if the checkpoint is missing, damaged or fits no architecture.
     """
-    content = load(path)
+    content = load_dict(path)
     if official.is_official(content):
         model = official.from_state_dict(content, resolutions)
         alpha = official.alpha_of(content)

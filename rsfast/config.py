@@ -211,12 +211,13 @@ def _shown(value: Any) -> str:
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass."""
-    source: Any = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    return {
-        field.target.id: doc.value.value
-        for field, doc in itertools.pairwise(source.body[0].body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
-    }
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, doc in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            docs[ast.unparse(field.target)] = str(ast.literal_eval(doc.value))
+    return docs
 
 
 def _read_recipe(arch: str) -> dict[str, Any]:

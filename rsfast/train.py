@@ -35,16 +35,17 @@ def train(cfg: TrainConfig) -> Accuracy | None:
         FloatingPointError: if the loss is not finite.
     """
     rank = distributed.join(cfg.device)
+    run = None
     try:
         run = build(cfg, rank)
         accuracy = None
         for epoch in range(run.first_epoch, cfg.epochs):
             losses = train_epoch(run, epoch)
             accuracy = finish_epoch(run, epoch, losses)
-        if run.log:
-            run.log.close()
         return accuracy
     finally:
+        if run and run.log:
+            run.log.close()
         distributed.leave()
 
 

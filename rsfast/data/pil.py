@@ -37,7 +37,6 @@ def render(
     """
     count = len(batch.images)
     levels = [np.empty((count, r, r, 3), dtype=np.uint8) for r in resolutions]
-    draw = _train_levels if isinstance(batch, TrainBatch) else _val_levels
     for n, position in enumerate(batch.images):
         path = index.path(position)
         try:
@@ -45,8 +44,12 @@ def render(
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise RuntimeError(f"cannot decode {path}: {error}") from error
-        for level, picture in zip(levels, draw(image, batch, n, resolutions), strict=True):
-            level[n] = picture
+        if isinstance(batch, TrainBatch):
+            pictures = _train_levels(image, batch, n, resolutions)
+        else:
+            pictures = _val_levels(image, batch, n, resolutions)
+        for level, picture in zip(levels, pictures, strict=True):
+            level[n] = np.asarray(picture)
     return np.concatenate([level.reshape(-1, 3) for level in levels])
 
 

@@ -42,24 +42,25 @@ class Conv2d(nn.Conv2d):
             groups=groups,
             bias=False,
         )
-        self.to(memory_format=torch.channels_last)
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, x: Pyramid) -> Pyramid:
+    def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
         if self.kernel_size != (1, 1) or self.groups != 1:
             return Pyramid.pack([super(Conv2d, self).forward(v) for v in x.levels()], x.banks)
         if self.stride != (1, 1):
-            rows, columns = self.stride
-            x = Pyramid.pack([v[:, :, ::rows, ::columns] for v in x.levels()], x.banks)
+            step = self.stride[0]
+            x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
         return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
 
     def single(self) -> nn.Conv2d:
         """A plain convolution with a copy of the weight."""
+        size, stride = self.kernel_size[0], self.stride[0]
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
+            size,
+            stride=stride,
+            padding=size // 2,
             groups=self.groups,
             bias=False,
         )
@@ -125,13 +126,12 @@ class SwitchableBatchNorm2d(nn.Module):
         Args:
             mixture: (set, weight) pairs; the weights add up to 1.
         """
-        norm = BatchNormAct2d(self.num_features, self.activation, self.eps)
+        norm = BatchNormAct2d(self.num_features, self.activation, self.eps).to(self.weight)
         with torch.no_grad():
             for name in ("weight", "bias", "running_mean", "running_var"):
                 banks = getattr(self, name)
                 mixed = sum(share * banks[bank] for bank, share in mixture)
                 getattr(norm, name).copy_(mixed)
-            norm.num_batches_tracked.copy_(self.num_batches_tracked[mixture[0][0]])
         return norm
 
     def extra_repr(self) -> str:
@@ -157,7 +157,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 class MaxPool2d(nn.MaxPool2d):
     """Max pooling of every level."""
 
-    def forward(self, x: Pyramid) -> Pyramid:
+    def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
         return Pyramid.pack([super(MaxPool2d, self).forward(v) for v in x.levels()], x.banks)
 
     def single(self) -> nn.MaxPool2d:

@@ -7,21 +7,21 @@ networks take RGB in [0, 1] without mean and deviation.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
-from rsfast.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.resnet import DEPTHS, Bottleneck
 from rsfast.models.rsnet import RSNet, create_model
+from rsfast.unpickle import load_dict
 
-__all__ = ["alpha_of", "from_state_dict", "is_official", "load", "save"]
+__all__ = ["alpha_of", "from_state_dict", "is_official", "key_map", "load", "save"]
 
 _DEFAULT_RESOLUTIONS = (224, 192, 160, 128, 96)
 _BN_FIELDS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -41,11 +41,7 @@ def load(path: str | Path, resolutions: Sequence[int] | None = None) -> RSNet:
     Raises:
         ValueError: if the file is damaged, of another kind, or its keys fit no architecture.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or not loadable: {error}") from error
-    return from_state_dict(content, resolutions)
+    return from_state_dict(load_dict(path), resolutions)
 
 
 def is_official(content: Any) -> bool:
@@ -75,21 +71,24 @@ def from_state_dict(content: dict[str, Any], resolutions: Sequence[int] | None =
             f"got {tuple(resolutions)}"
         )
     arch = _guess_arch(state)
-    classifier = "classifier.module" if arch == "mobilenetv2" else "fc.module"
-    num_classes = state[f"{classifier}.bias"].shape[0]
+    bias = ("classifier" if arch == "mobilenetv2" else "fc") + ".module.bias"
+    if bias not in state:
+        raise ValueError(f"checkpoint lacks {bias}, which a {arch} of this layout has")
+    num_classes = state[bias].shape[0]
     model = create_model(arch, resolutions, num_classes)
-    used = {"alpha"}
-    with torch.no_grad():
-        for key, tensor in _official_tensors(model):
-            if key not in state:
-                raise ValueError(f"checkpoint lacks {key}, which a {arch} of this layout has")
-            if state[key].shape != tensor.shape:
-                raise ValueError(
-                    f"{key} must be {tuple(tensor.shape)} for {arch}, got {tuple(state[key].shape)}"
-                )
-            tensor.copy_(state[key])
-            used.add(key)
-    unknown = sorted(set(state) - used)
+    entries = key_map(model)
+    tensors = model.state_dict()  # shares memory with the network
+    for theirs, ours, bank in entries:
+        target = tensors[ours] if bank is None else tensors[ours][bank]
+        if theirs not in state:
+            raise ValueError(f"checkpoint lacks {theirs}, which a {arch} of this layout has")
+        if state[theirs].shape != target.shape:
+            raise ValueError(
+                f"{theirs} must be {tuple(target.shape)} for {arch}, "
+                f"got {tuple(state[theirs].shape)}"
+            )
+        target.copy_(state[theirs])
+    unknown = sorted(set(state) - {"alpha"} - {theirs for theirs, _, _ in entries})
     if unknown:
         raise ValueError(f"checkpoint has {len(unknown)} keys that {arch} lacks: {unknown[:3]}")
     return model.eval()
@@ -116,8 +115,11 @@ def save(model: RSNet, path: str | Path, alpha: Tensor | None = None) -> None:
         raise ValueError(f"model must have private batch norm to be saved, got bn={model.bn!r}")
     if alpha is None:
         alpha = torch.ones(len(model.resolutions))
+    tensors = model.state_dict()
     state = {"alpha": alpha.detach().cpu()}
-    state |= {key: tensor.detach().cpu().clone() for key, tensor in _official_tensors(model)}
+    for theirs, ours, bank in key_map(model):
+        tensor = tensors[ours] if bank is None else tensors[ours][bank]
+        state[theirs] = tensor.detach().cpu().clone()
     torch.save(
         {
             "epoch": 0,
@@ -153,50 +155,44 @@ def _guess_arch(state: dict[str, Tensor]) -> str:
     )
 
 
-def _official_tensors(model: RSNet) -> list[tuple[str, Tensor]]:
-    """Their key and our tensor (a view for batch-norm rows), for everything but alpha."""
+def key_map(model: RSNet) -> list[tuple[str, str, int | None]]:
+    """Their key (no DataParallel prefix), our state dict key, and the batch-norm set or None.
+
+    Covers everything but alpha, which belongs to the loss here.
+    """
     backbone = model.backbone
     if isinstance(backbone, MobileNetV2):
-        layers, classifier = _mobilenet_layers(backbone), "classifier.module"
+        names, classifier = _mobilenet_names(backbone), "classifier.module"
     else:
-        layers, classifier = _resnet_layers(backbone), "fc.module"
-    pairs: list[tuple[str, Tensor]] = []
-    for name, layer in layers:
-        if isinstance(layer, SwitchableBatchNorm2d):
-            pairs += (
-                (f"{name}.bn_{bank}.{field}", getattr(layer, field)[bank])
+        names, classifier = {name: name for name, _ in backbone.named_modules()}, "fc.module"
+    entries: list[tuple[str, str, int | None]] = []
+    for ours, layer in backbone.named_modules():
+        if isinstance(layer, Conv2d):
+            entries.append((f"{names[ours]}.module.weight", f"backbone.{ours}.weight", None))
+        elif isinstance(layer, SwitchableBatchNorm2d):
+            entries += (
+                (f"{names[ours]}.bn_{bank}.{field}", f"backbone.{ours}.{field}", bank)
                 for bank in range(layer.num_banks)
                 for field in _BN_FIELDS
             )
-        else:
-            assert isinstance(layer, Conv2d)
-            pairs.append((f"{name}.module.weight", layer.weight))
-    pairs.append((f"{classifier}.weight", model.classifier.weight))
-    pairs.append((f"{classifier}.bias", model.classifier.bias))
-    return pairs
+    fields = ("weight", "bias")
+    return entries + [(f"{classifier}.{field}", f"classifier.{field}", None) for field in fields]
 
 
-def _resnet_layers(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Our names are theirs."""
-    return [
-        (name, layer)
-        for name, layer in backbone.named_modules()
-        if isinstance(layer, Conv2d | SwitchableBatchNorm2d)
-    ]
-
-
-def _mobilenet_layers(backbone: MobileNetV2) -> list[tuple[str, nn.Module]]:
-    """Theirs are positions in nn.Sequential, activations counted."""
-    layers: list[tuple[str, nn.Module]] = [
-        ("features.0.0", backbone.stem),
-        ("features.0.1", backbone.stem_bn),
-    ]
-    for number, block in enumerate(backbone.blocks, start=1):
-        assert isinstance(block, InvertedResidual)
-        inner = [*block.expand, block.depthwise, block.depthwise_bn, block.project]
+def _mobilenet_names(backbone: MobileNetV2) -> dict[str, str]:
+    """Our layer names to theirs, which are positions in nn.Sequential, activations counted."""
+    names = {
+        "stem": "features.0.0",
+        "stem_bn": "features.0.1",
+        "head": "conv.0",
+        "head_bn": "conv.1",
+    }
+    for number, block in enumerate(backbone.blocks):
         position = 0
-        for layer in [*inner, block.project_bn]:
-            layers.append((f"features.{number}.conv.{position}", layer))
+        for name, layer in block.named_modules():
+            if not isinstance(layer, Conv2d | SwitchableBatchNorm2d):
+                continue
+            names[f"blocks.{number}.{name}"] = f"features.{number + 1}.conv.{position}"
             activated = isinstance(layer, SwitchableBatchNorm2d) and layer.activation is not None
             position += 2 if activated else 1
-    return [*layers, ("conv.0", backbone.head), ("conv.1", backbone.head_bn)]
+    return names

@@ -1,0 +1,115 @@
+"""Recipes, config files and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rsfast.config import TrainConfig, parse_args, recipe_names
+from rsfast.models import ARCHITECTURES
+
+
+def test_every_architecture_has_the_recipe_of_the_paper() -> None:
+    assert set(recipe_names()) == set(ARCHITECTURES)
+    for arch in ARCHITECTURES:
+        cfg = parse_args(["--arch", arch])
+        mobile = arch == "mobilenetv2"
+        assert cfg.arch == arch
+        assert cfg.resolutions == (224, 192, 160, 128, 96)
+        assert (cfg.epochs, cfg.lr) == ((150, 0.05) if mobile else (120, 0.1))
+        assert cfg.weight_decay == (4e-5 if mobile else 1e-4)
+        assert (cfg.batch_size, cfg.momentum, cfg.nesterov) == (256, 0.9, False)
+        assert (cfg.decay, cfg.distill, cfg.crop, cfg.flip) == ("all", "full", "single", "shared")
+        off = (cfg.warmup_epochs, cfg.label_smoothing, cfg.ema_decay)
+        assert off == (0.0, 0.0, 0.0)
+
+
+def test_flags_beat_the_file_which_beats_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('arch = "mobilenetv2"\nlr = 1\nepochs = 7\nresolutions = [64, 32]\n')
+    cfg = parse_args(["--config", str(file), "--epochs", "3"])
+    assert (cfg.arch, cfg.lr, cfg.epochs) == ("mobilenetv2", 1.0, 3)
+    assert cfg.weight_decay == 4e-5
+    assert cfg.resolutions == (64, 32)
+    assert isinstance(cfg.lr, float)
+
+
+def test_the_authors_spelling_is_understood() -> None:
+    cfg = parse_args(["--sizes", "64", "32", "--kd-type", "ens"])
+    assert (cfg.resolutions, cfg.distill) == ((64, 32), "vanilla")
+    assert parse_args(["--kd-type", "ens_topdown"]).distill == "full"
+
+
+def test_the_saved_config_gives_the_same_run(tmp_path: Path) -> None:
+    cfg = parse_args(["--arch", "resnet18", "--nesterov", "--crop-area", "0.3", "1"])
+    (tmp_path / "config.toml").write_text(cfg.to_toml())
+    assert parse_args(["--config", str(tmp_path / "config.toml")]) == cfg
+    assert "resume" not in tomllib.loads(cfg.to_toml())
+
+
+def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert "images per GPU (per process on CPUs) (default 256)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--arch", "vgg"], "arch must be one of"),
+        (["--resolutions", "32", "64"], "strictly descending"),
+        (["--distill", "all"], "distill must be one of"),
+        (["--precision", "fp8"], "precision must be one of"),
+        (["--loader", "ffcv"], "loader must be one of"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--lr", "-1"], "lr must not be negative"),
+        (["--label-smoothing", "1"], r"label_smoothing must be in \[0, 1\)"),
+        (["--warmup-epochs", "200"], "warmup_epochs must be fewer than the 120 epochs"),
+        (["--crop-area", "0.5"], "crop_area must be a range"),
+        (["--nesterov", "--momentum", "0"], "nesterov needs a momentum"),
+        (["--learning-rate", "1"], "unrecognized arguments"),
+        (["--config", "missing.toml"], "config file missing.toml cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_command_lines_exit_with_two_and_a_sentence(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(argv)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate = 0.1", "unknown setting 'learning_rate'"),
+        ("lr = 'high'", "lr must be float, got 'high'"),
+        ("epochs = 1.5", "epochs must be int, got 1.5"),
+        ("nesterov = 1", "nesterov must be bool, got 1"),
+        ("resolutions = [64, 'x']", "resolutions must be int, got 'x'"),
+        ("resolutions = 64", "resolutions must be"),
+        ("lr = ", "cannot be read"),
+    ],
+    ids=str,
+)
+def test_bad_config_files_are_named(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--config", str(tmp_path / "bad.toml")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "bad.toml" in error
+    assert re.search(message, error)

@@ -1,0 +1,135 @@
+"""Two processes on a CPU, as torchrun starts them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import make_image_folder
+from rsfast import Pyramid, create_model
+from rsfast.data import Batch
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.optim import build_optimizer
+
+RESOLUTIONS = (48, 32)
+
+
+def torchrun(*arguments: str, folder: Path) -> str:
+    """Runs a script or module in two processes; returns what they print."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+STEPS = """
+import sys
+import torch
+import torch.distributed as dist
+from rsfast import Pyramid, create_model, distributed
+from rsfast.data import Batch
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.optim import build_optimizer
+
+rank = distributed.join("cpu")
+torch.manual_seed(rank.index)  # different weights at first: they must become the first rank's
+model, loss = create_model("resnet18", (48, 32), 4), MultiResolutionDistillation(2)
+if rank.is_main:
+    model.load_state_dict(torch.load("start.pt"))
+step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
+images, labels = torch.load("batch.pt")
+half = slice(4 * rank.index, 4 * rank.index + 4)
+batch = Batch(Pyramid.pack([level[half] for level in images]), labels[half], labels[half])
+model.train(sys.argv[1] == "train")
+losses = []
+for _ in range(3):
+    losses.append(distributed.sum_over_ranks(torch.stack(step(batch))) / 2)
+    params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
+    other = params.clone()
+    dist.broadcast(other, 0)
+    assert torch.equal(params, other), "ranks differ after a step"
+if rank.is_main:
+    torch.save({"losses": torch.stack(losses), "params": params}, "result.pt")
+if sys.argv[1] == "train":
+    means = torch.cat([norm.running_mean.flatten() for norm in model.batch_norms()])
+    everyone = [torch.empty_like(means) for _ in range(2)]
+    dist.all_gather(everyone, means)
+    assert not torch.equal(*everyone), "statistics are per rank in training"
+    distributed.average_bn_statistics(model)
+    found = torch.cat([norm.running_mean.flatten() for norm in model.batch_norms()])
+    assert torch.allclose(found, sum(everyone) / 2, atol=1e-7)
+distributed.leave()
+"""
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
+    tmp_path: Path, mode: str
+) -> None:
+    """In eval mode batch norm does not see the batch, so that two halves are the whole."""
+    torch.manual_seed(0)
+    model, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
+    images = [torch.randn(8, 3, r, r) for r in RESOLUTIONS]
+    labels = torch.arange(8) % 4
+    torch.save(model.state_dict(), tmp_path / "start.pt")
+    torch.save((images, labels), tmp_path / "batch.pt")
+    (tmp_path / "steps.py").write_text(textwrap.dedent(STEPS))
+    torchrun("steps.py", mode, folder=tmp_path)
+    result = torch.load(tmp_path / "result.pt")
+    if mode == "train":
+        return
+
+    step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
+    model.eval()
+    batch = Batch(Pyramid.pack(images), labels, labels)
+    losses = torch.stack([torch.stack(step(batch)) for _ in range(3)])
+    params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
+    torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result["params"], params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loader", ["pil", "dali"])
+def test_the_command_trains_resumes_and_evaluates_in_two_processes(
+    tmp_path: Path, loader: str
+) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    make_image_folder(tmp_path / "images", train=5, val=4)  # 10 images: the ranks share 2 steps
+    (tmp_path / "images" / "val" / "cat" / "0000.jpg").unlink()  # 7: an odd count for two ranks
+    flags = "-m rsfast.train --arch resnet18 --resolutions 48 32 --batch-size 3 --lr 0.01"
+    flags += f" --epochs 2 --log-every 1 --data images --output run --workers 1 --loader {loader}"
+    torchrun(*flags.split(), folder=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4]
+    assert lines[0]["world_size"] == 2
+    with open(tmp_path / "run" / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Each of the 7 validation images counts once: every figure is a multiple of 1/7.
+    for name in ("top1_48", "top1_32", "top1_ensemble"):
+        sevenths = float(rows[-1][name]) * 7 / 100
+        assert sevenths == pytest.approx(round(sevenths), abs=1e-6)
+    out = torchrun(*flags.split(), "--resume", "auto", folder=tmp_path)
+    assert "resumed after epoch 2 of 2" in out
+
+    evaluation = f"-m rsfast.evaluate run/last.pt --data images --workers 1 --loader {loader}"
+    out = torchrun(*evaluation.split(), "--resolutions", "40", folder=tmp_path)
+    with open(tmp_path / "run" / "evaluation" / "accuracy.csv", newline="") as file:
+        found = {row["resolution"]: row["top1"] for row in csv.DictReader(file)}
+    assert float(found["48"]) == pytest.approx(float(rows[-1]["top1_48"]))

@@ -1,0 +1,80 @@
+"""TrainStep: what one call does, in every precision a CPU has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rsfast import Pyramid, RSNet, create_model
+from rsfast.data import Batch
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.optim import build_optimizer
+
+RESOLUTIONS = (64, 32)
+
+
+def make_batch(num_images: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(num_images, 3, r, r, generator=generator) for r in RESOLUTIONS]
+    labels = torch.arange(num_images) % 4
+    return Batch(Pyramid.pack(levels), labels, torch.arange(num_images))
+
+
+def make_step(precision: str, lr: float = 0.01) -> tuple[RSNet, TrainStep]:
+    torch.manual_seed(0)
+    model, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
+    return model, TrainStep(model, loss, build_optimizer(model, loss, lr=lr), precision=precision)
+
+
+def test_a_step_is_forward_backward_and_sgd() -> None:
+    model, step = make_step("fp32")
+    twin, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
+    twin.load_state_dict(model.state_dict())
+    params = [*twin.parameters(), *loss.parameters()]
+    optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    batch = make_batch()
+    for _ in range(2):
+        terms = step(batch)
+        optimizer.zero_grad()
+        exact = loss(twin(batch.images), batch.labels)
+        exact.total.backward()
+        optimizer.step()
+        for term, exact_term in zip(terms, exact, strict=True):
+            assert torch.equal(term, exact_term)
+            assert not term.requires_grad
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_overfits_a_small_batch(precision: str) -> None:
+    _, step = make_step(precision)
+    batch = make_batch()
+    losses = [float(step(batch).total) for _ in range(12)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_low_precision_stays_near_float32_and_keeps_float32_weights() -> None:
+    model, step = make_step("bf16")
+    _, exact_step = make_step("fp32")
+    batch = make_batch()
+    assert float(step(batch).total) == pytest.approx(float(exact_step(batch).total), rel=0.05)
+    assert {param.dtype for param in model.parameters()} == {torch.float32}
+    assert {norm.running_mean.dtype for norm in model.batch_norms()} == {torch.float32}
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow() -> None:
+    model, step = make_step("fp16")
+    batch = make_batch()
+    batch.images.rows[0] = float("inf")
+    before = [param.detach().clone() for param in model.parameters()]
+    scale = step.scaler.get_scale()
+    step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert step.scaler.get_scale() < scale
+
+
+def test_unknown_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="precision must be one of .* got 'fp8'"):
+        make_step("fp8")

@@ -1,0 +1,164 @@
+"""The evaluation command: rows, files, foreign checkpoints, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import make_image_folder
+from rsfast import RSNet, checkpoint, create_model, evaluate
+from rsfast.data import val_loader
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.models import official
+
+PIL = ["--loader", "pil", "--workers", "0", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=5, val=5)
+
+
+def make_network(num_classes: int = 2) -> RSNet:
+    torch.manual_seed(0)
+    model = create_model("resnet18", (48, 32), num_classes)
+    for norm in model.batch_norms():
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_network()
+    model.class_names = ("cat", "dog")
+    loss = MultiResolutionDistillation(2)
+    path = tmp_path_factory.mktemp("run") / "model_best.pt"
+    checkpoint.save({**checkpoint.model_payload(model), "loss": loss.state_dict()}, path)
+    return path
+
+
+def rows_of(output: Path) -> list[dict[str, str]]:
+    with open(output / "accuracy.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_hold_accuracy_cost_and_origin(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--resolutions", "28:64:12", "--output", str(tmp_path / "out")]
+    assert evaluate.main([str(trained), "--data", str(folder), *PIL, *extra]) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [row["resolution"] for row in rows] == ["64", "52", "48", "40", "32", "28", "ensemble"]
+    assert [row["batch_norm"] for row in rows] == [
+        "set of 48",
+        "set of 48",
+        "own set",
+        "0.50 x 48 + 0.50 x 32",
+        "own set",
+        "set of 32",
+        "all sets",
+    ]
+    assert [row["trained"] for row in rows] == [
+        str(r in (48, 32)) for r in (64, 52, 48, 40, 32, 28)
+    ] + ["True"]
+    costs = [int(row["multiply_adds"]) for row in rows[:-1]]
+    assert costs == sorted(costs, reverse=True)
+    assert int(rows[-1]["multiply_adds"]) == costs[2] + costs[4]
+    single = create_model("resnet18", (48,), 2)
+    assert int(rows[0]["parameters"]) == sum(p.numel() for p in single.parameters())
+    screen = capsys.readouterr().out
+    assert "0.50 x 48 + 0.50 x 32" in screen
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_those_of_the_plain_networks(
+    trained: Path, folder: Path, tmp_path: Path
+) -> None:
+    arguments = [str(trained), "--data", str(folder), *PIL, "--resolutions", "40"]
+    assert evaluate.main([*arguments, "--output", str(tmp_path)]) == 0
+    model, _ = checkpoint.load_model(trained)
+    for row in rows_of(tmp_path)[:-1]:
+        resolution = int(row["resolution"])
+        loader = val_loader(folder, (resolution,), 5, backend="pil", workers=0)
+        net, hits = model.at(resolution), 0
+        with torch.no_grad():
+            for batch in loader:
+                hits += (net(batch.images.level(0)).argmax(1) == batch.labels).sum().item()
+        assert float(row["top1"]) == 100 * hits / 10
+        assert float(row["top5"]) == 100.0
+
+
+@pytest.mark.parametrize("between", ["nearest", "calibrate"])
+def test_the_other_ways_between_resolutions(
+    trained: Path, folder: Path, tmp_path: Path, between: str
+) -> None:
+    arguments = ["--resolutions", "44", "--between", between, "--calibration-batches", "2"]
+    arguments += ["--output", str(tmp_path)]
+    assert evaluate.main([str(trained), "--data", str(folder), *PIL, *arguments]) == 0
+    origin = {"nearest": "set of 48", "calibrate": "calibrated"}[between]
+    assert rows_of(tmp_path)[1]["batch_norm"] == origin
+
+
+def test_an_authors_checkpoint_is_fed_unnormalised_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official.save(make_network(), tmp_path / "checkpoint.pth.tar", torch.tensor([2.0, 0.0]))
+    seen = []
+
+    def spy(*arguments: object, **options: object) -> object:
+        seen.append(options["normalize"])
+        return val_loader(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "val_loader", spy)
+    arguments = [str(tmp_path / "checkpoint.pth.tar"), "--data", str(folder), *PIL]
+    assert evaluate.main([*arguments, "--trained-resolutions", "48", "32"]) == 0
+    assert seen == [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
+    assert [row["resolution"] for row in rows_of(tmp_path / "evaluation")] == [
+        "48",
+        "32",
+        "ensemble",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("160", [160]), ("64:96:16", [64, 80, 96]), ("64:95:16", [64, 80]), ("3:5", [3, 4, 5])],
+)
+def test_resolution_ranges_include_both_ends(text: str, numbers: list[int]) -> None:
+    assert evaluate.parse_resolutions(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "64:", "96:64:16", "0", "64:96:0", "1:2:3:4", "-5"])
+def test_bad_resolutions_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match="resolutions must"):
+        evaluate.parse_resolutions(text)
+
+
+def test_bad_input_exits_with_two_and_a_sentence(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = make_image_folder(tmp_path / "three", classes=("a", "b", "c"), train=1, val=1)
+    named = make_image_folder(tmp_path / "named", classes=("ant", "bee"), train=1, val=1)
+    (tmp_path / "bad.pt").write_bytes(b"junk")
+    (tmp_path / "file").touch()
+    cases = [
+        ([str(tmp_path / "none.pt")], "none.pt does not exist"),
+        ([str(tmp_path / "bad.pt")], "bad.pt is damaged"),
+        ([str(trained), "--data", str(three)], "must have the 2 classes of the checkpoint, got 3"),
+        ([str(trained), "--data", str(named)], "must have the 2 classes of the checkpoint"),
+        ([str(trained), "--data", str(tmp_path / "none")], "none/val does not exist"),
+        ([str(trained), "--data", str(folder), "--resolutions", "x"], "resolutions must look like"),
+        (
+            [str(trained), "--data", str(folder), "--output", str(tmp_path / "file" / "x")],
+            "written",
+        ),
+    ]
+    for arguments, message in cases:
+        assert evaluate.main([*arguments, *PIL]) == 2, message
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error

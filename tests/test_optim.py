@@ -1,0 +1,91 @@
+"""Learning rate, parameter groups, and batch-norm sets that took no part."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rsfast import create_model
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.optim import build_optimizer, lr_at, set_lr
+
+RESOLUTIONS = (64, 48, 32)
+
+
+def test_cosine_starts_at_the_rate_and_never_reaches_zero() -> None:
+    rates = [lr_at(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == 0.1
+    assert rates[50] == pytest.approx(0.05)
+    assert rates[99] == pytest.approx(0.05 * (1 + math.cos(math.pi * 0.99)))
+    assert rates[99] > 0
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_warm_up_is_linear_and_the_cosine_spans_the_rest() -> None:
+    rates = [lr_at(step, 100, 0.1, warmup_steps=20) for step in range(100)]
+    assert rates[:20] == pytest.approx([0.1 * step / 20 for step in range(20)])
+    assert rates[20] == 0.1
+    assert rates[60] == pytest.approx(0.05)
+
+
+def test_a_tensor_rate_keeps_its_memory() -> None:
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    set_lr(optimizer, 0.025)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.025)
+
+
+def test_everything_is_decayed_as_in_the_paper_unless_told_otherwise() -> None:
+    model, loss = create_model("resnet18", RESOLUTIONS, 7), MultiResolutionDistillation(3)
+    everything = sum(p.numel() for p in (*model.parameters(), *loss.parameters()))
+    (group,) = build_optimizer(model, loss, lr=0.1).param_groups
+    assert sum(p.numel() for p in group["params"]) == everything
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (1e-4, 0.9, False)
+
+    decayed, free = build_optimizer(model, loss, lr=0.1, decay="weights").param_groups
+    weights = [p for p in model.parameters() if p.dim() == 4] + [model.classifier.weight]
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in weights}
+    assert free["weight_decay"] == 0.0
+    assert any(p is loss.alpha for p in free["params"])
+
+
+def test_sets_that_took_no_part_stay_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    model, loss = create_model("resnet18", RESOLUTIONS, 7).train(), MultiResolutionDistillation(3)
+    optimizer = build_optimizer(model, loss, lr=0.1, weight_decay=0.1)
+    images = [torch.randn(4, 3, r, r) for r in RESOLUTIONS]
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def step(levels: list[int], criterion: MultiResolutionDistillation) -> None:
+        optimizer.zero_grad()
+        criterion(model([images[level] for level in levels]), labels).total.backward()
+        optimizer.step()
+
+    def state() -> list[torch.Tensor]:
+        found = []
+        for norm in model.batch_norms():
+            for param in norm.parameters():
+                found.append(param.detach().clone())
+                momentum = optimizer.state[param].get("momentum_buffer")
+                found.append(torch.zeros_like(param) if momentum is None else momentum.clone())
+        return found
+
+    for levels, idle, used in (([1], [0, 2], [1]), ([0, 1, 2], [], [0, 1, 2]), ([0], [1, 2], [0])):
+        before = state()
+        step(levels, MultiResolutionDistillation(len(levels)))
+        for old, new in zip(before, state(), strict=True):
+            assert torch.equal(old[idle], new[idle])
+            assert not torch.equal(old[used], new[used])
+
+
+def test_bad_decay_mode_is_named() -> None:
+    with pytest.raises(ValueError, match="decay must be one of"):
+        build_optimizer(
+            create_model("resnet18", (32,), 2),
+            MultiResolutionDistillation(1),
+            lr=0.1,
+            decay="biases",
+        )
