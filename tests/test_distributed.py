@@ -102,7 +102,9 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     losses = torch.stack([torch.stack(step(batch)) for _ in range(3)])
     params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
     torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(result["params"], params, rtol=1e-4, atol=1e-5)
+    # Three steps of float32 sums in another order; a missing or doubled gradient would move
+    # parameters by the size of a step, hundreds of times more.
+    torch.testing.assert_close(result["params"], params, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loader", ["pil", "dali"])

@@ -62,9 +62,8 @@ def test_rows_hold_accuracy_cost_and_origin(
         "set of 32",
         "all sets",
     ]
-    assert [row["trained"] for row in rows] == [
-        str(r in (48, 32)) for r in (64, 52, 48, 40, 32, 28)
-    ] + ["True"]
+    trained_ones = [row["resolution"] for row in rows if row["trained"] == "True"]
+    assert trained_ones == ["48", "32", "ensemble"]
     costs = [int(row["multiply_adds"]) for row in rows[:-1]]
     assert costs == sorted(costs, reverse=True)
     assert int(rows[-1]["multiply_adds"]) == costs[2] + costs[4]
@@ -117,11 +116,8 @@ def test_an_authors_checkpoint_is_fed_unnormalised_images(
     arguments = [str(tmp_path / "checkpoint.pth.tar"), "--data", str(folder), *PIL]
     assert evaluate.main([*arguments, "--trained-resolutions", "48", "32"]) == 0
     assert seen == [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
-    assert [row["resolution"] for row in rows_of(tmp_path / "evaluation")] == [
-        "48",
-        "32",
-        "ensemble",
-    ]
+    rows = rows_of(tmp_path / "evaluation")
+    assert [row["resolution"] for row in rows] == ["48", "32", "ensemble"]
 
 
 @pytest.mark.parametrize(

@@ -19,20 +19,6 @@ from rsfast.unpickle import load_dict
 
 SMALL = """--arch resnet18 --resolutions 48 32 --batch-size 4 --lr 0.01 --log-every 1
     --seed 3""".split()
-    "--arch",
-    "resnet18",
-    "--resolutions",
-    "48",
-    "32",
-    "--batch-size",
-    "4",
-    "--lr",
-    "0.01",
-    "--log-every",
-    "1",
-    "--seed",
-    "3",
-]
 
 
 @pytest.fixture(scope="module")

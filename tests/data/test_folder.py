@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -39,6 +40,12 @@ def contents(index: FolderIndex) -> tuple:
         index.sizes.tolist(),
         index.class_names,
     )
+
+
+def archive_of(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
 
 
 def test_index_lists_every_image_by_class_and_name(root: Path) -> None:
@@ -93,14 +100,17 @@ def test_images_in_sub_folders_and_behind_links_belong_to_the_class(
     root: Path, tmp_path: Path
 ) -> None:
     image = smooth_image(20, 30, np.random.default_rng(0))
-    for place in (root / "cat" / "indoors", tmp_path / "elsewhere"):
+    places = [root / "cat" / str(number) for number in range(9)]
+    for place in (*places, tmp_path / "elsewhere"):
         place.mkdir()
-        image.save(place / "0.jpg")
+        image.save(place / "a.jpg")
+    (root / "dog" / "more").symlink_to(tmp_path / "elsewhere")
     (root / "emu").symlink_to(tmp_path / "elsewhere")
     index = index_folder(root)
     assert index.class_names == ("cat", "dog", "emu")
-    assert index.labels[index.paths.index("cat/indoors/0.jpg")] == 0
-    assert index.labels[index.paths.index("emu/0.jpg")] == 2
+    assert index.paths[3:12] == tuple(f"cat/{number}/a.jpg" for number in range(9))
+    assert index.paths[-2:] == ("dog/more/a.jpg", "emu/a.jpg")
+    assert index.labels.tolist() == [0] * 12 + [1] * 4 + [2]
 
 
 def test_a_second_call_reads_no_header(root: Path, request: pytest.FixtureRequest) -> None:
@@ -138,6 +148,18 @@ def test_a_removed_file_invalidates_the_cache(root: Path) -> None:
     assert after.sizes.tolist() == np.delete(before.sizes, 1, axis=0).tolist()
 
 
+def test_a_renamed_file_invalidates_the_cache_even_if_the_folders_time_is_set_back(
+    root: Path,
+) -> None:
+    os.utime(root / "cat", ns=(0, 0))
+    before = index_folder(root)
+    (root / "cat" / "0000.jpg").rename(root / "cat" / "9999.jpg")
+    os.utime(root / "cat", ns=(0, 0))
+    after = index_folder(root)
+    assert after.paths[:3] == (*before.paths[1:3], "cat/9999.jpg")
+    assert after.sizes.tolist() == before.sizes[[1, 2, 0, 3, 4, 5]].tolist()
+
+
 def test_a_file_replaced_under_its_old_name_invalidates_the_cache(root: Path) -> None:
     os.utime(root / "cat", ns=(0, 0))  # so that the clock's resolution plays no part
     index_folder(root)
@@ -154,6 +176,7 @@ def test_a_file_replaced_under_its_old_name_invalidates_the_cache(root: Path) ->
         pytest.param(lambda content: content[: len(content) // 2], id="cut"),
         pytest.param(lambda content: content[:60] + b"\0" * 8 + content[68:], id="corrupt"),
         pytest.param(lambda content: content.replace(b"sizes", b"other"), id="another_array"),
+        pytest.param(lambda content: archive_of(sizes=np.ones((5, 2))), id="another_shape"),
     ],
 )
 def test_a_damaged_cache_file_is_made_again(

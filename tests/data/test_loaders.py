@@ -153,6 +153,7 @@ def test_a_loop_left_early_starts_the_same_epoch_again(backend: str, image_root:
         assert same(taken, epochs[0][:stop])
         assert loader.epoch == 0
     assert same(list(loader), epochs[0])
+    assert same([next(iter(loader))], epochs[1][:1])  # also after a whole epoch
     assert same(list(loader), epochs[1])
 
 

@@ -1,0 +1,45 @@
+# The verbs of rsfast. Everything is installed into $(VENV), nothing outside this folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dali-cuda13,bench,dev
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-gpu check format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+# A ResNet-18 at five small resolutions on generated JPEGs, then its accuracy at those and others.
+demo: setup
+	rm -rf runs/demo
+	$(BIN)/python -m rsfast.train --arch resnet18 --output runs/demo \
+		--resolutions 96 80 64 48 32 --epochs 5 --batch-size 32 \
+		--lr 0.003 --warmup-epochs 1 --crop-area 0.35 1.0
+	$(BIN)/python -m rsfast.evaluate runs/demo/model_best.pt --resolutions 32:96:8
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
