@@ -43,12 +43,14 @@ class TrainStep:
         loss: (logits, labels) -> LossTerms.
         optimizer: over the parameters of both.
         precision: "bf16" or "fp16" autocast (fp16 with a gradient scaler), or "fp32".
+        graph: whether to replay the step as one CUDA graph. A CPU has none and runs the same
+            operations either way. On a GPU only False works in this version.
 
     Attributes:
         scaler: gradient scaler; does nothing except in fp16.
 
     Raises:
-        ValueError: if the precision is unknown.
+        ValueError: if the precision is unknown, or a graph is asked for on a GPU.
     """
 
     def __init__(
@@ -58,10 +60,13 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         *,
         precision: str = "bf16",
+        graph: bool = True,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
         device = next(model.parameters()).device
+        if graph and device.type == "cuda":
+            raise ValueError("graph must be False on a GPU: this version does not capture the step")
         self._dtype = PRECISIONS[precision]
         self._device_type = device.type
         self._optimizer = optimizer

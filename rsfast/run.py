@@ -127,7 +127,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         model=model,
         loss=loss,
         optimizer=optimizer,
-        step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32"),
+        step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=False),
         ema=ema,
     )
     if resume_from:

@@ -78,3 +78,14 @@ def test_fp16_skips_a_step_whose_gradients_overflow() -> None:
 def test_unknown_precision_is_named() -> None:
     with pytest.raises(ValueError, match="precision must be one of .* got 'fp8'"):
         make_step("fp8")
+
+
+def test_a_cpu_runs_the_same_step_with_or_without_a_graph() -> None:
+    batch, losses = make_batch(), []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        model, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
+        optimizer = build_optimizer(model, loss, lr=0.01)
+        step = TrainStep(model, loss, optimizer, precision="fp32", graph=graph)
+        losses.append([float(step(batch).total) for _ in range(2)])
+    assert losses[0] == losses[1]

@@ -8,6 +8,7 @@ costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -32,6 +33,44 @@ __all__ = ["DaliDecoder"]
 _PREFETCH = 2  # batches
 
 
+class _Feed:
+    """A pipeline and the steps it has yet to be told about."""
+
+    def __init__(self, plan: TrainPlan | ValPlan, pipeline: Pipeline) -> None:
+        self._plan = plan
+        self.pipeline = pipeline
+        self.pending: Iterator[tuple[int, int]] = iter(())
+
+    def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
+        """Paths, corner and shape of the windows, start and end of the resizes."""
+        batch = self._plan.batch(*next(self.pending))
+        assert isinstance(batch, TrainBatch)
+        windows = batch.windows[:1] if batch.shared_window else batch.windows
+        # Relative (y, x) at which the region of a resize starts and ends: x from 0 to 1 upright,
+        # from 1 to 0 mirrored.
+        start = np.zeros((*batch.flips.shape, 2), dtype=np.float32)
+        start[:, :, 1] = batch.flips
+        end = np.ones_like(start)
+        end[:, :, 1] = ~batch.flips
+        return [
+            self._paths(batch.images),
+            *np.ascontiguousarray(windows[:, :, :2]),
+            *np.ascontiguousarray(windows[:, :, 2:]),
+            *start,
+            *end,
+        ]
+
+    def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
+        """Paths, sizes after the resize, corners of the crops."""
+        batch = self._plan.batch(*next(self.pending))
+        assert isinstance(batch, ValBatch)
+        return [self._paths(batch.images), *batch.resized.astype(np.float32), *batch.corners]
+
+    def _paths(self, images: np.ndarray) -> list[np.ndarray]:
+        index = self._plan.index
+        return [np.frombuffer(index.path(i).encode(), dtype=np.uint8) for i in images]
+
+
 class DaliDecoder:
     """Renders the batches of a plan with DALI.
 
@@ -54,30 +93,28 @@ class DaliDecoder:
         self._resolutions = tuple(resolutions)
         self._workers = max(1, workers)
         self._device = device
-        self._pipeline: Pipeline | None = None
-        self._pending: Iterator[tuple[int, int]] = iter(())
+        self._idle: _Feed | None = None
 
     def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
         """[M, 3] uint8 of each step, on the device."""
-        self._pending = iter([(epoch, step) for step in steps])
-        pipeline, self._pipeline = self._pipeline or self._build(), None
+        # A loop that is left early never comes to the end of this function: its pipeline holds
+        # batches that nobody wants, and the next loop builds another one.
+        feed, self._idle = self._idle or self._build(), None
+        feed.pending = iter([(epoch, step) for step in steps])
         for step in steps:
             try:
-                outputs = pipeline.run()
+                outputs = feed.pipeline.run()
             except RuntimeError as error:
                 # DALI reports a sample number at best, and runs ahead of this step.
                 self._name_culprit(epoch, range(step, min(step + _PREFETCH + 2, steps.stop)))
                 raise RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {error}") from error
             yield torch.cat([_as_tensor(level).view(-1, 3) for level in outputs])
-        # Kept for the next epoch; a loop left early comes not here and a new pipeline is built,
-        # because the old one holds batches that nobody wants.
-        try:
-            pipeline.run()
-        except StopIteration:
-            pipeline.reset()
-        self._pipeline = pipeline
+        with contextlib.suppress(StopIteration):
+            feed.pipeline.run()
+        feed.pipeline.reset()
+        self._idle = feed
 
-    def _build(self) -> Pipeline:
+    def _build(self) -> _Feed:
         gpu = self._device.type == "cuda"
         pipeline = Pipeline(
             batch_size=self._plan.batch_size,
@@ -85,18 +122,19 @@ class DaliDecoder:
             device_id=self._device.index or 0 if gpu else None,
             prefetch_queue_depth=_PREFETCH,
         )
+        feed = _Feed(self._plan, pipeline)
         train = isinstance(self._plan, TrainPlan)
         with pipeline:
-            levels = self._train_graph(gpu) if train else self._val_graph(gpu)
+            levels = self._train_graph(feed, gpu) if train else self._val_graph(feed, gpu)
             pipeline.set_outputs(*levels)
         pipeline.build()
-        return pipeline
+        return feed
 
-    def _train_graph(self, gpu: bool) -> list:
+    def _train_graph(self, feed: _Feed, gpu: bool) -> list:
         count = len(self._resolutions)
         windows = 1 if self._plan.crop == "single" else count
         fields = iter(
-            fn.external_source(source=self._next_train, num_outputs=1 + 2 * windows + 2 * count)
+            fn.external_source(source=feed.next_train, num_outputs=1 + 2 * windows + 2 * count)
         )
         encoded = fn.io.file.read(next(fields))
         starts, shapes = _take(fields, windows), _take(fields, windows)
@@ -118,9 +156,9 @@ class DaliDecoder:
             for crop, r, start, end in zip(crops, self._resolutions, left, right, strict=True)
         ]
 
-    def _val_graph(self, gpu: bool) -> list:
+    def _val_graph(self, feed: _Feed, gpu: bool) -> list:
         count = len(self._resolutions)
-        fields = iter(fn.external_source(source=self._next_val, num_outputs=1 + 2 * count))
+        fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 2 * count))
         images = fn.decoders.image(
             fn.io.file.read(next(fields)),
             device="mixed" if gpu else "cpu",
@@ -142,33 +180,6 @@ class DaliDecoder:
             subpixel_scale=False,
             **geometry,
         )
-
-    def _next_train(self) -> list[list[np.ndarray] | np.ndarray]:
-        batch = self._plan.batch(*next(self._pending))
-        assert isinstance(batch, TrainBatch)
-        windows = batch.windows[:1] if batch.shared_window else batch.windows
-        # Relative (y, x) at which the region of a resize starts and ends: x from 0 to 1 upright,
-        # from 1 to 0 mirrored.
-        start = np.zeros((*batch.flips.shape, 2), dtype=np.float32)
-        start[:, :, 1] = batch.flips
-        end = np.ones_like(start)
-        end[:, :, 1] = ~batch.flips
-        return [
-            self._paths(batch.images),
-            *np.ascontiguousarray(windows[:, :, :2]),
-            *np.ascontiguousarray(windows[:, :, 2:]),
-            *start,
-            *end,
-        ]
-
-    def _next_val(self) -> list[list[np.ndarray] | np.ndarray]:
-        batch = self._plan.batch(*next(self._pending))
-        assert isinstance(batch, ValBatch)
-        return [self._paths(batch.images), *batch.resized.astype(np.float32), *batch.corners]
-
-    def _paths(self, images: np.ndarray) -> list[np.ndarray]:
-        index = self._plan.index
-        return [np.frombuffer(index.path(i).encode(), dtype=np.uint8) for i in images]
 
     def _name_culprit(self, epoch: int, steps: range) -> None:
         """Raises an error that names the file Pillow cannot decode either, if there is one."""

@@ -10,6 +10,8 @@ import hashlib
 import logging
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from rsfast.data.cache import cache_root
 __all__ = ["EXTENSIONS", "FolderIndex", "index_folder"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Pillow's names of what every loader can decode, whatever the file is called (MPO is JPEG).
+_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1  # of the cache file; raise it when its contents change
 
@@ -34,7 +38,7 @@ class FolderIndex:
 
     Attributes:
         root: the split's folder.
-        paths: n paths relative to root, sorted.
+        paths: n paths relative to root, sorted within each folder.
         labels: [n] int64, position of the image's class in class_names.
         sizes: [n, 2] int32, height and width in pixels as stored (no EXIF rotation).
         class_names: sub-folder names, sorted.
@@ -58,6 +62,7 @@ def index_folder(root: str | Path, *, workers: int = 8, cache: bool = True) -> F
     """Lists the images below `root` and reads the size of each.
 
     Files whose header no decoder can read are left out, with a warning that names the first ones.
+    An image that is overwritten in place by one of another size needs its folder touched.
 
     Args:
         root: a folder with one sub-folder per class.
@@ -106,7 +111,7 @@ def _read_sizes(root: Path, paths: Sequence[str], workers: int) -> np.ndarray:
     def size_of(path: str) -> tuple[int, int]:
         try:
             with Image.open(root / path) as image:
-                return image.height, image.width
+                return (image.height, image.width) if image.format in _FORMATS else (0, 0)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             return 0, 0  # unreadable
 
@@ -123,9 +128,10 @@ def _read_sizes(root: Path, paths: Sequence[str], workers: int) -> np.ndarray:
 
 def _load_sizes(file: Path, count: int) -> np.ndarray | None:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        # np.load leaves a file it cannot read open when it is given the path.
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             sizes = stored["sizes"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return sizes if sizes.shape == (count, 2) else None
 

@@ -148,6 +148,8 @@ def train_loader(
         ImportError: with the install command, if DALI is asked for and absent.
     """
     resolutions = check_resolutions(resolutions)
+    if max_steps < 0:
+        raise ValueError(f"max_steps must not be negative, got {max_steps}")
     plan = TrainPlan(
         index=_index(root, "train", backend, num_images, num_classes),
         num_levels=len(resolutions),

@@ -41,7 +41,7 @@ def render(
         path = index.path(position)
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = _as_rgb(file)
         except (OSError, SyntaxError, ValueError) as error:
             raise RuntimeError(f"cannot decode {path}: {error}") from error
         if isinstance(batch, TrainBatch):
@@ -51,6 +51,13 @@ def render(
         for level, picture in zip(levels, pictures, strict=True):
             level[n] = np.asarray(picture)
     return np.concatenate([level.reshape(-1, 3) for level in levels])
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _train_levels(

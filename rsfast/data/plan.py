@@ -123,8 +123,7 @@ class TrainPlan:
     crop_area: tuple[float, float] = (0.08, 1.0)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        _check_share(self.batch_size, self.rank, self.world_size)
         if self.crop not in CROP_MODES:
             raise ValueError(f"crop must be one of {CROP_MODES}, got {self.crop!r}")
         if self.flip not in FLIP_MODES:
@@ -180,8 +179,11 @@ class ValPlan:
     crop: str = "center"
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        _check_share(self.batch_size, self.rank, self.world_size)
+        if not self.resolutions or min(self.resolutions) < 1:
+            raise ValueError(
+                f"resolutions must be positive and at least one, got {tuple(self.resolutions)}"
+            )
         if self.crop not in VAL_CROPS:
             raise ValueError(f"val crop must be one of {VAL_CROPS}, got {self.crop!r}")
 
@@ -199,6 +201,15 @@ class ValPlan:
         levels = [_val_geometry(sizes, r, self.crop) for r in self.resolutions]
         resized, corners = (np.stack(part).astype(np.int32) for part in zip(*levels, strict=True))
         return ValBatch(images, resized, corners)
+
+
+def _check_share(batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
 
 
 def _val_geometry(sizes: np.ndarray, resolution: int, crop: str) -> tuple[np.ndarray, np.ndarray]:

@@ -265,7 +265,7 @@ def imagenette(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photographs of 224 x 224 pixels from all ten classes: 20 for training, 20 for validation."""
     archive = SHARED / "imagenette224_60mb.zip"
     if not archive.exists():
-        pytest.skip(f"{archive.name} lies beside the repository on the authors' machines only")
+        pytest.skip(f"needs the photographs of {archive}")
     root = tmp_path_factory.mktemp("imagenette")
     with zipfile.ZipFile(archive) as stored:
         for split in ("train", "val"):
@@ -280,7 +280,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every tenth of 200 ImageNet photographs as they came, and the four greyscale ones."""
     archive = SHARED / "imagenet_jpeg_200.zip"
     if not archive.exists():
-        pytest.skip(f"{archive.name} lies beside the repository on the authors' machines only")
+        pytest.skip(f"needs the photographs of {archive}")
     root = tmp_path_factory.mktemp("originals")
     (root / "train" / "all").mkdir(parents=True)
     (root / "val").mkdir()
