@@ -182,9 +182,30 @@ class DaliDecoder:
         )
 
     def _name_culprit(self, epoch: int, steps: range) -> None:
-        """Raises an error that names the file Pillow cannot decode either, if there is one."""
-        for step in steps:
-            render(self._plan.index, self._plan.batch(epoch, step), self._resolutions)
+        """Raises an error that names the file which cannot be decoded, if one can be found."""
+        batches = [self._plan.batch(epoch, step) for step in steps]
+        for batch in batches:
+            render(self._plan.index, batch, self._resolutions)
+        # Pillow reads them all: the file is one that only DALI refuses.
+        paths = iter([self._plan.index.path(i) for batch in batches for i in batch.images])
+        current = ""
+
+        def next_path() -> list[np.ndarray]:
+            nonlocal current
+            current = next(paths)
+            return [np.frombuffer(current.encode(), dtype=np.uint8)]
+
+        pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
+        with pipeline:
+            encoded = fn.io.file.read(fn.external_source(source=next_path))
+            pipeline.set_outputs(fn.decoders.image(encoded))
+        try:
+            while True:
+                pipeline.run()
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise RuntimeError(f"cannot decode {current}: {error}") from error
 
 
 def _take(fields: Iterator, count: int) -> list:

@@ -149,7 +149,7 @@ def train_loader(
     """
     resolutions = check_resolutions(resolutions)
     if max_steps < 0:
-        raise ValueError(f"max_steps must not be negative, got {max_steps}")
+        raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
         index=_index(root, "train", backend, num_images, num_classes),
         num_levels=len(resolutions),

@@ -256,3 +256,13 @@ def test_a_class_folder_without_a_readable_image_is_named(root: Path, files: lis
         (root / "eel" / name).touch()
     with pytest.raises(ValueError, match=r"train/eel must hold at least one image .*found none$"):
         index_folder(root)
+
+
+def test_an_image_of_a_kind_that_no_loader_decodes_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_image_folder(tmp_path, train=2, val=2)
+    Image.new("RGB", (40, 30)).save(tmp_path / "val" / "dog" / "0001.jpg", format="GIF")
+    index = index_folder(tmp_path / "val")
+    assert len(index) == 3
+    assert "dog/0001.jpg" in caplog.text
