@@ -18,10 +18,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 # A ResNet-18 at five small resolutions on generated JPEGs, then its accuracy at those and others.
 demo: setup
 	rm -rf runs/demo
-	$(BIN)/python -m rsfast.train --arch resnet18 --output runs/demo \
-		--resolutions 96 80 64 48 32 --epochs 5 --batch-size 32 \
-		--lr 0.003 --warmup-epochs 1 --crop-area 0.35 1.0
-	$(BIN)/python -m rsfast.evaluate runs/demo/model_best.pt --resolutions 32:96:8
+	$(BIN)/python -m rsfast.train --arch resnet18 --output runs/demo
+	$(BIN)/python -m rsfast.evaluate runs/demo/model_best.pt --resolutions 48:96:6
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu"

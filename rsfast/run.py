@@ -269,6 +269,7 @@ def _open_folder(run: Run) -> None:
     facts = {
         **environment.describe(run.rank.device),
         "world_size": run.rank.world_size,
+        "total_batch": run.rank.world_size * run.cfg.batch_size,
         "device": str(run.rank.device),
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,

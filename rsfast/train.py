@@ -101,7 +101,6 @@ def finish_epoch(run: Run, epoch: int, losses: dict[str, float]) -> Accuracy:
     is_best = accuracy.score > run.best
     run.best = max(run.best, accuracy.score)
     if run.log:
-        save(run, epoch + 1, is_best)
         step = (epoch + 1) * run.steps_per_epoch
         row: dict[str, float] = {"epoch": epoch + 1, "lr": run.lr(step - 1), **losses}
         for r, (top1, top5) in zip(run.cfg.resolutions, accuracy.levels, strict=True):
@@ -109,7 +108,9 @@ def finish_epoch(run: Run, epoch: int, losses: dict[str, float]) -> Accuracy:
         row |= {"top1_ensemble": accuracy.ensemble[0], "top5_ensemble": accuracy.ensemble[1]}
         for r, weight in zip(run.cfg.resolutions, weights.tolist(), strict=True):
             row[f"alpha_{r}"] = weight
+        # Logged first: a resumed run drops what is newer than its checkpoint, and misses nothing.
         run.log.epoch(step, row)
+        save(run, epoch + 1, is_best)
         _print_epoch(run, epoch, losses["loss"], accuracy, is_best)
     return accuracy
 

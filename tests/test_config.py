@@ -14,9 +14,9 @@ from rsfast.models import ARCHITECTURES
 
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:
-    assert set(recipe_names()) == set(ARCHITECTURES)
+    assert set(recipe_names()) == {*ARCHITECTURES, "builtin"}
     for arch in ARCHITECTURES:
-        cfg = parse_args(["--arch", arch])
+        cfg = parse_args(["--arch", arch, "--data", "imagenet"])
         mobile = arch == "mobilenetv2"
         assert cfg.arch == arch
         assert cfg.resolutions == (224, 192, 160, 128, 96)
@@ -31,11 +31,20 @@ def test_every_architecture_has_the_recipe_of_the_paper() -> None:
 def test_flags_beat_the_file_which_beats_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('arch = "mobilenetv2"\nlr = 1\nepochs = 7\nresolutions = [64, 32]\n')
-    cfg = parse_args(["--config", str(file), "--epochs", "3"])
+    cfg = parse_args(["--config", str(file), "--epochs", "3", "--data", "images"])
     assert (cfg.arch, cfg.lr, cfg.epochs) == ("mobilenetv2", 1.0, 3)
     assert cfg.weight_decay == 4e-5
     assert cfg.resolutions == (64, 32)
     assert isinstance(cfg.lr, float)
+
+
+def test_without_data_the_settings_fit_the_builtin_set_and_a_laptop() -> None:
+    cfg = parse_args([])
+    assert (cfg.arch, cfg.data) == ("resnet50", None)
+    assert cfg.resolutions[0] < 128
+    assert cfg.batch_size <= 32
+    assert parse_args(["--batch-size", "7"]).batch_size == 7
+    assert parse_args(["--loader", "synthetic"]).resolutions == (224, 192, 160, 128, 96)
 
 
 def test_the_authors_spelling_is_understood() -> None:
@@ -73,7 +82,7 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
         (["--epochs", "many"], "invalid int value: 'many'"),
         (["--lr", "-1"], "lr must not be negative"),
         (["--label-smoothing", "1"], r"label_smoothing must be in \[0, 1\)"),
-        (["--warmup-epochs", "200"], "warmup_epochs must be fewer than the 120 epochs"),
+        (["--warmup-epochs", "200"], "warmup_epochs must be fewer than the 5 epochs"),
         (["--crop-area", "0.5"], "crop_area must be a range"),
         (["--nesterov", "--momentum", "0"], "nesterov needs a momentum"),
         (["--learning-rate", "1"], "unrecognized arguments"),
