@@ -101,14 +101,20 @@ class DaliDecoder:
         # batches that nobody wants, and the next loop builds another one.
         feed, self._idle = self._idle or self._build(), None
         feed.pending = iter([(epoch, step) for step in steps])
+        copied = torch.cuda.Event() if self._device.type == "cuda" else None
         for step in steps:
+            if copied:
+                copied.synchronize()  # DALI writes into its outputs again from here on
             try:
                 outputs = feed.pipeline.run()
             except RuntimeError as error:
                 # DALI reports a sample number at best, and runs ahead of this step.
                 self._name_culprit(epoch, range(step, min(step + _PREFETCH + 2, steps.stop)))
                 raise RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {error}") from error
-            yield torch.cat([_as_tensor(level).view(-1, 3) for level in outputs])
+            rows = torch.cat([_as_tensor(level).view(-1, 3) for level in outputs])
+            if copied:
+                copied.record()
+            yield rows
         with contextlib.suppress(StopIteration):
             feed.pipeline.run()
         feed.pipeline.reset()
