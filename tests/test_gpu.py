@@ -1,0 +1,102 @@
+"""What only a GPU can show: `make test-gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import make_image_folder
+from rsfast import Pyramid, create_model, train
+from rsfast.data import Batch, train_loader, val_loader
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.metrics import LossMeter
+from rsfast.models import RSNet
+from rsfast.optim import build_optimizer, set_lr
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+RESOLUTIONS = (64, 48, 32)
+
+
+def make_batch(device: str) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(8, 3, r, r, generator=generator) for r in RESOLUTIONS]
+    labels = torch.arange(8) % 4
+    return Batch(Pyramid.pack(levels).to(device), labels.to(device), torch.arange(8))
+
+
+def make_step(arch: str, device: str, precision: str) -> tuple[RSNet, TrainStep]:
+    torch.manual_seed(0)
+    model = create_model(arch, RESOLUTIONS, 4).to(device)
+    loss = MultiResolutionDistillation(len(RESOLUTIONS)).to(device)
+    optimizer = build_optimizer(model, loss, lr=0.003)
+    return model, TrainStep(model, loss, optimizer, precision=precision, graph=False)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.03)])
+def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float) -> None:
+    _, gpu_step = make_step(arch, "cuda", precision)
+    _, cpu_step = make_step(arch, "cpu", "fp32")
+    exact = float(cpu_step(make_batch("cpu")).total)
+    assert float(gpu_step(make_batch("cuda")).total) == pytest.approx(exact, rel=bound)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_overfits_a_small_batch(precision: str) -> None:
+    _, step = make_step("resnet18", "cuda", precision)
+    batch = make_batch("cuda")
+    losses = [float(step(batch).total) for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_waits_for_the_device_between_log_lines(precision: str) -> None:
+    model, step = make_step("resnet18", "cuda", precision)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
+    meter.add(step(batch))  # first-use set-up may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in range(3):
+            set_lr(optimizer, 0.1 / (index + 1))
+            meter.add(step(batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_is_refused_in_words() -> None:
+    model, loss = create_model("resnet18", (32,), 2).cuda(), MultiResolutionDistillation(1).cuda()
+    with pytest.raises(ValueError, match="graph must be False on a GPU"):
+        TrainStep(model, loss, build_optimizer(model, loss, lr=0.1))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_dali_on_the_gpu_agrees_with_pillow(tmp_path: Path, split: str) -> None:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    root = make_image_folder(tmp_path, train=8, val=8)
+    make = train_loader if split == "train" else val_loader
+    loaders = [
+        make(root, RESOLUTIONS, 4, backend=backend, normalize="none", device="cuda")
+        for backend in ("dali", "pil")
+    ]
+    for ours, oracle in zip(*loaders, strict=True):
+        assert torch.equal(ours.labels, oracle.labels)
+        error = 255 * (ours.images.rows - oracle.images.rows).abs()
+        assert error.mean() < 1.0  # nvJPEG rounds its inverse DCT differently from libjpeg
+
+
+def test_the_command_trains_on_the_gpu_in_bf16_by_default(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "images")
+    flags = "--arch resnet18 --resolutions 64 32 --batch-size 4 --epochs 2 --loader pil --workers 0"
+    output = tmp_path / "run"
+    assert train.main([*flags.split(), "--data", str(root), "--output", str(output)]) == 0
+    start = json.loads((output / "log.jsonl").read_text().splitlines()[0])
+    assert start["config"]["precision"] == "bf16"
+    assert start["gpu"] == torch.cuda.get_device_name()
