@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from rsfast.unpickle import load_dict
 __all__ = ["copy", "load_model", "model_payload", "save"]
 
 _FORMAT = 1
+# Attributes of a network that say what goes in and what comes out.
+_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "class_names")
 
 
 def save(payload: dict[str, Any], path: Path) -> None:
@@ -31,13 +32,11 @@ def copy(source: Path, path: Path) -> None:
 
 
 def model_payload(model: RSNet) -> dict[str, Any]:
-    """What it takes to rebuild a network: its settings, weights and input normalisation."""
+    """What it takes to rebuild a network: its settings, weights, and the input they expect."""
     return {
         "settings": model.settings(),
         "model": model.state_dict(),
-        "input_mean": model.input_mean,
-        "input_std": model.input_std,
-        "class_names": model.class_names,
+        **{name: getattr(model, name) for name in _INPUT_FIELDS},
     }
 
 
@@ -61,7 +60,7 @@ def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tu
         model = official.from_state_dict(content, resolutions)
         alpha = official.alpha_of(content)
         return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
-    missing = {"settings", "model", "loss", "input_mean", "input_std"} - set(content)
+    missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
     if missing:
         raise ValueError(
             f"checkpoint {path} is neither of rsfast nor of the authors' code: "
@@ -74,22 +73,20 @@ def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tu
         raise ValueError(
             f"checkpoint {path} does not fit the {model.arch} it says it is: {error}"
         ) from error
-    model.input_mean = tuple(content["input_mean"])
-    model.input_std = tuple(content["input_std"])
-    model.class_names = content["class_names"]
+    for name in _INPUT_FIELDS:
+        setattr(model, name, content[name])
     return model.eval(), content["loss"]["alpha"]
 
 
 def _replace(path: Path, write: Callable[[str], Any]) -> None:
     """Writes a temporary file beside `path`, makes sure it is on disk, then renames it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
-        _sync(temporary)
+        write(str(temporary))
+        _sync(str(temporary))
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     _sync(str(path.parent))
 

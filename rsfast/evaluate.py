@@ -121,7 +121,6 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 bad input, 1 evaluation failed."""
     args = _parse(argv)
-    rank = None
     try:
         rank = distributed.join(args.device)
         resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
@@ -135,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loader=args.loader,
             batch_size=args.batch_size,
             workers=args.workers,
-            val_crop=args.val_crop,
+            val_crop=args.val_crop or model.val_crop,
             precision=args.precision,
             calibration_batches=args.calibration_batches,
         )
@@ -174,7 +173,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
     add("--batch-size", type=int, default=64, help="images per process (default 64)")
     add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
-    add("--val-crop", choices=VAL_CROPS, default="center", help="as in training (default center)")
+    add("--val-crop", choices=VAL_CROPS, help="by default as in training")
     add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--calibration-batches", type=int, default=20, help="training batches to calibrate on")
     add(

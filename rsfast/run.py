@@ -102,7 +102,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     model = create_model(cfg.arch, cfg.resolutions, len(loaders[0].class_names), cfg.bn)
     model.to(rank.device)
     model.input_mean, model.input_std = loaders[0].mean, loaders[0].std
-    model.class_names = loaders[0].class_names
+    model.val_crop, model.class_names = cfg.val_crop, loaders[0].class_names
     loss = MultiResolutionDistillation(len(cfg.resolutions), cfg.distill, cfg.label_smoothing)
     loss.to(rank.device)
     optimizer = build_optimizer(

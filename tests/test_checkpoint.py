@@ -19,7 +19,7 @@ def payload() -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("resnet18", (48, 32), 3)
     model.input_mean, model.input_std = (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)
-    model.class_names = ("a", "b", "c")
+    model.val_crop, model.class_names = "none", ("a", "b", "c")
     loss = MultiResolutionDistillation(2)
     return {**checkpoint.model_payload(model), "loss": loss.state_dict()}
 
@@ -29,7 +29,8 @@ def test_a_network_comes_back_whole(tmp_path: Path) -> None:
     checkpoint.save(content, tmp_path / "a.pt")
     model, alpha = checkpoint.load_model(tmp_path / "a.pt")
     assert (model.arch, model.resolutions, model.num_classes) == ("resnet18", (48, 32), 3)
-    assert (model.input_mean, model.class_names) == ((0.4, 0.5, 0.6), ("a", "b", "c"))
+    assert (model.input_mean, model.input_std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+    assert (model.val_crop, model.class_names) == ("none", ("a", "b", "c"))
     assert torch.equal(alpha, torch.ones(2))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, content["model"][key])

@@ -26,6 +26,7 @@ class RSNet(nn.Module):
         resolutions: trained resolutions in pixels, descending.
         input_mean, input_std: the normalisation of the input that the weights expect, on values
             in [0, 1], RGB. Loaders apply it; the network does not.
+        val_crop: how validation images were cut in training, "center" or "none".
         class_names: names of the classes if known.
     """
 
@@ -45,6 +46,7 @@ class RSNet(nn.Module):
         self.bn = bn
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
+        self.val_crop = "center"
         self.class_names: tuple[str, ...] | None = None
         num_banks = len(self.resolutions) if bn == "private" else 1
         self.backbone = MobileNetV2(num_banks) if arch == "mobilenetv2" else ResNet(arch, num_banks)
