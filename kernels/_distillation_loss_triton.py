@@ -1,5 +1,11 @@
 """The Triton kernel of :mod:`rsfast.kernels.distillation_loss`, which holds the equations.
 
+With x_t = z_t - max z_t and S_t = sum exp(x_t), log p_t = x_t - log S_t. As probabilities add up
+to 1, the logarithms leave the sums over K, and with them most of the rounding:
+
+    CE(z_s, y)     = log S_s - <target, x_s>
+    KL(p_t || p_s) = <p_t, x_t - x_s> - log S_t + log S_s
+
 Only that module imports this one, and only once the kernel is asked for: everything else works
 without Triton.
 """
@@ -89,23 +95,23 @@ def _fold_maxima_and_sums(
 
 
 @triton.jit
-def _logs(
+def _reciprocals(
     sums,  # R + 1 scalars
     R: tl.constexpr,
 ):
-    logs = ()
+    reciprocals = ()
     for t in tl.static_range(R + 1):
-        logs = logs + (tl.log(sums[t]),)
-    return logs
+        reciprocals = reciprocals + (1.0 / sums[t],)
+    return reciprocals
 
 
 @triton.jit
 def _emit_block(
     rows,  # z_0 .. z_R
     maxima,  # R + 1 scalars
-    log_sums,  # R + 1 scalars, so that log p_t = z_t - maxima[t] - log_sums[t]
-    totals,  # (ce, ensemble, distill / W) of earlier blocks
-    slopes,  # R scalars, <p_0 - target, z_r - maxima[r]> of earlier blocks
+    scales,  # R + 1 scalars, so that p_t = exp(x_t) * scales[t] with x_t = z_t - maxima[t]
+    totals,  # (ce, ensemble, distill / W) of earlier blocks, with x_t in the place of log p_t
+    slopes,  # R scalars, <p_0 - target, x_r> of earlier blocks
     target,  # [BLOCK_K] smoothed one-hot label, 0 where masked
     d_ce,  # upstream gradient of ce / N
     d_distill,  # upstream gradient of distill * W / N
@@ -121,41 +127,38 @@ def _emit_block(
 ):
     """Adds one block to `totals` and `slopes` and writes its part of d(logits).
 
-    Masked lanes have p = log p = 0, never 0 * -inf.
+    Masked lanes have p = x = 0, never 0 * -inf.
     """
     zeros = tl.zeros_like(target)
     ce = zeros
     distill = zeros
     mixed = zeros  # sum of p_t over the teachers of the next student
-    neg_entropy = zeros  # and of p_t log p_t
+    mixed_x = zeros  # and of p_t x_t
     num_teachers = 0
-    centred = tl.where(mask_k, rows[0] - maxima[0], 0.0)
-    log_probs = tl.where(mask_k, centred - log_sums[0], 0.0)
-    probs = tl.where(mask_k, tl.exp(log_probs), 0.0)
+    x = tl.where(mask_k, rows[0] - maxima[0], 0.0)
+    probs = tl.where(mask_k, tl.exp(x) * scales[0], 0.0)
     ensemble_error = probs - target
-    ensemble = target * log_probs
+    ensemble = target * x
     if (FIRST_TEACHER <= 0) and (LAST_TEACHER >= 0):
         mixed += probs
-        neg_entropy += probs * log_probs
+        mixed_x += probs * x
         num_teachers = num_teachers + 1
 
     new_slopes = ()
     for s in tl.static_range(1, R + 1):
-        centred = tl.where(mask_k, rows[s] - maxima[s], 0.0)
-        log_probs = tl.where(mask_k, centred - log_sums[s], 0.0)
-        probs = tl.where(mask_k, tl.exp(log_probs), 0.0)
+        x = tl.where(mask_k, rows[s] - maxima[s], 0.0)
+        probs = tl.where(mask_k, tl.exp(x) * scales[s], 0.0)
         if WRITE_TERMS:
-            ce += target * log_probs
-            distill += neg_entropy - mixed * log_probs
+            ce += target * x
+            distill += mixed_x - mixed * x
         if WRITE_GRADS:
             dz = d_ce * (probs - target) + d_distill * (num_teachers * probs - mixed)
             dz_ptrs = dlogits_ptr + (s - 1) * stride_zr + offs_k
             tl.store(dz_ptrs, dz.to(dlogits_ptr.dtype.element_ty), mask=mask_k)
-            slope = slopes[s - 1] + tl.sum(ensemble_error * centred, 0)
-            new_slopes = new_slopes + (slope,)
+            new_slopes = new_slopes + (slopes[s - 1] + tl.sum(ensemble_error * x, 0),)
         if (s >= FIRST_TEACHER) and (s <= LAST_TEACHER):
             mixed += probs
-            neg_entropy += probs * log_probs
+            mixed_x += probs * x
             num_teachers = num_teachers + 1
 
     if WRITE_TERMS:
@@ -214,12 +217,12 @@ def _distillation_loss_kernel(
         mask_k = offs_k < K
         rows = _load_rows(logits_ptr, stride_zr, shares, offs_k, mask_k, R)
         maxima, sums = _fold_maxima_and_sums(rows, maxima, sums, R)
-        log_sums = _logs(sums, R)
+        scales = _reciprocals(sums, R)
         target = tl.where(mask_k, tl.where(offs_k == label, hit_target, miss_target), 0.0)
         totals, slopes = _emit_block(
             rows,
             maxima,
-            log_sums,
+            scales,
             totals,
             slopes,
             target,
@@ -240,7 +243,7 @@ def _distillation_loss_kernel(
             offs_k = start + tl.arange(0, BLOCK_K)
             rows = _load_rows(logits_ptr, stride_zr, shares, offs_k, offs_k < K, R)
             maxima, sums = _fold_maxima_and_sums(rows, maxima, sums, R)
-        log_sums = _logs(sums, R)
+        scales = _reciprocals(sums, R)
         for start in range(0, K, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
             mask_k = offs_k < K
@@ -249,7 +252,7 @@ def _distillation_loss_kernel(
             totals, slopes = _emit_block(
                 rows,
                 maxima,
-                log_sums,
+                scales,
                 totals,
                 slopes,
                 target,
@@ -267,10 +270,28 @@ def _distillation_loss_kernel(
             )
 
     if WRITE_TERMS:
+        # Each sum of logarithms is added once: it is small beside the total. For the distillation
+        # relative to row 0, which cancels and leaves nearly nothing when the rows agree.
+        ce_logs = 0.0
+        distill_logs = 0.0
+        teacher_logs = 0.0
+        num_teachers = 0
+        if (FIRST_TEACHER <= 0) and (LAST_TEACHER >= 0):
+            num_teachers = num_teachers + 1
+        for s in tl.static_range(1, R + 1):
+            ce_logs += tl.log(sums[s])
+            relative_log = tl.log(sums[s] * scales[0])
+            distill_logs += num_teachers * relative_log - teacher_logs
+            if (s >= FIRST_TEACHER) and (s <= LAST_TEACHER):
+                num_teachers = num_teachers + 1
+                teacher_logs += relative_log
+        ce = totals[0] + ce_logs
+        ensemble = totals[1] + tl.log(sums[0])
+        distill = (totals[2] + distill_logs) * teacher_weight
         terms_ptr += image * 3
-        tl.store(terms_ptr, totals[0] / num_images)
-        tl.store(terms_ptr + 1, totals[1] / num_images)
-        tl.store(terms_ptr + 2, totals[2] * teacher_weight / num_images)
+        tl.store(terms_ptr, ce / num_images)
+        tl.store(terms_ptr + 1, ensemble / num_images)
+        tl.store(terms_ptr + 2, distill / num_images)
     if WRITE_GRADS:
         d_ensemble = tl.load(upstream_ptr + stride_upstream) / num_images
         mean_slope = 0.0
