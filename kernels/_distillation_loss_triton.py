@@ -17,17 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_BLOCK_K", "OPTIONS", "launch", "tile"]
+__all__ = ["OPTIONS", "launch", "tile"]
 
-# Up to this many classes all rows of an image stay in registers, above it they are read twice.
+# Up to this many classes all rows of an image stay in registers, above it they are read twice, in
+# smaller blocks.
 MAX_BLOCK_K = 2048
+LOOP_BLOCK_K = 512
 
-# Warps by (BLOCK_K, more than four rows). Chosen ahead of time, as few as leave at most 16 logits
-# per row and no spills on sm_80 and sm_90 (tests/kernels/test_compile_ahead.py); not timed yet.
+# Warps by (BLOCK_K, more than four rows): at most 8 logits of a row per thread, 4 of many rows.
+# Free of spills on sm_80 and sm_90 (tests/kernels/test_compile_ahead.py); not timed on a GPU yet.
 _NUM_WARPS = {
     (256, False): 1,
     (256, True): 2,
-    (512, False): 2,
+    (512, False): 4,
     (512, True): 4,
     (1024, False): 4,
     (1024, True): 8,
@@ -110,7 +112,7 @@ def _emit_block(
     rows,  # z_0 .. z_R
     maxima,  # R + 1 scalars
     scales,  # R + 1 scalars, so that p_t = exp(x_t) * scales[t] with x_t = z_t - maxima[t]
-    totals,  # (ce, ensemble, distill / W) of earlier blocks, with x_t in the place of log p_t
+    totals,  # [BLOCK_K] each: ce, ensemble, distill / W so far, with x_t in the place of log p_t
     slopes,  # R scalars, <p_0 - target, x_r> of earlier blocks
     target,  # [BLOCK_K] smoothed one-hot label, 0 where masked
     d_ce,  # upstream gradient of ce / N
@@ -163,9 +165,9 @@ def _emit_block(
 
     if WRITE_TERMS:
         totals = (
-            totals[0] - tl.sum(ce, 0),
-            totals[1] - tl.sum(ensemble, 0),
-            totals[2] + tl.sum(distill, 0),
+            totals[0] - ce,
+            totals[1] - ensemble,
+            totals[2] + distill,
         )
     if WRITE_GRADS:
         slopes = new_slopes
@@ -210,7 +212,8 @@ def _distillation_loss_kernel(
 
     maxima = (-float("inf"),) * (R + 1)
     sums = (0.0,) * (R + 1)
-    totals = (0.0, 0.0, 0.0)
+    zeros = tl.zeros((BLOCK_K,), tl.float32)
+    totals = (zeros, zeros, zeros)
     slopes = (0.0,) * R
     if K <= BLOCK_K:  # read once, then in registers
         offs_k = tl.arange(0, BLOCK_K)
@@ -285,9 +288,9 @@ def _distillation_loss_kernel(
             if (s >= FIRST_TEACHER) and (s <= LAST_TEACHER):
                 num_teachers = num_teachers + 1
                 teacher_logs += relative_log
-        ce = totals[0] + ce_logs
-        ensemble = totals[1] + tl.log(sums[0])
-        distill = (totals[2] + distill_logs) * teacher_weight
+        ce = tl.sum(totals[0], 0) + ce_logs
+        ensemble = tl.sum(totals[1], 0) + tl.log(sums[0])
+        distill = (tl.sum(totals[2], 0) + distill_logs) * teacher_weight
         terms_ptr += image * 3
         tl.store(terms_ptr, ce / num_images)
         tl.store(terms_ptr + 1, ensemble / num_images)
@@ -304,7 +307,8 @@ def _distillation_loss_kernel(
 
 def tile(num_resolutions: int, num_classes: int) -> tuple[int, int]:
     """(BLOCK_K, num_warps) for R rows of K logits."""
-    block_k = min(triton.next_power_of_2(num_classes), MAX_BLOCK_K)
+    one_block = num_classes <= MAX_BLOCK_K
+    block_k = triton.next_power_of_2(num_classes) if one_block else LOOP_BLOCK_K
     return block_k, _NUM_WARPS[max(block_k, 256), num_resolutions > 4]
 
 

@@ -195,7 +195,7 @@ def test_every_mode_matches_the_float64_reference(
 def test_each_term_may_have_its_own_upstream_gradient(
     upstream: str, num_classes: int, place: tuple[str, torch.dtype]
 ) -> None:
-    draws = [make_inputs(5, 3, num_classes, *place, seed=seed) for seed in range(DRAWS)]
+    draws = [make_inputs(5, 1, num_classes, *place, seed=seed) for seed in range(DRAWS)]
     assert_as_good_as_pytorch(draws, UPSTREAMS[upstream])
 
 
@@ -207,7 +207,7 @@ def test_extreme_logits_match_the_float64_reference(
 ) -> None:
     draws = []
     for seed in range(DRAWS):
-        logits, labels, alpha = make_inputs(5, 3, num_classes, *place, scale=1.0, seed=seed)
+        logits, labels, alpha = make_inputs(5, 1, num_classes, *place, scale=1.0, seed=seed)
         hit = torch.nn.functional.one_hot(labels, num_classes).to(logits.dtype)
         logits = {
             "equal": torch.full_like(logits, 7.0),
