@@ -1,0 +1,377 @@
+"""The Triton kernel of the loss, against the float64 reference.
+
+Without a CUDA device the kernel runs in Triton's interpreter (see tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsfast.kernels import DISTILL_MODES, distillation_loss, distillation_loss_reference
+
+FWD = torch.ops.rsfast.distillation_loss_fwd
+BWD = torch.ops.rsfast.distillation_loss_bwd
+
+gpu = pytest.mark.gpu
+PLACES = [
+    pytest.param(("cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("cpu", torch.float16), id="cpu-float16"),
+    # The interpreter truncates bfloat16 stores: on a GPU only.
+    pytest.param(("cuda", torch.float32), id="cuda-float32", marks=gpu),
+    pytest.param(("cuda", torch.float16), id="cuda-float16", marks=gpu),
+    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=gpu),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+UPSTREAMS = {
+    "total": (1.0, 1.0, 1.0),
+    "apart": (2.0, -3.0, 0.5),
+    "distill": (0.0, 0.0, 1.0),
+    "scaled": (1024.0, 1024.0, 1024.0),
+}
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+DRAWS = 4
+
+
+class Results(NamedTuple):
+    ce: Tensor
+    ensemble: Tensor
+    distill: Tensor
+    dlogits: Tensor
+    dalpha: Tensor
+
+
+def skip_unless_it_runs_on(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off where a CUDA device is there")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """`torch.empty` is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+# The reference multiplies matrices, which cuBLAS does not promise to repeat.
+pytestmark = pytest.mark.filterwarnings("ignore:.*CuBLAS:UserWarning")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    skip_unless_it_runs_on(request.param[0])
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    skip_unless_it_runs_on(request.param)
+    return request.param
+
+
+def make_inputs(
+    num_resolutions: int,
+    num_images: int,
+    num_classes: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 3.0,
+    seed: int = 0,
+) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_resolutions, num_images, num_classes)
+    logits = scale * torch.randn(shape, generator=generator)
+    labels = torch.randint(0, num_classes, (num_images,), generator=generator)
+    alpha = torch.randn(num_resolutions, generator=generator)
+    return logits.to(device, dtype), labels.to(device), alpha.to(device)
+
+
+def run(
+    function: Any,
+    inputs: Inputs,
+    upstream: tuple[float, ...] = UPSTREAMS["apart"],
+    **options: Any,
+) -> Results:
+    logits, labels, alpha = inputs
+    logits = logits.detach().requires_grad_()
+    alpha = alpha.detach().requires_grad_()
+    terms = function(logits, labels, alpha, **options)
+    total = sum(factor * term for factor, term in zip(upstream, terms, strict=True))
+    grads = torch.autograd.grad(total, (logits, alpha))
+    return Results(*(term.detach() for term in terms), *grads)
+
+
+def assert_as_good_as_pytorch(
+    draws: list[Inputs], upstream: tuple[float, ...] = UPSTREAMS["apart"], **options: Any
+) -> None:
+    """Compares the largest errors over all draws: that of one scalar would be a matter of luck."""
+    errors, eager_errors, steps = (dict.fromkeys(Results._fields, 0.0) for _ in range(3))
+    for inputs in draws:
+        logits, labels, alpha = inputs
+        in_float64 = (logits.double(), labels, alpha.double())
+        exact = run(distillation_loss_reference, in_float64, upstream, **options)
+        eager = run(distillation_loss_reference, inputs, upstream, **options)
+        ours = run(distillation_loss, inputs, upstream, backend="triton", **options)
+        for name, value, eager_value, want in zip(Results._fields, ours, eager, exact, strict=True):
+            assert value.dtype == eager_value.dtype
+            assert torch.isfinite(value).all(), name
+            step = rounding_step(name, value.dtype, want, inputs, upstream)
+            errors[name] = max(errors[name], max_error(value, want))
+            eager_errors[name] = max(eager_errors[name], max_error(eager_value, want))
+            steps[name] = max(steps[name], step)
+    for name, error in errors.items():
+        bound = 2 * eager_errors[name] + steps[name]
+        assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
+
+
+def max_error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact).abs().max().item()
+
+
+def rounding_step(
+    name: str,
+    dtype: torch.dtype,
+    exact: Tensor,
+    inputs: Inputs,
+    upstream: tuple[float, ...],
+) -> float:
+    """One rounding of the result, and one float32 rounding of what it is a difference of."""
+    num_images = inputs[0].shape[1]
+    operands = {
+        "dlogits": max(map(abs, upstream)) / num_images,  # probabilities
+        "dalpha": abs(upstream[1]) * inputs[0].abs().max().item(),  # logits
+    }.get(name, 1.0)  # nats
+    result = exact.abs().max().item()
+    return torch.finfo(dtype).eps * result + torch.finfo(torch.float32).eps * operands
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("num_classes", [1, 3, 65, 1000, 2047, 4099], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize(
+    ("num_resolutions", "num_images"),
+    [(1, 3), (2, 1), (5, 3), (8, 1)],
+    ids=lambda size: str(size),
+)
+def test_terms_and_gradients_match_the_float64_reference(
+    num_resolutions: int, num_images: int, num_classes: int, place: tuple[str, torch.dtype]
+) -> None:
+    shape = (num_resolutions, num_images, num_classes)
+    draws = [make_inputs(*shape, *place, seed=seed) for seed in range(DRAWS)]
+    assert_as_good_as_pytorch(draws, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize(
+    ("shape", "smoothing"),
+    [((1, 3, 7), 0.1), ((2, 2, 65), 0.0), ((5, 3, 65), 0.1), ((5, 1, 2500), 0.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", DISTILL_MODES)
+def test_every_mode_matches_the_float64_reference(
+    mode: str, shape: tuple[int, ...], smoothing: float, place: tuple[str, torch.dtype]
+) -> None:
+    draws = [make_inputs(*shape, *place, seed=seed) for seed in range(DRAWS)]
+    assert_as_good_as_pytorch(draws, mode=mode, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("num_classes", [65, 2500], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_each_term_may_have_its_own_upstream_gradient(
+    upstream: str, num_classes: int, place: tuple[str, torch.dtype]
+) -> None:
+    draws = [make_inputs(5, 1, num_classes, *place, seed=seed) for seed in range(DRAWS)]
+    assert_as_good_as_pytorch(draws, UPSTREAMS[upstream])
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("num_classes", [65, 2500], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("kind", ["equal", "tiny", "huge", "onehot", "offset", "apart"])
+def test_extreme_logits_match_the_float64_reference(
+    kind: str, num_classes: int, place: tuple[str, torch.dtype]
+) -> None:
+    draws = []
+    for seed in range(DRAWS):
+        logits, labels, alpha = make_inputs(5, 1, num_classes, *place, scale=1.0, seed=seed)
+        hit = torch.nn.functional.one_hot(labels, num_classes).to(logits.dtype)
+        logits = {
+            "equal": torch.full_like(logits, 7.0),
+            "tiny": 1e-4 * logits,
+            "huge": 1e4 * logits,
+            "onehot": logits + 30 * hit,
+            "offset": logits + 2e3,
+            "apart": logits + 3e4 * torch.linspace(-1, 1, num_classes).to(logits),
+        }[kind]
+        draws.append((logits, labels, alpha))
+    assert_as_good_as_pytorch(draws)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_an_ensemble_share_of_zero_gives_no_nan(device: str) -> None:
+    logits, labels, _ = make_inputs(3, 2, 65, device)
+    alpha = torch.tensor([0.0, 300.0, -300.0], device=device)  # softmax(alpha) = 0, 1, 0
+    assert_as_good_as_pytorch([(logits, labels, alpha)])
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_repeated_runs_give_the_same_bits(place: tuple[str, torch.dtype]) -> None:
+    inputs = make_inputs(5, 3, 1000, *place)
+    first, second = (run(distillation_loss, inputs, backend="triton") for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_backward_can_run_twice(device: str) -> None:
+    logits, labels, alpha = make_inputs(5, 3, 65, device)
+    logits.requires_grad_()
+    total = sum(distillation_loss(logits, labels, alpha, backend="triton"))
+    (first,) = torch.autograd.grad(total, logits, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(total, logits, torch.tensor(2.0, device=device))
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, 2 * first)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_operators_pass_opcheck(mode: str, device: str) -> None:
+    logits, labels, alpha = make_inputs(3, 2, 7, device)
+    upstream = torch.tensor([1.0, 2.0, 3.0], device=device)
+    torch.library.opcheck(BWD.default, (upstream, logits, labels, alpha, mode, 0.1))
+    logits.requires_grad_()
+    alpha.requires_grad_()
+    torch.library.opcheck(FWD.default, (logits, labels, alpha, mode, 0.1))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_an_upstream_gradient_without_strides_is_understood(device: str) -> None:
+    logits, labels, alpha = make_inputs(3, 2, 7, device)
+    one = torch.ones((), device=device)
+    args = (logits, labels, alpha, "full", 0.0)
+    for ours, exact in zip(BWD(one.expand(3), *args), BWD(one.repeat(3), *args), strict=True):
+        assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_whole_graph_compiles(device: str) -> None:
+    inputs = make_inputs(3, 2, 65, device)
+    compiled = torch.compile(distillation_loss, backend="aot_eager", fullgraph=True)
+    ours = run(compiled, inputs, backend="triton")
+    eager = run(distillation_loss, inputs, backend="triton")
+    for value, want in zip(ours, eager, strict=True):
+        torch.testing.assert_close(value, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "cuda"}, "backend must be 'torch' or 'triton', got 'cuda'"),
+        ({"logits": torch.zeros(5, 3, 7, dtype=torch.float64)}, "logits must be float16"),
+        ({"logits": torch.zeros(3, 5, 7).transpose(0, 1)}, "logits must be contiguous"),
+        ({"logits": torch.zeros(5, 3, 7, device="meta")}, "labels must be on meta"),
+        ({"logits": torch.zeros(9, 3, 7), "alpha": torch.zeros(9)}, "at most 8 resolutions"),
+        ({"logits": torch.zeros(5, 0, 7), "labels": torch.zeros(0).long()}, "not empty"),
+        ({"labels": torch.zeros(6).long()[::2]}, "labels must be contiguous"),
+        ({"labels": torch.tensor([0, 1, 7])}, r"labels must be in \[0, 7\)"),
+        ({"alpha": torch.zeros(5, dtype=torch.float64)}, "alpha must be contiguous float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    logits, labels, alpha = make_inputs(5, 3, 7)
+    arguments = {"logits": logits, "labels": labels, "alpha": alpha, "backend": "triton"}
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(**{**arguments, **change})
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_without_triton_only_the_triton_backend_is_missing() -> None:
+    done = run_python("""
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+from rsfast.kernels import distillation_loss
+inputs = torch.zeros(2, 1, 3), torch.tensor([1]), torch.zeros(2)
+distillation_loss(*inputs)
+try:
+    distillation_loss(*inputs, backend="triton")
+except ImportError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError("no ImportError")
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_leaves_triton_and_cuda_alone() -> None:
+    done = run_python("""
+import os, sys
+before = dict(os.environ)
+import rsfast.kernels, torch
+assert "triton" not in sys.modules
+assert not torch.cuda.is_initialized()
+assert dict(os.environ) == before
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)], indirect=True)
+class TestOnTheGpu:
+    def test_labels_out_of_range_fail_an_assertion(self, device: str) -> None:
+        done = run_python("""
+import torch
+from rsfast.kernels import distillation_loss
+inputs = torch.zeros(2, 1, 3).cuda(), torch.tensor([3]).cuda(), torch.zeros(2).cuda()
+distillation_loss(*inputs, backend="triton")
+torch.cuda.synchronize()
+""")
+        assert done.returncode != 0
+        assert "labels must be in [0, K)" in done.stderr
+
+    @pytest.mark.parametrize("num_classes", [1000, 4099])
+    def test_another_stream_gives_the_same_bits(self, num_classes: int, device: str) -> None:
+        inputs = make_inputs(5, 33, num_classes, device, torch.bfloat16)
+        here = run(distillation_loss, inputs, backend="triton")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            there = run(distillation_loss, inputs, backend="triton")
+        stream.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
+
+    def test_the_host_never_waits_and_a_graph_captures_it(self, device: str) -> None:
+        inputs = make_inputs(5, 33, 1000, device, torch.bfloat16)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            exact = run(distillation_loss, inputs, backend="triton")  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(distillation_loss, inputs, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(distillation_loss, inputs, backend="triton")
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(captured, exact, strict=True))
