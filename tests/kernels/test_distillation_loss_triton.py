@@ -51,6 +51,7 @@ class Results(NamedTuple):
 
 
 def skip_unless_it_runs_on(device: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
