@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +21,10 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
     "fp32": None,
 }
+
+# What DDP calls the switch for copying buffers from rank 0 at every step; renamed in torch 2.13.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: Any = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class _Objective(nn.Module):
@@ -75,8 +82,8 @@ class TrainStep:
             self._objective = DistributedDataParallel(
                 self._objective,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **_KEEP_BUFFERS,  # batch-norm statistics stay per rank
             )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

@@ -209,11 +209,12 @@ def _val_batches(
         workers=settings.workers,
         device=rank.device,
     )
-    names = loader.class_names
-    if len(names) != model.num_classes or (model.class_names and names != model.class_names):
+    names, known = loader.class_names, model.class_names
+    if len(names) != model.num_classes or (known and names != known):
+        wanted = f" ({', '.join(known[:3])}, ...)" if known else ""
         raise ValueError(
             f"data folder {settings.data} must have the {model.num_classes} classes of the "
-            f"checkpoint, got {len(names)}: {', '.join(names[:3])}, ..."
+            f"checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
         )
     return iter(loader)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 __all__ = ["accuracy_against_multiply_adds", "accuracy_over_epochs"]
 
@@ -28,6 +29,7 @@ def accuracy_over_epochs(
         values = [float(row[f"top1_{resolution}"]) for row in rows]
         axes.plot(epochs, values, marker="." if len(rows) < 30 else None, label=f"{resolution} px")
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation top-1 (%)")
     axes.legend(frameon=False)
     _write(figure, path)
@@ -67,6 +69,9 @@ def accuracy_against_multiply_adds(
             fontsize=8,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.margins(x=0.06, y=0.12)  # room for the resolutions beside the points
     axes.set_xlabel("multiply-adds per image (millions)")
     axes.set_ylabel("top-1 (%)")
     axes.set_title(title)

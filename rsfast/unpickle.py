@@ -24,11 +24,15 @@ def load_dict(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_sentence(error)
         raise ValueError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
+        raise ValueError(f"checkpoint {path} is damaged: {_first_sentence(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path} must hold a dict, got {type(content).__name__}")
     return content
+
+
+def _first_sentence(error: Exception) -> str:
+    """PyTorch appends paragraphs of advice on how to load files unsafely."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]

@@ -144,7 +144,10 @@ def test_bad_input_exits_with_two_and_a_sentence(
     cases = [
         ([str(tmp_path / "none.pt")], "none.pt does not exist"),
         ([str(tmp_path / "bad.pt")], "bad.pt is damaged"),
-        ([str(trained), "--data", str(three)], "must have the 2 classes of the checkpoint, got 3"),
+        (
+            [str(trained), "--data", str(three)],
+            "classes of the checkpoint (cat, dog, ...), got 3 (a, b, c, ...)",
+        ),
         ([str(trained), "--data", str(named)], "must have the 2 classes of the checkpoint"),
         ([str(trained), "--data", str(tmp_path / "none")], "none/val does not exist"),
         ([str(trained), "--data", str(folder), "--resolutions", "x"], "resolutions must look like"),
