@@ -1,23 +1,14 @@
-"""What all benchmarks share: a timer that waits for the device."""
+"""What all benchmarks share: the device, a timer that waits for it, and what is recorded."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import torch
 
+from bench.timing import DEVICE
 from rsfast.environment import describe
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronized_clock() -> float:
-    """Seconds, read after everything that was queued on the device is done."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @pytest.fixture
@@ -27,9 +18,7 @@ def device() -> torch.device:
 
 def pytest_configure(config: Any) -> None:
     if hasattr(config.option, "benchmark_timer"):
-        from pytest_benchmark.utils import NameWrapper
-
-        config.option.benchmark_timer = NameWrapper(synchronized_clock)
+        config.option.benchmark_timer = "bench.timing.synchronized_clock"
 
 
 def pytest_report_header() -> list[str]:
