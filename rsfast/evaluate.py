@@ -21,7 +21,7 @@ from rsfast.distributed import Rank
 from rsfast.engine import PRECISIONS
 from rsfast.metrics import TopK
 from rsfast.models import RSNet
-from rsfast.models.deploy import SingleResolutionNet, bn_mixture, calibrate, multiply_adds
+from rsfast.models.deploy import bn_mixture, calibrate, multiply_adds
 from rsfast.validation import Accuracy, validate
 
 __all__ = ["Row", "evaluate", "main", "parse_resolutions"]
@@ -106,16 +106,15 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> lis
     weights = torch.softmax(alpha, dim=0).to(rank.device)
     loader = _val_batches(model, model.resolutions, settings, rank)
     accuracy = validate(model, weights, loader, dtype)
-    singles = {r: model.at(r) for r in model.resolutions}
-    rows = _trained_rows(model, accuracy, singles)
+    rows = _trained_rows(model, accuracy)
+    all_levels = sum(row.multiply_adds for row in rows)
     extra = sorted(set(settings.resolutions) - set(model.resolutions), reverse=True)
     for start in range(0, len(extra), _RESOLUTIONS_PER_PASS):
         group = extra[start : start + _RESOLUTIONS_PER_PASS]
         rows += _untrained_rows(model, group, settings, rank, dtype)
     rows.sort(key=lambda row: int(row.resolution), reverse=True)
-    sums = sum(multiply_adds(net) for net in singles.values())
     total = sum(p.numel() for p in model.parameters())
-    return [*rows, Row("ensemble", True, "all sets", sums, total, *accuracy.ensemble)]
+    return [*rows, Row("ensemble", True, "all sets", all_levels, total, *accuracy.ensemble)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,9 +218,8 @@ def _val_batches(
     return iter(loader)
 
 
-def _trained_rows(
-    model: RSNet, accuracy: Accuracy, singles: dict[int, SingleResolutionNet]
-) -> list[Row]:
+def _trained_rows(model: RSNet, accuracy: Accuracy) -> list[Row]:
+    singles = {r: model.at(r) for r in model.resolutions}
     origin = "own set" if model.bn == "private" else "shared set"
     return [
         Row(r, True, origin, multiply_adds(net), _count(net), top1, top5)
