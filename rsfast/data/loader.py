@@ -92,7 +92,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, steps = self.epoch, range(len(self))
         for step, rows in zip(steps, self._decoder.rows(epoch, steps), strict=True):
-            indices = self.plan.batch(epoch, step).images
+            indices = self.plan.images(epoch, step)
             labels = torch.from_numpy(self.plan.index.labels[indices])
             yield Batch(
                 images=Pyramid(

@@ -136,15 +136,19 @@ class TrainPlan:
         """Steps per epoch, the same on all ranks."""
         return math.ceil(len(self.index) / (self.batch_size * self.world_size))
 
+    def images(self, epoch: int, step: int) -> np.ndarray:
+        """[N] int64 positions in the index of this rank's part of one step, both from 0."""
+        order = _order(self.seed, epoch, len(self.index))
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return order[np.arange(first, first + self.batch_size) % len(order)]
+
     def batch(self, epoch: int, step: int) -> TrainBatch:
         """This rank's part of one step, both counted from 0."""
         whole = self.batch_size * self.world_size
-        order = _order(self.seed, epoch, len(self.index))
-        images = order[np.arange(step * whole, (step + 1) * whole) % len(order)]
+        images = self.images(epoch, step)
         rng = np.random.default_rng((self.seed, epoch, 1 + step))
         # Drawn for all ranks and then cut, so that the pictures do not depend on the split.
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        images = images[own]
         flips = rng.random((self.num_levels, whole))[:, own] < 0.5
         if self.flip != "independent":
             flips[:] = flips[0] & (self.flip == "shared")
@@ -193,10 +197,14 @@ class ValPlan:
         own = len(range(self.rank, len(self.index), self.world_size))
         return math.ceil(own / self.batch_size)
 
-    def batch(self, epoch: int, step: int) -> ValBatch:
-        """This rank's images of one step; the epoch plays no part."""
+    def images(self, epoch: int, step: int) -> np.ndarray:
+        """[N] int64 positions in the index of one step; the epoch plays no part."""
         own = np.arange(self.rank, len(self.index), self.world_size)
-        images = own[step * self.batch_size : (step + 1) * self.batch_size]
+        return own[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def batch(self, epoch: int, step: int) -> ValBatch:
+        """This rank's images of one step and where they are cut."""
+        images = self.images(epoch, step)
         sizes = self.index.sizes[images].astype(np.int64)
         levels = [_val_geometry(sizes, r, self.crop) for r in self.resolutions]
         resized, corners = (np.stack(part).astype(np.int32) for part in zip(*levels, strict=True))

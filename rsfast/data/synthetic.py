@@ -35,7 +35,7 @@ class SyntheticDecoder:
     def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
         """[M, 3] uint8, once for each step."""
         for step in steps:
-            count = len(self._plan.batch(epoch, step).images)
+            count = len(self._plan.images(epoch, step))
             if count == self._plan.batch_size:
                 yield self._rows
             else:
