@@ -3,9 +3,11 @@
 This package knows tensors and row ranges only: nothing of networks, data or configuration.
 """
 
+from rsfast.kernels._checks import BACKENDS, check_backend, choose_backend
 from rsfast.kernels.distillation_loss import (
     DISTILL_MODES,
     distillation_loss,
+    distillation_loss_and_gradients,
     distillation_loss_reference,
     teacher_weights,
 )
@@ -13,8 +15,12 @@ from rsfast.kernels.global_avg_pool import global_avg_pool, global_avg_pool_refe
 from rsfast.kernels.switchable_bn_act import switchable_bn_act, switchable_bn_act_reference
 
 __all__ = [
+    "BACKENDS",
     "DISTILL_MODES",
+    "check_backend",
+    "choose_backend",
     "distillation_loss",
+    "distillation_loss_and_gradients",
     "distillation_loss_reference",
     "global_avg_pool",
     "global_avg_pool_reference",

@@ -12,16 +12,19 @@ without Triton.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["OPTIONS", "launch", "tile"]
+from rsfast.kernels._launch import on_device_of
 
-# Up to this many classes all rows of an image stay in registers, above it they are read twice, in
-# smaller blocks.
-MAX_BLOCK_K = 2048
+__all__ = ["launch", "options", "tile"]
+
+# Up to this many classes all rows of an image stay in registers (keyed by whether there are more
+# than four), above it they are read twice, in smaller blocks.
+MAX_BLOCK_K = {False: 2048, True: 1024}
 LOOP_BLOCK_K = 512
 
 # Warps by (BLOCK_K, more than four rows): at most 8 logits of a row per thread, 4 of many rows.
@@ -34,11 +37,7 @@ _NUM_WARPS = {
     (1024, False): 4,
     (1024, True): 8,
     (2048, False): 8,
-    (2048, True): 16,
 }
-
-# debug: without it Triton drops the assertion on the labels; its overflow checks are not wanted.
-OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -182,8 +181,10 @@ def _distillation_loss_kernel(
     upstream_ptr,  # gradients of (ce, ensemble, distill), float32; None without WRITE_GRADS
     stride_upstream,
     terms_ptr,  # [N, 3] float32, fully overwritten; None without WRITE_TERMS
+    stride_terms_n,
     dlogits_ptr,  # [R, N, K] like logits, fully overwritten; None without WRITE_GRADS
     dalpha_ptr,  # [N, R] float32, fully overwritten; None without WRITE_GRADS
+    stride_dalpha_n,
     hit_target,  # target probability of the labelled class, 1 - smoothing + smoothing / K
     miss_target,  # and of every other, smoothing / K
     teacher_weight,  # W of every pair of teacher and student
@@ -291,7 +292,7 @@ def _distillation_loss_kernel(
         ce = tl.sum(totals[0], 0) + ce_logs
         ensemble = tl.sum(totals[1], 0) + tl.log(sums[0])
         distill = (tl.sum(totals[2], 0) + distill_logs) * teacher_weight
-        terms_ptr += image * 3
+        terms_ptr += image * stride_terms_n
         tl.store(terms_ptr, ce / num_images)
         tl.store(terms_ptr + 1, ensemble / num_images)
         tl.store(terms_ptr + 2, distill / num_images)
@@ -302,14 +303,29 @@ def _distillation_loss_kernel(
             mean_slope += shares[r] * slopes[r]
         for r in tl.static_range(R):
             dalpha = d_ensemble * shares[r] * (slopes[r] - mean_slope)
-            tl.store(dalpha_ptr + image * R + r, dalpha)
+            tl.store(dalpha_ptr + image * stride_dalpha_n + r, dalpha)
 
 
 def tile(num_resolutions: int, num_classes: int) -> tuple[int, int]:
     """(BLOCK_K, num_warps) for R rows of K logits."""
-    one_block = num_classes <= MAX_BLOCK_K
+    many = num_resolutions > 4
+    one_block = num_classes <= MAX_BLOCK_K[many]
     block_k = triton.next_power_of_2(num_classes) if one_block else LOOP_BLOCK_K
-    return block_k, _NUM_WARPS[max(block_k, 256), num_resolutions > 4]
+    return block_k, _NUM_WARPS[max(block_k, 256), many]
+
+
+def options(num_warps: int) -> dict[str, Any]:
+    """How Triton is to compile the kernel."""
+    return {
+        "num_warps": num_warps,
+        # All registers there are: left alone, ptxas spills a few bytes to fit more programs onto a
+        # multiprocessor, and there are only N of them.
+        "maxnreg": min(255, 65536 // (32 * num_warps)),
+        # Without it Triton drops the assertion on the labels; its overflow checks are not wanted.
+        "debug": True,
+        "sanitize_overflow": False,
+        "enable_fp_fusion": True,  # Triton 3.10 is to stop it by default
+    }
 
 
 def launch(
@@ -333,7 +349,7 @@ def launch(
     first_teacher, last_teacher, teacher_weight = teachers
     block_k, num_warps = tile(num_resolutions, num_classes)
     miss_target = label_smoothing / num_classes
-    with torch.cuda.device_of(logits):
+    with on_device_of(logits):
         _distillation_loss_kernel[(num_images,)](
             logits,
             labels,
@@ -341,8 +357,10 @@ def launch(
             upstream,
             0 if upstream is None else upstream.stride(0),
             terms,
+            0 if terms is None else terms.stride(0),
             dlogits,
             dalpha,
+            0 if dalpha is None else dalpha.stride(0),
             1.0 - label_smoothing + miss_target,
             miss_target,
             teacher_weight,
@@ -353,6 +371,5 @@ def launch(
             LAST_TEACHER=last_teacher,
             WRITE_TERMS=terms is not None,
             WRITE_GRADS=dlogits is not None,
-            num_warps=num_warps,
-            **OPTIONS,
+            **options(num_warps),
         )

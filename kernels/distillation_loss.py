@@ -19,16 +19,18 @@ All terms are averaged over the N images and computed in float32 (float64 for fl
 
 Backend "triton": one launch forward (one read of the logits) and one backward (one read, one
 write), one program per image, then a sum over the [N, 3] terms and over the [N, R] gradients of
-alpha in fixed order. Up to 2048 classes all R rows of an image stay in registers; above, each
-launch goes over them twice, and the second pass finds them in the L2 cache if it is large enough.
+alpha in fixed order. Up to 1024 classes (2048 for R <= 4) all R rows of an image stay in
+registers; above, each launch goes over them twice, and the second pass finds them in the L2 cache
+if it is large enough. :func:`distillation_loss_and_gradients` is one launch for both: one read, one
+write, 2 b R N K bytes.
 Layout: logits [R, N, K] contiguous. With b bytes per logit, forward and backward move 3 b R N K
 bytes: 7.7 MB for R = 5, N = 256, K = 1000 in 16 bits, 1.8 us at 4.3 TB/s.
 
-The backward computes d(logits) from the saved logits instead of scaling a d(logits) that the
-forward wrote (2 b R N K bytes if the upstream gradient were known to be 1). It is not known on
-the host, and may differ per term, so that a stored one has to be read and scaled into a second
-tensor (4 b R N K; autograd may hold the first). It would also be rounded before it is scaled: in
-float16, gradients of the order 1 / (N K) lose their bits and loss scaling cannot bring them back.
+Under autograd, the backward computes d(logits) from the saved logits instead of scaling a d(logits)
+that the forward wrote. The upstream gradient is not known on the host then, and may differ per
+term, so that a stored one has to be read and scaled into a second tensor (4 b R N K; autograd may
+hold the first). It would also be rounded before it is scaled: in float16, gradients of the order
+1 / (N K) lose their bits and loss scaling cannot bring them back.
 """
 
 from __future__ import annotations
@@ -40,10 +42,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rsfast.kernels._checks import check_backend, check_companion, check_kernel_dtype
+
 __all__ = [
     "DISTILL_MODES",
     "DistillationTerms",
     "distillation_loss",
+    "distillation_loss_and_gradients",
     "distillation_loss_reference",
     "teacher_weights",
 ]
@@ -185,6 +190,44 @@ def _(
     return torch.empty_like(logits), torch.empty_like(alpha)
 
 
+@torch.library.custom_op("rsfast::distillation_loss_fwd_bwd", mutates_args=())
+def _distillation_loss_fwd_bwd(
+    upstream: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    alpha: Tensor,
+    mode: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """[3 + R] float32, the terms and d(alpha), and d(logits), for the gradients `upstream` [3]."""
+    dlogits = torch.empty_like(logits)
+    sums = logits.new_empty(logits.shape[1], 3 + len(logits), dtype=torch.float32)
+    _triton_kernel().launch(
+        logits,
+        labels,
+        alpha,
+        _teacher_range(mode, len(logits)),
+        label_smoothing,
+        terms=sums[:, :3],
+        upstream=upstream,
+        dlogits=dlogits,
+        dalpha=sums[:, 3:],
+    )
+    return sums.sum(0), dlogits
+
+
+@_distillation_loss_fwd_bwd.register_fake
+def _(
+    upstream: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    alpha: Tensor,
+    mode: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(3 + len(logits), dtype=torch.float32), torch.empty_like(logits)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, labels, alpha, ctx.mode, ctx.label_smoothing = inputs
     ctx.save_for_backward(logits, labels, alpha)
@@ -228,13 +271,68 @@ def distillation_loss(
         ImportError: if Triton is asked for and absent.
     """
     _check(logits, labels, alpha, mode, label_smoothing)
-    if backend == "torch":
+    if check_backend(backend) == "torch":
         return distillation_loss_reference(logits, labels, alpha, mode, label_smoothing)
-    if backend != "triton":
-        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
     _check_for_triton(logits, labels, alpha)
     terms = _distillation_loss_fwd(logits, labels, alpha, mode, label_smoothing)
     return DistillationTerms(*terms.unbind())
+
+
+def distillation_loss_and_gradients(
+    logits: Tensor,
+    labels: Tensor,
+    alpha: Tensor,
+    mode: str = "full",
+    label_smoothing: float = 0.0,
+    *,
+    scale: Tensor | None = None,
+    backend: str = "torch",
+) -> tuple[DistillationTerms, Tensor, Tensor]:
+    """The loss and its gradients at once, for a caller that runs the backward itself.
+
+    With "triton" it is one pass over the logits: one read, one write, in one launch, and one sum
+    over [N, 3 + R] numbers. Go on with `torch.autograd.backward(logits, dlogits)`.
+
+    Args:
+        logits: as in :func:`distillation_loss`; whether it requires gradients does not matter.
+        labels: as there.
+        alpha: as there.
+        mode: as there.
+        label_smoothing: as there.
+        scale: scalar float32 on the device of `logits`, the upstream gradient of the three terms
+            (the loss scale of float16); 1 by default.
+        backend: as there.
+
+    Returns:
+        The terms, not scaled; d(logits) [R, N, K] in the dtype of `logits` and d(alpha) [R] of
+        `scale` times their sum.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+        ImportError: if Triton is asked for and absent.
+    """
+    if scale is None:
+        scale = torch.ones((), device=logits.device)
+    if scale.shape != () or scale.dtype != torch.float32 or scale.device != logits.device:
+        raise ValueError(
+            f"scale must be a scalar float32 on {logits.device}, "
+            f"got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
+        )
+    _check(logits, labels, alpha, mode, label_smoothing)
+    logits, alpha = logits.detach(), alpha.detach()
+    if check_backend(backend) == "torch":
+        with torch.enable_grad():
+            logits.requires_grad_()
+            alpha.requires_grad_()
+            terms = distillation_loss_reference(logits, labels, alpha, mode, label_smoothing)
+            total = terms.ce + terms.ensemble + terms.distill
+            dlogits, dalpha = torch.autograd.grad(total, (logits, alpha), scale.to(total.dtype))
+        return DistillationTerms(*(term.detach() for term in terms)), dlogits, dalpha
+    _check_for_triton(logits, labels, alpha)
+    sums, dlogits = _distillation_loss_fwd_bwd(
+        scale.expand(3), logits, labels, alpha, mode, label_smoothing
+    )
+    return DistillationTerms(*sums[:3].unbind()), dlogits, sums[3:]
 
 
 def _check(
@@ -265,19 +363,11 @@ def _check(
 
 
 def _check_for_triton(logits: Tensor, labels: Tensor, alpha: Tensor) -> None:
-    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"logits must be float16, bfloat16 or float32, got {logits.dtype}")
+    check_kernel_dtype("logits", logits)
     if not logits.is_contiguous() or not logits.numel() or len(logits) > MAX_RESOLUTIONS:
         raise ValueError(
             f"logits must be contiguous, not empty, with at most {MAX_RESOLUTIONS} resolutions, "
             f"got shape {tuple(logits.shape)}, strides {logits.stride()}"
         )
-    if alpha.dtype != torch.float32 or not alpha.is_contiguous():
-        raise ValueError(
-            f"alpha must be contiguous float32, got {alpha.dtype}, strides {alpha.stride()}"
-        )
-    if not labels.is_contiguous():
-        raise ValueError(f"labels must be contiguous, got strides {labels.stride()}")
-    for name, tensor in (("labels", labels), ("alpha", alpha)):
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} must be on {logits.device} like logits, got {tensor.device}")
+    check_companion("labels", labels, torch.int64, logits.device)
+    check_companion("alpha", alpha, torch.float32, logits.device)

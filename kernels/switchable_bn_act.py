@@ -8,17 +8,35 @@ Forward, for the rows of level l with set b = banks[l] (RS-Net paper, equation 3
 Training moves the running statistics: running = (1 - momentum) * running + momentum * batch,
 with the unbiased variance (a level of one row contributes 0), once per level in level order.
 
+Backward, with dz the gradient before the activation, xhat = (x - mean) / sqrt(var + eps) and sums
+and means over the m rows of a level (evaluation has no means: its statistics are constants):
+
+    dbias[b] = sum dz    dweight[b] = sum dz xhat    dresidual = dz
+    dx = weight[b] / sqrt(var + eps) * (dz - mean(dz) - xhat mean(dz xhat))
+
+Sets of several levels get the sum of their gradients, sets of none get 0.
+
 Layout: x, residual and y are [M, C] contiguous, the rows of all levels one after another.
 Overwritten in place: running_mean, running_var, num_batches_tracked (training only).
+
+Backend "triton": statistics, finalise, apply (evaluation: apply), and reduce, finalise, apply, each
+launch over all levels. It moves 3 elements per element forward (2 reads, 1 write) and 5 backward
+(4, 1); a residual adds 1 and 1. Where the gradient flows is recomputed from x, or kept as one bit
+per element when there is a residual: y is not read again. In 16 bits that is 16 bytes per element,
+20.4 with a residual; at 4.3 TB/s 3.7 and 4.7 ps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rsfast.kernels._checks import check_backend, check_companion, check_kernel_dtype, check_levels
 
 __all__ = ["ACTIVATIONS", "switchable_bn_act", "switchable_bn_act_reference"]
 
@@ -77,6 +95,203 @@ def switchable_bn_act_reference(
     return ACTIVATIONS[activation](y)
 
 
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    try:
+        from rsfast.kernels import _bn_backward, _bn_forward
+    except ModuleNotFoundError as error:
+        raise ImportError("backend 'triton' needs Triton: pip install triton") from error
+    return _bn_forward, _bn_backward
+
+
+@torch.library.custom_op(
+    "rsfast::switchable_bn_act_stats",
+    mutates_args=("running_mean", "running_var", "num_batches_tracked"),
+)
+def _stats(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [L, C] float32 of each level; moves the running statistics."""
+    forward, _ = _kernels()
+    return forward.batch_statistics(
+        x, running_mean, running_var, num_batches_tracked, level_rows, banks, momentum
+    )
+
+
+@_stats.register_fake
+def _(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    shape = len(level_rows), x.shape[1]
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("rsfast::switchable_bn_act_fwd", mutates_args=())
+def _fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    activation: str | None,
+    batch_statistics: bool,
+    save_mask: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y, and the bits of the mask [M, ceil(C / 8)] uint8 (no rows without `save_mask`).
+
+    `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
+    """
+    forward, _ = _kernels()
+    y, mask = torch.empty_like(x), _empty_mask(x, save_mask)
+    forward.apply(
+        x,
+        residual,
+        weight,
+        bias,
+        mean,
+        var,
+        level_rows,
+        banks,
+        y,
+        mask if save_mask else None,
+        activation=activation,
+        batch_statistics=batch_statistics,
+        eps=eps,
+    )
+    return y, mask
+
+
+@_fwd.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    activation: str | None,
+    batch_statistics: bool,
+    save_mask: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _empty_mask(x, save_mask)
+
+
+def _empty_mask(x: Tensor, save_mask: bool) -> Tensor:
+    num_rows, num_channels = x.shape
+    return x.new_empty(num_rows if save_mask else 0, (num_channels + 7) // 8, dtype=torch.uint8)
+
+
+@torch.library.custom_op("rsfast::switchable_bn_act_bwd", mutates_args=())
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    activation: str | None,
+    batch_statistics: bool,
+    has_mask: bool,
+    write_dresidual: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual (no rows without `write_dresidual`), dweight and dbias."""
+    _, backward = _kernels()
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if write_dresidual else x.new_empty(0, x.shape[1])
+    dweight, dbias = backward.backward(
+        dy.contiguous(),  # a sum's gradient has strides of 0
+        x,
+        mask if has_mask else None,
+        weight,
+        bias,
+        mean,
+        var,
+        level_rows,
+        banks,
+        dx,
+        dresidual if write_dresidual else None,
+        activation=activation,
+        batch_statistics=batch_statistics,
+        eps=eps,
+    )
+    return dx, dresidual, dweight, dbias
+
+
+@_bwd.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    activation: str | None,
+    batch_statistics: bool,
+    has_mask: bool,
+    write_dresidual: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dresidual = torch.empty_like(x) if write_dresidual else x.new_empty(0, x.shape[1])
+    return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, bias, mean, var, *settings = inputs
+    ctx.level_rows, ctx.banks, ctx.activation, ctx.batch_statistics, ctx.has_mask, ctx.eps = (
+        settings
+    )
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight, bias, mean, var)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Without an activation the residual's gradient is dy itself.
+    own_dresidual = ctx.has_residual and ctx.activation is not None
+    dx, dresidual, dweight, dbias = _bwd(
+        dy,
+        *ctx.saved_tensors,
+        ctx.level_rows,
+        ctx.banks,
+        ctx.activation,
+        ctx.batch_statistics,
+        ctx.has_mask,
+        own_dresidual,
+        ctx.eps,
+    )
+    if ctx.has_residual and not own_dresidual:
+        dresidual = dy
+    return (dx, dresidual if ctx.has_residual else None, dweight, dbias, *(None,) * 8)
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
 def switchable_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -92,11 +307,14 @@ def switchable_bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    backend: str = "torch",
 ) -> Tensor:
     """Batch norm per level, optional residual add, optional activation.
 
     Args:
-        x: [M, C] contiguous rows of all levels, floating point.
+        x: [M, C] contiguous rows of all levels, floating point. For "triton" float16, bfloat16 or
+            float32, at most 8 levels of at least one row; everything else contiguous and on the
+            same device, parameters and statistics float32.
         weight: [B, C] scale (gamma) of each of the B sets.
         bias: [B, C] shift (beta).
         running_mean: [B, C]; updated in place when training.
@@ -109,14 +327,52 @@ def switchable_bn_act(
         training: use (and track) batch statistics instead of running ones.
         momentum: weight of the batch in the running statistics, as in PyTorch.
         eps: added to the variance.
+        backend: "torch" for the reference, "triton" for the fused kernels.
 
     Returns:
         [M, C] in the dtype of `x`.
 
     Raises:
-        ValueError: if a shape, layout, set index or activation breaks one of these rules.
+        ValueError: naming the argument, the rule and the value.
+        ImportError: if Triton is asked for and absent.
     """
-    _check(x, weight, level_rows, banks, residual, activation)
+    norm = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "num_batches_tracked": num_batches_tracked,
+    }
+    _check(x, norm, level_rows, banks, residual, activation)
+    if check_backend(backend) == "triton":
+        _check_for_triton(x, norm, level_rows, residual)
+        mean, var = running_mean, running_var
+        if training:
+            mean, var = _stats(
+                x.detach(),
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                level_rows,
+                banks,
+                momentum,
+            )
+        save_mask = activation is not None and residual is not None and torch.is_grad_enabled()
+        y, _ = _fwd(
+            x,
+            residual,
+            weight,
+            bias,
+            mean,
+            var,
+            level_rows,
+            banks,
+            activation,
+            training,
+            save_mask,
+            eps,
+        )
+        return y
     return switchable_bn_act_reference(
         x,
         weight,
@@ -136,27 +392,32 @@ def switchable_bn_act(
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    norm: dict[str, Tensor],
     level_rows: Sequence[int],
     banks: Sequence[int],
     residual: Tensor | None,
     activation: str | None,
 ) -> None:
-    if x.dim() != 2 or not x.is_contiguous():
+    if x.dim() != 2 or not x.is_contiguous() or not x.is_floating_point():
         raise ValueError(
-            f"x must be contiguous [M, C], got shape {tuple(x.shape)}, strides {x.stride()}"
+            f"x must be contiguous floating point [M, C], got {x.dtype} of shape {tuple(x.shape)}, "
+            f"strides {x.stride()}"
         )
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"weight must be [B, C] with C = {x.shape[1]}, got shape {tuple(weight.shape)}"
-        )
+    num_banks = len(norm["weight"])
+    for name, tensor in norm.items():
+        shape = (num_banks,) if name == "num_batches_tracked" else (num_banks, x.shape[1])
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)}: B sets as in weight, C channels as in x, "
+                f"got shape {tuple(tensor.shape)}"
+            )
     if sum(level_rows) != x.shape[0]:
         raise ValueError(
             f"level_rows must add up to the {x.shape[0]} rows of x, got {tuple(level_rows)}"
         )
-    if len(banks) != len(level_rows) or not all(0 <= bank < weight.shape[0] for bank in banks):
+    if len(banks) != len(level_rows) or not all(0 <= bank < num_banks for bank in banks):
         raise ValueError(
-            f"banks must name one of {weight.shape[0]} sets for each of {len(level_rows)} levels, "
+            f"banks must name one of {num_banks} sets for each of {len(level_rows)} levels, "
             f"got {tuple(banks)}"
         )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -166,3 +427,15 @@ def _check(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+
+
+def _check_for_triton(
+    x: Tensor, norm: dict[str, Tensor], level_rows: Sequence[int], residual: Tensor | None
+) -> None:
+    check_kernel_dtype("x", x)
+    check_levels(level_rows)
+    if residual is not None:
+        check_companion("residual", residual, x.dtype, x.device)
+    for name, tensor in norm.items():
+        dtype = torch.int64 if name == "num_batches_tracked" else torch.float32
+        check_companion(name, tensor, dtype, x.device)

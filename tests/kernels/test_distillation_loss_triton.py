@@ -5,31 +5,33 @@ Without a CUDA device the kernel runs in Triton's interpreter (see tests/conftes
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from rsfast.kernels import DISTILL_MODES, distillation_loss, distillation_loss_reference
+from bench.inputs import make_loss_inputs as make_inputs
+from kernel_helpers import (
+    CPU_OR_GPU,
+    GPU_ONLY,
+    PLACES,
+    capture_without_host_sync,
+    max_error,
+    on_another_stream,
+    run_python,
+)
+from rsfast.kernels import (
+    DISTILL_MODES,
+    distillation_loss,
+    distillation_loss_and_gradients,
+    distillation_loss_reference,
+)
 
 FWD = torch.ops.rsfast.distillation_loss_fwd
 BWD = torch.ops.rsfast.distillation_loss_bwd
+FWD_BWD = torch.ops.rsfast.distillation_loss_fwd_bwd
 
-gpu = pytest.mark.gpu
-PLACES = [
-    pytest.param(("cpu", torch.float32), id="cpu-float32"),
-    pytest.param(("cpu", torch.float16), id="cpu-float16"),
-    # The interpreter truncates bfloat16 stores: on a GPU only.
-    pytest.param(("cuda", torch.float32), id="cuda-float32", marks=gpu),
-    pytest.param(("cuda", torch.float16), id="cuda-float16", marks=gpu),
-    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=gpu),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 UPSTREAMS = {
     "total": (1.0, 1.0, 1.0),
     "apart": (2.0, -3.0, 0.5),
@@ -37,6 +39,8 @@ UPSTREAMS = {
     "scaled": (1024.0, 1024.0, 1024.0),
 }
 
+# The reference multiplies matrices, which cuBLAS does not promise to repeat.
+pytestmark = pytest.mark.filterwarnings("ignore:.*CuBLAS:UserWarning")
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 DRAWS = 4
@@ -48,58 +52,6 @@ class Results(NamedTuple):
     distill: Tensor
     dlogits: Tensor
     dalpha: Tensor
-
-
-def skip_unless_it_runs_on(device: str) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton's interpreter is off where a CUDA device is there")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """`torch.empty` is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-# The reference multiplies matrices, which cuBLAS does not promise to repeat.
-pytestmark = pytest.mark.filterwarnings("ignore:.*CuBLAS:UserWarning")
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
-    skip_unless_it_runs_on(request.param[0])
-    return request.param
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    skip_unless_it_runs_on(request.param)
-    return request.param
-
-
-def make_inputs(
-    num_resolutions: int,
-    num_images: int,
-    num_classes: int,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    scale: float = 3.0,
-    seed: int = 0,
-) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_resolutions, num_images, num_classes)
-    logits = scale * torch.randn(shape, generator=generator)
-    labels = torch.randint(0, num_classes, (num_images,), generator=generator)
-    alpha = torch.randn(num_resolutions, generator=generator)
-    return logits.to(device, dtype), labels.to(device), alpha.to(device)
 
 
 def run(
@@ -138,10 +90,6 @@ def assert_as_good_as_pytorch(
     for name, error in errors.items():
         bound = 2 * eager_errors[name] + steps[name]
         assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
-
-
-def max_error(value: Tensor, exact: Tensor) -> float:
-    return (value.double() - exact).abs().max().item()
 
 
 def rounding_step(
@@ -222,7 +170,7 @@ def test_extreme_logits_match_the_float64_reference(
     assert_as_good_as_pytorch(draws)
 
 
-@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_an_ensemble_share_of_zero_gives_no_nan(device: str) -> None:
     logits, labels, _ = make_inputs(3, 2, 65, device)
     alpha = torch.tensor([0.0, 300.0, -300.0], device=device)  # softmax(alpha) = 0, 1, 0
@@ -236,7 +184,7 @@ def test_repeated_runs_give_the_same_bits(place: tuple[str, torch.dtype]) -> Non
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_backward_can_run_twice(device: str) -> None:
     logits, labels, alpha = make_inputs(5, 3, 65, device)
     logits.requires_grad_()
@@ -248,18 +196,40 @@ def test_backward_can_run_twice(device: str) -> None:
     torch.testing.assert_close(second, 2 * first)
 
 
-@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 @pytest.mark.parametrize("mode", ["full", "none"])
 def test_operators_pass_opcheck(mode: str, device: str) -> None:
     logits, labels, alpha = make_inputs(3, 2, 7, device)
     upstream = torch.tensor([1.0, 2.0, 3.0], device=device)
     torch.library.opcheck(BWD.default, (upstream, logits, labels, alpha, mode, 0.1))
+    torch.library.opcheck(FWD_BWD.default, (upstream, logits, labels, alpha, mode, 0.1))
     logits.requires_grad_()
     alpha.requires_grad_()
     torch.library.opcheck(FWD.default, (logits, labels, alpha, mode, 0.1))
 
 
-@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("num_classes", [65, 2500], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["unscaled", "scaled"])
+def test_one_launch_gives_the_terms_and_gradients_of_two(
+    scale: float | None, num_classes: int, place: tuple[str, torch.dtype]
+) -> None:
+    inputs = make_inputs(5, 3, num_classes, *place)
+    upstream = (scale or 1.0,) * 3
+    two = run(distillation_loss, inputs, upstream, backend="triton", label_smoothing=0.1)
+    tensor = None if scale is None else torch.tensor(scale, device=place[0])
+    options = {"label_smoothing": 0.1, "scale": tensor}
+    terms, *grads = distillation_loss_and_gradients(*inputs, **options, backend="triton")
+    for ours, want in zip((*terms, *grads), two, strict=True):
+        torch.testing.assert_close(ours, want, rtol=0, atol=0)
+
+    reference = run(distillation_loss_reference, inputs, upstream, label_smoothing=0.1)
+    terms, *grads = distillation_loss_and_gradients(*inputs, **options, backend="torch")
+    for ours, want in zip((*terms, *grads), reference, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_an_upstream_gradient_without_strides_is_understood(device: str) -> None:
     logits, labels, alpha = make_inputs(3, 2, 7, device)
     one = torch.ones((), device=device)
@@ -268,7 +238,7 @@ def test_an_upstream_gradient_without_strides_is_understood(device: str) -> None
         assert torch.equal(ours, exact)
 
 
-@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_whole_graph_compiles(device: str) -> None:
     inputs = make_inputs(3, 2, 65, device)
     compiled = torch.compile(distillation_loss, backend="aot_eager", fullgraph=True)
@@ -281,15 +251,18 @@ def test_whole_graph_compiles(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "backend must be 'torch' or 'triton', got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of"),
         ({"logits": torch.zeros(5, 3, 7, dtype=torch.float64)}, "logits must be float16"),
         ({"logits": torch.zeros(3, 5, 7).transpose(0, 1)}, "logits must be contiguous"),
-        ({"logits": torch.zeros(5, 3, 7, device="meta")}, "labels must be on meta"),
+        (
+            {"logits": torch.zeros(5, 3, 7, device="meta")},
+            "labels must be contiguous torch.int64 on meta",
+        ),
         ({"logits": torch.zeros(9, 3, 7), "alpha": torch.zeros(9)}, "at most 8 resolutions"),
         ({"logits": torch.zeros(5, 0, 7), "labels": torch.zeros(0).long()}, "not empty"),
         ({"labels": torch.zeros(6).long()[::2]}, "labels must be contiguous"),
         ({"labels": torch.tensor([0, 1, 7])}, r"labels must be in \[0, 7\)"),
-        ({"alpha": torch.zeros(5, dtype=torch.float64)}, "alpha must be contiguous float32"),
+        ({"alpha": torch.zeros(5, dtype=torch.float64)}, "alpha must be contiguous torch.float32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -300,8 +273,15 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         distillation_loss(**{**arguments, **change})
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_a_bad_scale_is_named() -> None:
+    inputs = make_inputs(5, 3, 7)
+    for scale in (
+        torch.ones(3),
+        torch.ones((), dtype=torch.float64),
+        torch.ones((), device="meta"),
+    ):
+        with pytest.raises(ValueError, match="scale must be a scalar float32 on cpu"):
+            distillation_loss_and_gradients(*inputs, scale=scale)
 
 
 def test_without_triton_only_the_triton_backend_is_missing() -> None:
@@ -334,7 +314,7 @@ assert dict(os.environ) == before
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)], indirect=True)
+@pytest.mark.parametrize("device", GPU_ONLY, indirect=True)
 class TestOnTheGpu:
     def test_labels_out_of_range_fail_an_assertion(self, device: str) -> None:
         done = run_python("""
@@ -351,28 +331,13 @@ torch.cuda.synchronize()
     def test_another_stream_gives_the_same_bits(self, num_classes: int, device: str) -> None:
         inputs = make_inputs(5, 33, num_classes, device, torch.bfloat16)
         here = run(distillation_loss, inputs, backend="triton")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            there = run(distillation_loss, inputs, backend="triton")
-        stream.synchronize()
+        there = on_another_stream(lambda: run(distillation_loss, inputs, backend="triton"))
         assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
 
     def test_the_host_never_waits_and_a_graph_captures_it(self, device: str) -> None:
         inputs = make_inputs(5, 33, 1000, device, torch.bfloat16)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            exact = run(distillation_loss, inputs, backend="triton")  # compiles
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run(distillation_loss, inputs, backend="triton")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(distillation_loss, inputs, backend="triton")
-        graph.replay()
-        torch.cuda.synchronize()
+        exact = run(distillation_loss, inputs, backend="triton")
+        captured = capture_without_host_sync(
+            lambda: run(distillation_loss, inputs, backend="triton")
+        )
         assert all(torch.equal(one, other) for one, other in zip(captured, exact, strict=True))

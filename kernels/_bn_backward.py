@@ -1,0 +1,338 @@
+"""Backward Triton kernels of :mod:`rsfast.kernels.switchable_bn_act`, which holds the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rsfast.kernels._bn_tiles import (
+    OPTIONS,
+    activate,
+    finalize_tile,
+    find_chunk,
+    load_affine,
+    share_out,
+)
+from rsfast.kernels._launch import on_device_of
+
+__all__ = ["backward"]
+
+
+@triton.jit
+def _load_kept_dy(
+    dy_ptrs,  # [BLOCK_M, BLOCK_C]
+    mask_ptrs,  # [BLOCK_M, BLOCK_C / 8] or None
+    mask,  # [BLOCK_M, BLOCK_C], rows_inside [BLOCK_M, 1] without the columns
+    rows_inside,
+    bytes_inside,  # [1, BLOCK_C / 8]
+    x_centered,
+    scale,
+    beta,
+    ACTIVATION: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradient before the activation: dy where the activation has a gradient, else 0."""
+    dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        if HAS_MASK:
+            packed = tl.load(mask_ptrs, mask=rows_inside & bytes_inside, other=0).to(tl.int32)
+            bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+            kept = tl.reshape(bits, (BLOCK_M, BLOCK_C)) != 0
+        else:
+            _, kept = activate(x_centered * scale[None, :] + beta[None, :], ACTIVATION)
+        dy = tl.where(kept, dy, 0.0)
+    return dy
+
+
+@triton.jit
+def _bn_bwd_reduce_kernel(
+    dy_ptr,  # [M, C]
+    x_ptr,  # [M, C]
+    mask_ptr,  # [M, ceil(C / 8)] uint8 or None: without it the mask is recomputed from x
+    mean_ptr,  # [L, C] of the batch or [B, C] running, float32
+    var_ptr,  # like mean_ptr, biased
+    gamma_ptr,  # [B, C] float32
+    beta_ptr,  # [B, C] float32
+    partial_ptr,  # [2, chunks, C] float32: sums of dy and of dy * (x - mean), fully overwritten
+    level_rows,
+    banks,
+    chunk_rows,
+    eps,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.program_id(1)
+    level, bank, _, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
+    row = level if BATCH_STATISTICS else bank
+    lanes = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, scale, _ = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
+    beta = tl.load(beta_ptr + bank * C + cols, mask=cols < C, other=0.0)
+    offsets = lanes * C + cols[None, :]
+    x_ptrs = x_ptr + first * C + offsets
+    dy_ptrs = dy_ptr + first * C + offsets
+    MASK_C: tl.constexpr = (C + 7) // 8
+    bytes_ = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
+    mask_ptrs = dy_ptrs
+    if HAS_MASK:
+        mask_ptrs = mask_ptr + first * MASK_C + (lanes * MASK_C + bytes_)
+    sum_dy = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dy_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_M):
+        rows_inside = start + lanes < count
+        mask = rows_inside & (cols < C)[None, :]
+        x_centered = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        dy = _load_kept_dy(
+            dy_ptrs,
+            mask_ptrs,
+            mask,
+            rows_inside,
+            bytes_ < MASK_C,
+            x_centered,
+            scale,
+            beta,
+            ACTIVATION,
+            HAS_MASK,
+            BLOCK_M,
+            BLOCK_C,
+        )
+        sum_dy += dy
+        sum_dy_x += dy * x_centered
+        x_ptrs += BLOCK_M * C
+        dy_ptrs += BLOCK_M * C
+        if HAS_MASK:
+            mask_ptrs += BLOCK_M * MASK_C
+    partial_ptr += chunk.to(tl.int64) * C + cols
+    tl.store(partial_ptr, tl.sum(sum_dy, 0), mask=cols < C)
+    tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dy_x, 0), mask=cols < C)
+
+
+@triton.jit
+def _bn_bwd_finalize_kernel(
+    partial_ptr,  # [2, chunks, C] float32
+    mean_ptr,  # unused but for load_affine
+    var_ptr,  # [L, C] of the batch or [B, C] running, float32
+    gamma_ptr,  # [B, C] float32
+    sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level, fully overwritten
+    dgamma_ptr,  # [B, C] float32, fully overwritten
+    dbeta_ptr,  # [B, C] float32, fully overwritten
+    num_chunks,
+    level_rows,
+    banks,
+    chunk_rows,
+    eps,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # chunks
+    BLOCK_C: tl.constexpr,
+):
+    # One program per set, also for sets without a level: their gradient is 0.
+    bank = tl.program_id(1)
+    lanes = tl.arange(0, BLOCK_K)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    dgamma = tl.zeros((BLOCK_C,), tl.float32)
+    dbeta = tl.zeros((BLOCK_C,), tl.float32)
+    first_chunk = 0
+    for level in tl.static_range(L):
+        chunks = tl.cdiv(level_rows[level], chunk_rows)
+        if banks[level] == bank:
+            sum_dy = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            sum_dy_x = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            for start in range(0, chunks, BLOCK_K):
+                index = start + lanes
+                mask = (index < chunks) & inside[None, :]
+                ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
+                sum_dy += tl.load(ptrs, mask=mask, other=0.0)
+                ptrs += num_chunks.to(tl.int64) * C
+                sum_dy_x += tl.load(ptrs, mask=mask, other=0.0)
+            row = level if BATCH_STATISTICS else bank
+            _, _, invstd = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
+            level_dbeta = tl.sum(sum_dy, 0)
+            level_dgamma = tl.sum(sum_dy_x, 0) * invstd
+            tl.store(sums_ptr + level * C + cols, level_dbeta, mask=inside)
+            tl.store(sums_ptr + (L + level) * C + cols, level_dgamma, mask=inside)
+            dbeta += level_dbeta
+            dgamma += level_dgamma
+        first_chunk += chunks
+    tl.store(dbeta_ptr + bank * C + cols, dbeta, mask=inside)
+    tl.store(dgamma_ptr + bank * C + cols, dgamma, mask=inside)
+
+
+@triton.jit
+def _bn_bwd_apply_kernel(
+    dy_ptr,  # [M, C]
+    x_ptr,  # [M, C]
+    mask_ptr,  # [M, ceil(C / 8)] uint8 or None: without it the mask is recomputed from x
+    mean_ptr,  # [L, C] of the batch or [B, C] running, float32
+    var_ptr,  # like mean_ptr, biased
+    gamma_ptr,  # [B, C] float32
+    beta_ptr,  # [B, C] float32
+    sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level
+    dx_ptr,  # [M, C] like x, fully overwritten
+    dresidual_ptr,  # [M, C] like x, fully overwritten, or None
+    level_rows,
+    banks,
+    chunk_rows,
+    eps,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WRITE_DRESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # From the last chunk to the first: the reduction went over those last, they are still cached.
+    chunk = tl.num_programs(1) - 1 - tl.program_id(1)
+    level, bank, _, total, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
+    row = level if BATCH_STATISTICS else bank
+    lanes = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    mean, scale, invstd = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
+    beta = tl.load(beta_ptr + bank * C + cols, mask=inside, other=0.0)
+    mean_dy = tl.zeros((BLOCK_C,), tl.float32)
+    slope = tl.zeros((BLOCK_C,), tl.float32)
+    if BATCH_STATISTICS:
+        mean_dy = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / total
+        slope = tl.load(sums_ptr + (L + level) * C + cols, mask=inside, other=0.0)
+        slope *= invstd / total
+    offsets = lanes * C + cols[None, :]
+    x_ptrs = x_ptr + first * C + offsets
+    dy_ptrs = dy_ptr + first * C + offsets
+    dx_ptrs = dx_ptr + first * C + offsets
+    if WRITE_DRESIDUAL:
+        dresidual_ptrs = dresidual_ptr + first * C + offsets
+    MASK_C: tl.constexpr = (C + 7) // 8
+    bytes_ = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
+    mask_ptrs = dy_ptrs
+    if HAS_MASK:
+        mask_ptrs = mask_ptr + first * MASK_C + (lanes * MASK_C + bytes_)
+    for start in range(0, count, BLOCK_M):
+        rows_inside = start + lanes < count
+        mask = rows_inside & inside[None, :]
+        x_centered = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        dy = _load_kept_dy(
+            dy_ptrs,
+            mask_ptrs,
+            mask,
+            rows_inside,
+            bytes_ < MASK_C,
+            x_centered,
+            scale,
+            beta,
+            ACTIVATION,
+            HAS_MASK,
+            BLOCK_M,
+            BLOCK_C,
+        )
+        if WRITE_DRESIDUAL:
+            tl.store(dresidual_ptrs, dy.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            dresidual_ptrs += BLOCK_M * C
+        dx = scale[None, :] * (dy - mean_dy[None, :] - x_centered * slope[None, :])
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        x_ptrs += BLOCK_M * C
+        dy_ptrs += BLOCK_M * C
+        dx_ptrs += BLOCK_M * C
+        if HAS_MASK:
+            mask_ptrs += BLOCK_M * MASK_C
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    dx: Tensor,
+    dresidual: Tensor | None,
+    *,
+    activation: str | None,
+    batch_statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fills `dx`, and `dresidual` where one is given; dweight and dbias [B, C]. Three launches."""
+    num_levels, num_channels = len(level_rows), x.shape[1]
+    chunks = share_out(level_rows, num_channels)
+    partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
+    sums = x.new_empty(2, num_levels, num_channels, dtype=torch.float32)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    grid = triton.cdiv(num_channels, chunks.block_c), chunks.count
+    levels = (tuple(level_rows), tuple(banks), chunks.rows)
+    sizes = {"L": num_levels, "C": num_channels, "BATCH_STATISTICS": batch_statistics}
+    tiles = {
+        "ACTIVATION": activation,
+        "HAS_MASK": mask is not None,
+        "BLOCK_M": chunks.block_m,
+        "BLOCK_C": chunks.block_c,
+    }
+    block_k, block_c = finalize_tile(num_channels)
+    with on_device_of(x):
+        _bn_bwd_reduce_kernel[grid](
+            dy,
+            x,
+            mask,
+            mean,
+            var,
+            weight,
+            bias,
+            partial,
+            *levels,
+            eps,
+            **sizes,
+            **tiles,
+            **OPTIONS,
+        )
+        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, block_c), len(weight)](
+            partial,
+            mean,
+            var,
+            weight,
+            sums,
+            dweight,
+            dbias,
+            chunks.count,
+            *levels,
+            eps,
+            **sizes,
+            BLOCK_K=block_k,
+            BLOCK_C=block_c,
+            **OPTIONS,
+        )
+        _bn_bwd_apply_kernel[grid](
+            dy,
+            x,
+            mask,
+            mean,
+            var,
+            weight,
+            bias,
+            sums,
+            dx,
+            dresidual,
+            *levels,
+            eps,
+            **sizes,
+            **tiles,
+            WRITE_DRESIDUAL=dresidual is not None,
+            **OPTIONS,
+        )
+    return dweight, dbias

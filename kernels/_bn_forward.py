@@ -1,0 +1,289 @@
+"""Forward Triton kernels of :mod:`rsfast.kernels.switchable_bn_act`, which holds the equations.
+
+Statistics are Welford's per lane, then merged over lanes and chunks (Chan, Golub and LeVeque 1983),
+of rows from which a typical value of their level is subtracted: no square is subtracted from
+another, and a mean of 1e4 deviations costs only its own rounding, once, in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rsfast.kernels._bn_tiles import (
+    OPTIONS,
+    activate,
+    finalize_tile,
+    find_chunk,
+    load_affine,
+    load_origin,
+    merge_lanes,
+    share_out,
+)
+from rsfast.kernels._launch import on_device_of
+
+__all__ = ["apply", "batch_statistics"]
+
+
+@triton.jit
+def _bn_statistics_kernel(
+    x_ptr,  # [M, C]
+    partial_ptr,  # [2, chunks, C] float32: mean - origin and m2 of each chunk, fully overwritten
+    level_rows,
+    banks,
+    chunk_rows,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.program_id(1)
+    _, _, level_first, level_count, first, count = find_chunk(
+        chunk, level_rows, banks, chunk_rows, L
+    )
+    lanes = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    origin = load_origin(x_ptr, level_first, level_count, cols, C)
+    x_ptrs = x_ptr + first * C + (lanes * C + cols[None, :])
+    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    seen = 0.0
+    for start in range(0, count, BLOCK_M):
+        mask = (start + lanes < count) & (cols < C)[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - origin[None, :]
+        seen += 1.0
+        delta = tl.where(mask, x - mean, 0.0)
+        mean += delta * (1.0 / seen)
+        m2 += delta * (x - mean)
+        x_ptrs += BLOCK_M * C
+    rows_of_lane = tl.maximum(count - lanes + BLOCK_M - 1, 0) // BLOCK_M
+    mean_all, m2_all = merge_lanes(mean, m2, rows_of_lane.to(tl.float32))
+    partial_ptr += chunk.to(tl.int64) * C + cols
+    tl.store(partial_ptr, mean_all, mask=cols < C)
+    tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, m2_all, mask=cols < C)
+
+
+@triton.jit
+def _bn_finalize_kernel(
+    x_ptr,  # [M, C], for the origin of each level
+    partial_ptr,  # [2, chunks, C] float32
+    mean_ptr,  # [L, C] float32, fully overwritten
+    var_ptr,  # [L, C] float32, biased, fully overwritten
+    running_mean_ptr,  # [B, C] float32, moved towards mean
+    running_var_ptr,  # [B, C] float32, moved towards the unbiased variance
+    num_batches_ptr,  # [B] int64, one added per level
+    num_chunks,
+    level_rows,
+    banks,
+    chunk_rows,
+    momentum,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # chunks
+    BLOCK_C: tl.constexpr,
+):
+    # One program per set, so that levels that share one move its running statistics in turn.
+    bank = tl.program_id(1)
+    lanes = tl.arange(0, BLOCK_K)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    m2_offset = num_chunks.to(tl.int64) * C
+    running_mean_ptr += bank * C + cols
+    running_var_ptr += bank * C + cols
+    running_mean = tl.load(running_mean_ptr, mask=inside, other=0.0)
+    running_var = tl.load(running_var_ptr, mask=inside, other=0.0)
+    num_levels = 0
+    first_row = tl.zeros((), tl.int64)
+    first_chunk = 0
+    for level in tl.static_range(L):
+        rows = level_rows[level]
+        chunks = tl.cdiv(rows, chunk_rows)
+        if banks[level] == bank:
+            mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            m2 = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            count = tl.zeros((BLOCK_K, 1), tl.float32)
+            for start in range(0, chunks, BLOCK_K):
+                index = start + lanes
+                mask = (index < chunks) & inside[None, :]
+                ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
+                new_count = tl.minimum(rows - index * chunk_rows, chunk_rows)
+                new_count = tl.maximum(new_count, 0).to(tl.float32)
+                delta = tl.load(ptrs, mask=mask, other=0.0) - mean
+                delta = tl.where(mask, delta, 0.0)
+                share = new_count / tl.maximum(count + new_count, 1.0)
+                mean += delta * share
+                m2 += tl.load(ptrs + m2_offset, mask=mask, other=0.0)
+                m2 += delta * delta * (count * share)
+                count += new_count
+            level_mean, level_m2 = merge_lanes(mean, m2, count)
+            level_mean += load_origin(x_ptr, first_row, rows, cols, C)
+            tl.store(mean_ptr + level * C + cols, level_mean, mask=inside)
+            tl.store(var_ptr + level * C + cols, level_m2 / rows, mask=inside)
+            # A single row has m2 = 0, and no unbiased variance: it counts as 0.
+            unbiased_var = level_m2 / tl.maximum(rows - 1, 1)
+            running_mean = (1.0 - momentum) * running_mean + momentum * level_mean
+            running_var = (1.0 - momentum) * running_var + momentum * unbiased_var
+            num_levels += 1
+        first_row += rows
+        first_chunk += chunks
+    tl.store(running_mean_ptr, running_mean, mask=inside)
+    tl.store(running_var_ptr, running_var, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(num_batches_ptr + bank, tl.load(num_batches_ptr + bank) + num_levels)
+
+
+@triton.jit
+def _bn_apply_kernel(
+    x_ptr,  # [M, C]
+    residual_ptr,  # [M, C] or None
+    mean_ptr,  # [L, C] of the batch or [B, C] running, float32
+    var_ptr,  # like mean_ptr, biased
+    gamma_ptr,  # [B, C] float32
+    beta_ptr,  # [B, C] float32
+    y_ptr,  # [M, C] like x, fully overwritten
+    mask_ptr,  # [M, ceil(C / 8)] uint8, where y has a gradient, or None; fully overwritten
+    level_rows,
+    banks,
+    chunk_rows,
+    eps,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # None, "relu" or "relu6"
+    HAS_RESIDUAL: tl.constexpr,
+    WRITE_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # From the last chunk to the first: the statistics went over those last, they are still cached.
+    chunk = tl.num_programs(1) - 1 - tl.program_id(1)
+    level, bank, _, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
+    row = level if BATCH_STATISTICS else bank
+    lanes = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, scale, _ = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
+    beta = tl.load(beta_ptr + bank * C + cols, mask=cols < C, other=0.0)
+    offsets = lanes * C + cols[None, :]
+    x_ptrs = x_ptr + first * C + offsets
+    y_ptrs = y_ptr + first * C + offsets
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + first * C + offsets
+    if WRITE_MASK:
+        MASK_C: tl.constexpr = (C + 7) // 8
+        bytes_ = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
+        mask_ptrs = mask_ptr + first * MASK_C + (lanes * MASK_C + bytes_)
+    for start in range(0, count, BLOCK_M):
+        rows_inside = start + lanes < count
+        mask = rows_inside & (cols < C)[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y = (x - mean[None, :]) * scale[None, :] + beta[None, :]
+        if HAS_RESIDUAL:
+            y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            residual_ptrs += BLOCK_M * C
+        if ACTIVATION is not None:
+            y, kept = activate(y, ACTIVATION)
+            if WRITE_MASK:
+                bits = tl.reshape(kept.to(tl.int32), (BLOCK_M, BLOCK_C // 8, 8))
+                packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+                tl.store(mask_ptrs, packed, mask=rows_inside & (bytes_ < MASK_C))
+                mask_ptrs += BLOCK_M * MASK_C
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        x_ptrs += BLOCK_M * C
+        y_ptrs += BLOCK_M * C
+
+
+def batch_statistics(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [L, C] of each level; moves the running statistics. Two launches."""
+    num_levels, num_channels = len(level_rows), x.shape[1]
+    chunks = share_out(level_rows, num_channels)
+    partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
+    mean = x.new_empty(num_levels, num_channels, dtype=torch.float32)
+    var = torch.empty_like(mean)
+    levels = (tuple(level_rows), tuple(banks), chunks.rows)
+    block_k, block_c = finalize_tile(num_channels)
+    with on_device_of(x):
+        _bn_statistics_kernel[triton.cdiv(num_channels, chunks.block_c), chunks.count](
+            x,
+            partial,
+            *levels,
+            L=num_levels,
+            C=num_channels,
+            BLOCK_M=chunks.block_m,
+            BLOCK_C=chunks.block_c,
+            **OPTIONS,
+        )
+        _bn_finalize_kernel[triton.cdiv(num_channels, block_c), len(running_mean)](
+            x,
+            partial,
+            mean,
+            var,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            chunks.count,
+            *levels,
+            momentum,
+            L=num_levels,
+            C=num_channels,
+            BLOCK_K=block_k,
+            BLOCK_C=block_c,
+            **OPTIONS,
+        )
+    return mean, var
+
+
+def apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    y: Tensor,
+    mask: Tensor | None,
+    *,
+    activation: str | None,
+    batch_statistics: bool,
+    eps: float,
+) -> None:
+    """Fills `y`, and `mask` where one is given. One launch."""
+    num_levels, num_channels = len(level_rows), x.shape[1]
+    chunks = share_out(level_rows, num_channels)
+    with on_device_of(x):
+        _bn_apply_kernel[triton.cdiv(num_channels, chunks.block_c), chunks.count](
+            x,
+            residual,
+            mean,
+            var,
+            weight,
+            bias,
+            y,
+            mask,
+            tuple(level_rows),
+            tuple(banks),
+            chunks.rows,
+            eps,
+            L=num_levels,
+            C=num_channels,
+            BATCH_STATISTICS=batch_statistics,
+            ACTIVATION=activation,
+            HAS_RESIDUAL=residual is not None,
+            WRITE_MASK=mask is not None,
+            BLOCK_M=chunks.block_m,
+            BLOCK_C=chunks.block_c,
+            **OPTIONS,
+        )

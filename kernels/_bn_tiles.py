@@ -1,0 +1,173 @@
+"""What the Triton kernels of switchable batch norm have in common: how they share out the work.
+
+Every launch covers all levels. The rows of a level are cut into chunks of equal length; a program
+works on one chunk and BLOCK_C channels, and finds its level from the row counts, which are run-time
+numbers: a kernel is compiled once per C, not once per image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "OPTIONS",
+    "Chunks",
+    "activate",
+    "finalize_tile",
+    "find_chunk",
+    "load_affine",
+    "load_origin",
+    "merge_lanes",
+    "share_out",
+]
+
+# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, with 48 to 95
+# registers a thread (tests/kernels/test_compile_ahead.py). Not timed on a GPU yet.
+TILE_ELEMENTS = 2048
+# Triton 3.10 is to stop fusing multiplications with additions by default.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Programs of one launch: 8 for each of 132 multiprocessors. A constant, so that sums are split, and
+# results rounded, alike on every GPU.
+PROGRAMS = 1056
+# Widths of a tile, best first; the first one that leaves few lanes idle is taken.
+_BLOCK_C = (128, 64, 32, 16)
+_MAX_IDLE = 1.125
+
+
+class Chunks(NamedTuple):
+    """How rows and channels are shared out between programs."""
+
+    rows: int  # of a chunk
+    count: int  # chunks of all levels
+    block_m: int
+    block_c: int
+
+
+def tile(num_channels: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_C) for rows of C channels."""
+    padded = {width: triton.cdiv(num_channels, width) * width for width in _BLOCK_C}
+    fitting = [width for width in _BLOCK_C if padded[width] <= _MAX_IDLE * num_channels]
+    block_c = fitting[0] if fitting else min(_BLOCK_C, key=lambda width: (padded[width], -width))
+    return TILE_ELEMENTS // block_c, block_c
+
+
+def finalize_tile(num_channels: int) -> tuple[int, int]:
+    """(BLOCK_K, BLOCK_C), chunks and channels, of the kernels that add up partial results.
+
+    Few channels come with many chunks, and need narrow tiles to occupy more than a few programs.
+    """
+    return (64, 16) if num_channels < 512 else (16, 64)
+
+
+def share_out(level_rows: Sequence[int], num_channels: int) -> Chunks:
+    """About PROGRAMS programs, whole tiles each, no chunk across a level's end."""
+    block_m, block_c = tile(num_channels)
+    wanted = max(PROGRAMS // triton.cdiv(num_channels, block_c) - len(level_rows), 1)
+    rows = triton.cdiv(triton.cdiv(sum(level_rows), wanted), block_m) * block_m
+    return Chunks(rows, sum(triton.cdiv(count, rows) for count in level_rows), block_m, block_c)
+
+
+@triton.jit
+def find_chunk(
+    chunk,
+    level_rows,  # L row counts
+    banks,  # L batch-norm sets
+    chunk_rows,
+    L: tl.constexpr,
+):
+    """(level, its set, its first row and number of rows, the chunk's first row and number)."""
+    level = 0
+    bank = 0
+    level_first = 0
+    level_count = 0
+    first = 0
+    count = 0
+    earlier_rows = 0
+    index = chunk  # within the level
+    for candidate in tl.static_range(L):
+        rows = level_rows[candidate]
+        num_chunks = tl.cdiv(rows, chunk_rows)
+        inside = (index >= 0) & (index < num_chunks)
+        level = tl.where(inside, candidate, level)
+        bank = tl.where(inside, banks[candidate], bank)
+        level_first = tl.where(inside, earlier_rows, level_first)
+        level_count = tl.where(inside, rows, level_count)
+        first = tl.where(inside, earlier_rows + index * chunk_rows, first)
+        count = tl.where(inside, tl.minimum(rows - index * chunk_rows, chunk_rows), count)
+        earlier_rows += rows
+        index -= num_chunks
+    return level, bank, level_first.to(tl.int64), level_count, first.to(tl.int64), count
+
+
+@triton.jit
+def load_origin(
+    x_ptr,  # [M, C]
+    first,  # int64, row of a level
+    count,  # rows of the level
+    cols,
+    C: tl.constexpr,
+):
+    """[BLOCK_C] a value near the level's mean: the median of its first, middle and last row."""
+    x_ptr += first * C + cols
+    a = tl.load(x_ptr, mask=cols < C, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + (count // 2).to(tl.int64) * C, mask=cols < C, other=0.0).to(tl.float32)
+    c = tl.load(x_ptr + (count - 1).to(tl.int64) * C, mask=cols < C, other=0.0).to(tl.float32)
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
+def merge_lanes(
+    mean,  # [LANES, BLOCK_C] means, m2 sums of squared deviations from them
+    m2,
+    count,  # [LANES, 1] rows behind them; lane 0 has some, a lane without any has m2 = 0
+):
+    """(mean, m2) [BLOCK_C] of all lanes together."""
+    lane = tl.arange(0, mean.shape[0])[:, None]
+    total = tl.sum(count, 0)
+    # Relative to one lane, so that a large mean does not cost the digits of its differences; twice,
+    # for when that lane is an outlier.
+    center = tl.sum(tl.where(lane == 0, mean, 0.0), 0)
+    for _ in range(2):
+        deviation = tl.where(count > 0, mean - center[None, :], 0.0)
+        center += tl.sum(deviation * count, 0) / total
+    deviation = tl.where(count > 0, mean - center[None, :], 0.0)
+    return center, tl.sum(m2 + deviation * deviation * count, 0)
+
+
+@triton.jit
+def load_affine(
+    mean_ptr,  # [L or B, C] float32
+    var_ptr,  # like mean_ptr, biased
+    gamma_ptr,  # [B, C] float32
+    row,  # of mean and var
+    bank,
+    cols,
+    eps,
+    C: tl.constexpr,
+):
+    """(mean, gamma / deviation, 1 / deviation) [BLOCK_C]."""
+    inside = cols < C
+    mean = tl.load(mean_ptr + row * C + cols, mask=inside, other=0.0)
+    var = tl.load(var_ptr + row * C + cols, mask=inside, other=1.0)
+    gamma = tl.load(gamma_ptr + bank * C + cols, mask=inside, other=0.0)
+    invstd = 1.0 / tl.sqrt_rn(var + eps)
+    return mean, gamma * invstd, invstd
+
+
+@triton.jit
+def activate(
+    y,
+    ACTIVATION: tl.constexpr,
+):
+    """(act(y), where it has a gradient); NaN stays NaN."""
+    cut = y <= 0
+    y = tl.where(cut, 0.0, y)
+    if ACTIVATION == "relu6":
+        above = y >= 6
+        y = tl.where(above, 6.0, y)
+        cut = cut | above
+    return y, ~cut

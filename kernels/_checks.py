@@ -1,0 +1,78 @@
+"""What every operation asks of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BACKENDS",
+    "check_backend",
+    "check_companion",
+    "check_kernel_dtype",
+    "check_levels",
+    "choose_backend",
+]
+
+BACKENDS = ("torch", "triton")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_LEVELS = 8  # each program looks for its level among all
+
+
+def choose_backend(choice: str, device: torch.device) -> str:
+    """The backend of a run: `choice`, or for "auto" Triton on a GPU and PyTorch elsewhere.
+
+    Raises:
+        ValueError: if the choice is neither "auto" nor a backend.
+    """
+    if choice != "auto":
+        return check_backend(choice)
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def check_backend(backend: str) -> str:
+    """`backend`, if it is one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+def check_kernel_dtype(name: str, tensor: Tensor) -> None:
+    """Refuses what the Triton kernels do not compute in.
+
+    Raises:
+        ValueError: unless the tensor is float16, bfloat16 or float32.
+    """
+    if tensor.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+
+
+def check_companion(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a tensor that a kernel cannot read beside its main argument.
+
+    Raises:
+        ValueError: unless the tensor is contiguous, of this type and on this device.
+    """
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
+        raise ValueError(
+            f"{name} must be contiguous {dtype} on {device}, "
+            f"got {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+        )
+
+
+def check_levels(level_rows: Sequence[int]) -> None:
+    """Refuses row counts that the Triton kernels do not find their way in.
+
+    Raises:
+        ValueError: unless there are 1 to 8 levels of at least one row.
+    """
+    if not 1 <= len(level_rows) <= MAX_LEVELS or min(level_rows) < 1:
+        raise ValueError(
+            f"level_rows must be 1 to {MAX_LEVELS} counts of at least 1, got {tuple(level_rows)}"
+        )

@@ -1,0 +1,80 @@
+"""Where and how the tests of the Triton kernels run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CPU_OR_GPU",
+    "GPU_ONLY",
+    "PLACES",
+    "capture_without_host_sync",
+    "gpu",
+    "max_error",
+    "on_another_stream",
+    "run_python",
+    "skip_unless_it_runs_on",
+]
+
+gpu = pytest.mark.gpu
+# For the fixtures `place` and `device` of tests/kernels/conftest.py.
+PLACES = [
+    pytest.param(("cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("cpu", torch.float16), id="cpu-float16"),
+    # The interpreter truncates bfloat16 stores: on a GPU only.
+    pytest.param(("cuda", torch.float32), id="cuda-float32", marks=gpu),
+    pytest.param(("cuda", torch.float16), id="cuda-float16", marks=gpu),
+    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=gpu),
+]
+GPU_ONLY = [pytest.param("cuda", marks=gpu)]
+CPU_OR_GPU = ["cpu", *GPU_ONLY]
+
+
+def skip_unless_it_runs_on(device: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off where a CUDA device is there")
+
+
+def max_error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact).abs().max().item()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def on_another_stream(function: Callable[[], Any]) -> Any:
+    """The result of `function` on a stream of its own, once it is there."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = function()
+    stream.synchronize()
+    return result
+
+
+def capture_without_host_sync(function: Callable[[], Any]) -> Any:
+    """The result of `function` from a CUDA graph, after a run in which the host must not wait."""
+    on_another_stream(function)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function()
+    graph.replay()
+    torch.cuda.synchronize()
+    return captured

@@ -1,0 +1,397 @@
+"""The Triton kernels of switchable batch norm, against the float64 reference.
+
+Without a CUDA device the kernels run in Triton's interpreter (see tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.inputs import make_bn_inputs
+from kernel_helpers import (
+    CPU_OR_GPU,
+    GPU_ONLY,
+    PLACES,
+    capture_without_host_sync,
+    max_error,
+    on_another_stream,
+    run_python,
+)
+from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
+
+STATS = torch.ops.rsfast.switchable_bn_act_stats
+FWD = torch.ops.rsfast.switchable_bn_act_fwd
+BWD = torch.ops.rsfast.switchable_bn_act_bwd
+
+STATE = ("running_mean", "running_var", "num_batches_tracked")
+# Rows of each level, their sets, channels: odd channel counts, one row, one set for all levels,
+# sets out of order and unused, more chunks than the finalising kernels read at once.
+SHAPES = [
+    pytest.param((70, 33, 1), (2, 0, 1), 65, id="70+33+1-C65"),
+    pytest.param((31,), (0,), 3, id="31-C3"),
+    pytest.param((1,), (1,), 16, id="1-C16"),
+    pytest.param((9, 6, 3), (0, 0, 0), 24, id="9+6+3-C24-one-set"),
+    pytest.param((64, 36, 16, 4, 2, 2, 1, 1), (0, 1, 2, 0, 1, 2, 0, 1), 32, id="8-levels-C32"),
+]
+LONG = [
+    pytest.param((2250, 5), (1, 0), 64, id="2250+5-C64"),
+    pytest.param((300, 40), (0, 2), 640, id="300+40-C640"),
+    pytest.param((40, 3), (2, 1), 2047, id="40+3-C2047"),
+]
+VARIANTS = [
+    pytest.param(None, False, id="plain"),
+    pytest.param("relu", False, id="relu"),
+    pytest.param("relu6", False, id="relu6"),
+    pytest.param(None, True, id="add"),
+    pytest.param("relu", True, id="add-relu"),
+    pytest.param("relu6", True, id="add-relu6"),
+]
+LARGE = {
+    "level_rows": (5000, 1234, 77),
+    "banks": (0, 1, 2),
+    "activation": "relu",
+    "training": True,
+}
+MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval")]
+
+
+def run(function: Any, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """y, every gradient, and the state afterwards; `inputs` stay as they are."""
+    inputs = {name: None if t is None else t.detach().clone() for name, t in inputs.items()}
+    dy = inputs.pop("dy")
+    wanted = ["x", "weight", "bias"] + ["residual"] * (inputs["residual"] is not None)
+    leaves = [inputs[name].requires_grad_() for name in wanted]
+    y = function(**inputs, **options)
+    grads = torch.autograd.grad(y, leaves, dy)
+    results = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return {"y": y.detach(), **results, **{name: inputs[name] for name in STATE}}
+
+
+def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: t.double() if t is not None and t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
+
+
+def assert_as_good_as_pytorch(inputs: dict[str, Any], **options: Any) -> None:
+    exact = run(switchable_bn_act_reference, to_float64(inputs), **options)
+    eager = run(switchable_bn_act_reference, inputs, **options)
+    ours = run(switchable_bn_act, inputs, backend="triton", **options)
+    operands = float32_operands(inputs, options)
+    for name, want in exact.items():
+        if name == "num_batches_tracked":
+            assert torch.equal(ours[name], want)
+            continue
+        assert ours[name].dtype == eager[name].dtype
+        assert torch.isfinite(ours[name]).all(), name
+        step = torch.finfo(ours[name].dtype).eps * want.abs().max().item()
+        step += torch.finfo(torch.float32).eps * operands.get(name, 0.0)
+        bound = 2 * max_error(eager[name], want) + step
+        error = max_error(ours[name], want)
+        assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
+
+
+def float32_operands(inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+    """Sizes of what the results are sums of, which float32 rounds once.
+
+    PyTorch's CPU kernels add up in float64 and so do not show this rounding.
+    """
+    levels = zip(
+        inputs["x"].double().split(options["level_rows"]),
+        inputs["dy"].double().split(options["level_rows"]),
+        options["banks"],
+        strict=True,
+    )
+    sizes = dict.fromkeys(("dx", "dweight", "dbias", "running_mean"), 0.0)
+    for x, dy, bank in levels:
+        mean, var = inputs["running_mean"][bank], inputs["running_var"][bank]
+        if options["training"]:
+            mean, var = x.mean(0), x.var(0, correction=0)
+        invstd = torch.rsqrt(var.double() + 1e-5)
+        # A mean in float32 is off by a rounding, in deviations:
+        offset = (mean.abs() * invstd).max().item()
+        sizes["running_mean"] = max(sizes["running_mean"], 0.1 * mean.abs().max().item())
+        weighted = dy.abs() * ((x - mean) * invstd).abs()
+        sizes["dbias"] += dy.abs().sum(0).max().item()
+        sizes["dweight"] += weighted.sum(0).max().item() + offset * dy.abs().sum(0).max().item()
+        scale = (inputs["weight"][bank].double().abs() * invstd).max().item()
+        sizes["dx"] = max(sizes["dx"], scale * (1 + offset) * dy.abs().max().item())
+    return sizes
+
+
+@pytest.fixture(params=[8, None], ids=["long-chunks", "short-chunks"])
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs, each with several tiles, or many with one tile."""
+    tiles = pytest.importorskip("rsfast.kernels._bn_tiles", reason="Triton is not installed")
+    if request.param:
+        monkeypatch.setattr(tiles, "PROGRAMS", request.param)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("training", MODES)
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("level_rows", "banks", "channels"), SHAPES)
+def test_output_gradients_and_state_match_the_float64_reference(
+    level_rows: tuple[int, ...],
+    banks: tuple[int, ...],
+    channels: int,
+    activation: str | None,
+    residual: bool,
+    training: bool,
+    place: tuple[str, torch.dtype],
+) -> None:
+    device, dtype = place
+    inputs = make_bn_inputs(level_rows, channels, 3, residual=residual, device=device, dtype=dtype)
+    options = {"activation": activation, "training": training}
+    assert_as_good_as_pytorch(inputs, level_rows=level_rows, banks=banks, **options)
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+def test_any_share_of_rows_matches_the_float64_reference(
+    activation: str | None, residual: bool, device: str
+) -> None:
+    inputs = make_bn_inputs((150, 66), 32, 2, residual=residual, device=device)
+    options = {"activation": activation, "training": True}
+    assert_as_good_as_pytorch(inputs, level_rows=(150, 66), banks=(0, 1), **options)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize(("level_rows", "banks", "channels"), LONG)
+def test_many_chunks_and_channels_match_the_float64_reference(
+    level_rows: tuple[int, ...],
+    banks: tuple[int, ...],
+    channels: int,
+    place: tuple[str, torch.dtype],
+) -> None:
+    device, dtype = place
+    inputs = make_bn_inputs(level_rows, channels, 3, residual=True, device=device, dtype=dtype)
+    options = {"activation": "relu", "training": True}
+    assert_as_good_as_pytorch(inputs, level_rows=level_rows, banks=banks, **options)
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize(
+    "kind", ["far-mean", "tiny", "constant", "outlier-first", "outlier-last", "ramp"]
+)
+def test_difficult_rows_match_the_float64_reference(kind: str, device: str) -> None:
+    level_rows, banks = (200, 40), (0, 1)
+    inputs = make_bn_inputs(level_rows, 16, 2, device=device)
+    x = inputs["x"]
+    if kind == "far-mean":
+        x += 1e4
+    elif kind == "tiny":
+        x *= 1e-4
+    elif kind == "constant":
+        x[:, ::2] = torch.linspace(-1e4, 1e4, 8, device=device)
+    elif kind == "ramp":
+        x += torch.linspace(-1e3, 1e3, 240, device=device)[:, None]
+    else:
+        x[0 if kind == "outlier-first" else -1] = 1e4
+    assert_as_good_as_pytorch(
+        inputs, level_rows=level_rows, banks=banks, activation="relu", training=True
+    )
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_nan_is_not_hidden_and_stays_in_its_level_and_channel(activation: str, device: str) -> None:
+    inputs = make_bn_inputs((40, 30), 16, 2, residual=True, device=device)
+    inputs["x"][7, 3] = float("nan")
+    options = {"level_rows": (40, 30), "banks": (0, 1), "training": True, "backend": "triton"}
+    results = run(switchable_bn_act, inputs, activation=activation, **options)
+    expected = torch.zeros_like(results["y"], dtype=torch.bool)
+    expected[:40, 3] = True
+    assert torch.equal(results["y"].isnan(), expected)
+    assert torch.equal(results["dx"].isnan(), expected)
+    assert results["running_mean"].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_state_follows_the_reference_over_several_steps(device: str) -> None:
+    options = {"level_rows": (40, 12), "banks": (2, 0), "training": True}
+    ours, exact = (make_bn_inputs((40, 12), 5, 3, device=device) for _ in range(2))
+    exact = to_float64(exact)
+    for seed in range(4):
+        x = 3 + torch.randn(52, 5, generator=torch.Generator().manual_seed(seed)).to(device)
+        for inputs, function in ((ours, switchable_bn_act), (exact, switchable_bn_act_reference)):
+            state = {name: t for name, t in inputs.items() if name not in ("x", "dy", "residual")}
+            backend = {"backend": "triton"} if inputs is ours else {}
+            function(x.to(inputs["x"].dtype), **state, **options, **backend)
+    assert ours["num_batches_tracked"].tolist() == [4, 0, 4]
+    for name in STATE[:2]:
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-6, atol=1e-6)
+        untouched = make_bn_inputs((40, 12), 5, 3, device=device)[name][1]
+        assert torch.equal(ours[name][1], untouched)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_sets_without_a_level_get_a_gradient_of_zero(device: str) -> None:
+    inputs = make_bn_inputs((9,), 5, 3, device=device)
+    options = {"level_rows": (9,), "banks": (1,), "training": True, "backend": "triton"}
+    results = run(switchable_bn_act, inputs, **options)
+    for name in ("dweight", "dbias"):
+        assert not results[name][[0, 2]].any()
+        assert results[name][1].all()
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "add"])
+def test_repeated_runs_give_the_same_bits(residual: bool, place: tuple[str, torch.dtype]) -> None:
+    device, dtype = place
+    inputs = make_bn_inputs((70, 33), 65, 2, residual=residual, device=device, dtype=dtype)
+    options = {"level_rows": (70, 33), "banks": (0, 1), "training": True, "backend": "triton"}
+    one, other = (run(switchable_bn_act, inputs, activation="relu", **options) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_evaluation_without_gradients_writes_only_the_output(device: str) -> None:
+    inputs = make_bn_inputs((40, 3), 20, 2, residual=True, device=device)
+    inputs.pop("dy")
+    before = {name: inputs[name].clone() for name in STATE}
+    options = {"level_rows": (40, 3), "banks": (0, 1), "activation": "relu"}
+    with torch.no_grad():
+        ours = switchable_bn_act(**inputs, **options, backend="triton")
+        want = switchable_bn_act(**inputs, **options)
+    torch.testing.assert_close(ours, want)
+    assert all(torch.equal(inputs[name], before[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_an_upstream_gradient_without_strides_is_understood(device: str) -> None:
+    inputs = make_bn_inputs((9, 4), 5, 2, residual=True, device=device)
+    options = {"level_rows": (9, 4), "banks": (0, 1), "activation": "relu", "training": True}
+    inputs["dy"] = torch.ones((), device=device)
+    expanded, repeated = inputs["dy"].expand(13, 5), inputs["dy"].repeat(13, 5)
+    for name, dy in (("expanded", expanded), ("repeated", repeated)):
+        inputs[name] = dy
+    results = []
+    for name in ("expanded", "repeated"):
+        tensors = {k: t for k, t in inputs.items() if k not in ("expanded", "repeated")}
+        results.append(
+            run(switchable_bn_act, {**tensors, "dy": inputs[name]}, backend="triton", **options)
+        )
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_backward_can_run_twice(device: str) -> None:
+    inputs = make_bn_inputs((9, 4), 5, 2, device=device)
+    dy = inputs.pop("dy")
+    inputs["x"].requires_grad_()
+    options = {"level_rows": (9, 4), "banks": (0, 1), "activation": "relu", "training": True}
+    y = switchable_bn_act(**inputs, **options, backend="triton")
+    (first,) = torch.autograd.grad(y, inputs["x"], dy, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(y, inputs["x"], 2 * dy)
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, 2 * first)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+def test_operators_pass_opcheck(activation: str | None, residual: bool, device: str) -> None:
+    level_rows, banks = (5, 3, 1), (2, 0, 1)
+    inputs = make_bn_inputs(level_rows, 7, 3, residual=residual, device=device)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    state = tuple(inputs[name] for name in STATE)
+    torch.library.opcheck(STATS.default, (x, *state, level_rows, banks, 0.1))
+    mean, var = STATS(x, *state, level_rows, banks, 0.1)
+    has_mask = residual and activation is not None
+    arguments = (weight, bias, mean, var, level_rows, banks, activation, True, has_mask)
+    _, mask = FWD(x, inputs["residual"], *arguments, 1e-5)
+    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *arguments, has_mask, 1e-5))
+    for tensor in (x, weight, bias, *([inputs["residual"]] if residual else [])):
+        tensor.requires_grad_()
+    torch.library.opcheck(FWD.default, (x, inputs["residual"], *arguments, 1e-5))
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize("training", MODES)
+def test_whole_graph_compiles(training: bool, device: str) -> None:
+    inputs = make_bn_inputs((9, 4), 5, 2, residual=True, device=device)
+    options = {"level_rows": (9, 4), "banks": (0, 1), "activation": "relu", "training": training}
+    compiled = torch.compile(switchable_bn_act, backend="aot_eager", fullgraph=True)
+    ours = run(compiled, inputs, backend="triton", **options)
+    eager = run(switchable_bn_act, inputs, backend="triton", **options)
+    for name, want in eager.items():
+        torch.testing.assert_close(ours[name], want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"x": torch.zeros(12, 3).double()}, "x must be float16, bfloat16 or float32"),
+        ({"x": torch.zeros(3, 12).t()}, "x must be contiguous"),
+        ({"x": torch.zeros(12, 3, device="meta")}, "weight must be contiguous .* on meta"),
+        ({"residual": torch.zeros(3, 12).t()}, "residual must be contiguous"),
+        ({"weight": torch.zeros(2, 3).half()}, "weight must be contiguous torch.float32"),
+        ({"running_var": torch.zeros(3, 2).t()}, "running_var must be contiguous"),
+        ({"bias": torch.zeros(2, 4)}, r"bias must be \[2, 3\]"),
+        ({"num_batches_tracked": torch.zeros(2)}, "num_batches_tracked must be contiguous"),
+        ({"level_rows": (12, 0)}, "level_rows must be 1 to 8 counts of at least 1"),
+        ({"level_rows": (12, 1)}, "level_rows must add up to the 12 rows"),
+        ({"level_rows": (4,) + (1,) * 8, "banks": (0,) * 9}, "level_rows must be 1 to 8 counts"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    inputs = make_bn_inputs((8, 4), 3, 2)
+    inputs.pop("dy")
+    arguments = {**inputs, "level_rows": (8, 4), "banks": (0, 1), "backend": "triton", **change}
+    with pytest.raises(ValueError, match=message):
+        switchable_bn_act(**arguments)
+
+
+def test_a_cpu_without_the_interpreter_is_refused_in_words() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = run_python("""
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from rsfast.kernels import global_avg_pool
+try:
+    global_avg_pool(torch.zeros(4, 3), (4,), 1, backend="triton")
+except ValueError as error:
+    assert "needs tensors on a GPU" in str(error), error
+else:
+    raise AssertionError("no ValueError")
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", GPU_ONLY, indirect=True)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "add"])
+class TestOnTheGpu:
+    def run(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return run(switchable_bn_act, inputs, **LARGE, backend="triton")
+
+    def inputs(self, residual: bool, device: str) -> dict[str, Any]:
+        options = {"residual": residual, "device": device, "dtype": torch.bfloat16}
+        return make_bn_inputs(LARGE["level_rows"], 256, 3, **options)
+
+    def test_another_stream_gives_the_same_bits(self, residual: bool, device: str) -> None:
+        inputs = self.inputs(residual, device)
+        here, there = self.run(inputs), on_another_stream(lambda: self.run(inputs))
+        assert all(torch.equal(here[name], there[name]) for name in here)
+
+    def test_the_host_never_waits_and_a_graph_captures_it(
+        self, residual: bool, device: str
+    ) -> None:
+        inputs = self.inputs(residual, device)
+        exact = self.run(inputs)
+        captured = capture_without_host_sync(lambda: self.run(inputs))
+        assert all(torch.equal(exact[name], captured[name]) for name in exact)
+
+    def test_a_large_batch_matches_the_float64_reference(self, residual: bool, device: str) -> None:
+        inputs = self.inputs(residual, device)
+        assert_as_good_as_pytorch(inputs, **LARGE)
