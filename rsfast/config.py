@@ -22,6 +22,7 @@ import tomli_w
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
+from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.rsnet import ARCHITECTURES, BN_MODES
 from rsfast.optim import DECAY_MODES
@@ -41,6 +42,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "precision": tuple(PRECISIONS),
     "decay": DECAY_MODES,
     "device": ("auto", "cpu", "cuda"),
+    "kernels": ("auto", *KERNEL_BACKENDS),
 }
 # The authors' spelling of two options.
 _ALIASES = {"resolutions": ("--sizes",), "distill": ("--kd-type",)}
@@ -103,6 +105,9 @@ class TrainConfig:
     """loader threads (dali) or processes (pil) per rank"""
     device: str = "auto"
     """auto takes a GPU where there is one"""
+    kernels: str = "auto"
+    """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
+    on a GPU"""
     seed: int = 0
     """of weights, order and augmentation"""
     log_every: int = 50

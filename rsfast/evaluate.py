@@ -19,6 +19,8 @@ from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.distributed import Rank
 from rsfast.engine import PRECISIONS
+from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
+from rsfast.kernels import choose_backend
 from rsfast.metrics import TopK
 from rsfast.models import RSNet
 from rsfast.models.deploy import bn_mixture, calibrate, multiply_adds
@@ -137,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision=args.precision,
             calibration_batches=args.calibration_batches,
         )
-        rows = evaluate(model.to(rank.device), alpha, settings, rank)
+        model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
+        rows = evaluate(model, alpha, settings, rank)
         if rank.is_main:
             title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
             _write(rows, title, Path(args.output or args.checkpoint.parent / "evaluation"))
@@ -182,6 +185,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of an authors' checkpoint not at 224..96",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--kernels",
+        choices=("auto", *KERNEL_BACKENDS),
+        default="auto",
+        help="of the trained resolutions: fused Triton kernels or plain PyTorch",
+    )
     add(
         "--output",
         help="folder for accuracy.csv and accuracy.png; beside the checkpoint by default",

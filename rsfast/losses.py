@@ -39,6 +39,7 @@ class MultiResolutionDistillation(nn.Module):
         mode: "full" (equation 10), "vanilla" (8), "no_ensemble", "largest" (Table 5) or "none"
             (parallel training).
         label_smoothing: in [0, 1), of both cross entropies; 0 in the paper.
+        backend: "torch", or "triton" for the fused kernel on a GPU.
 
     Attributes:
         alpha: [R] raw ensemble scores, 1 at the start; the ensemble weights are their softmax.
@@ -48,7 +49,12 @@ class MultiResolutionDistillation(nn.Module):
     """
 
     def __init__(
-        self, num_resolutions: int, mode: str = "full", label_smoothing: float = 0.0
+        self,
+        num_resolutions: int,
+        mode: str = "full",
+        label_smoothing: float = 0.0,
+        *,
+        backend: str = "torch",
     ) -> None:
         super().__init__()
         if num_resolutions < 1:
@@ -57,6 +63,7 @@ class MultiResolutionDistillation(nn.Module):
         self.num_resolutions = num_resolutions
         self.mode = mode
         self.label_smoothing = label_smoothing
+        self.backend = kernels.check_backend(backend)
         self.alpha = nn.Parameter(torch.ones(num_resolutions))
 
     @property
@@ -73,7 +80,12 @@ class MultiResolutionDistillation(nn.Module):
         """
         with torch.autocast(logits.device.type, enabled=False):
             terms = kernels.distillation_loss(
-                logits, labels, self.alpha, self.mode, self.label_smoothing
+                logits,
+                labels,
+                self.alpha,
+                self.mode,
+                self.label_smoothing,
+                backend=self.backend,
             )
         return LossTerms(*terms)
 

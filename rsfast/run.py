@@ -18,6 +18,7 @@ from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.distributed import Rank, first_rank_first
 from rsfast.engine import TrainStep
+from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
@@ -99,11 +100,14 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     # Gradients of a run that diverges are denormal, which x86 computes a hundred times slower.
     torch.set_flush_denormal(True)
     loaders = _loaders(cfg, rank)
-    model = create_model(cfg.arch, cfg.resolutions, len(loaders[0].class_names), cfg.bn)
+    num_classes = len(loaders[0].class_names)
+    model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
     model.to(rank.device)
     model.input_mean, model.input_std = loaders[0].mean, loaders[0].std
     model.val_crop, model.class_names = cfg.val_crop, loaders[0].class_names
-    loss = MultiResolutionDistillation(len(cfg.resolutions), cfg.distill, cfg.label_smoothing)
+    loss = MultiResolutionDistillation(
+        len(cfg.resolutions), cfg.distill, cfg.label_smoothing, backend=cfg.kernels
+    )
     loss.to(rank.device)
     optimizer = build_optimizer(
         model,
@@ -163,7 +167,8 @@ def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     """Fills in the settings whose default depends on the machine."""
     precision = cfg.precision or ("bf16" if rank.device.type == "cuda" else "fp32")
     output = cfg.output or f"runs/{cfg.arch}"
-    return dataclasses.replace(cfg, precision=precision, output=output)
+    kernels = choose_backend(cfg.kernels, rank.device)
+    return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
 
 
 def _resume_path(cfg: TrainConfig, folder: Path) -> Path | None:
@@ -271,6 +276,7 @@ def _open_folder(run: Run) -> None:
         "world_size": run.rank.world_size,
         "total_batch": run.rank.world_size * run.cfg.batch_size,
         "device": str(run.rank.device),
+        "kernels": run.cfg.kernels,
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
         "classes": len(run.train_loader.class_names),

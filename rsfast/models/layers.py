@@ -77,6 +77,7 @@ class SwitchableBatchNorm2d(nn.Module):
         num_batches_tracked: [B] int64.
         banks_in_use: the sets of the last training forward. An optimiser step must leave all
             others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
+        backend: what computes it, "torch" or "triton".
     """
 
     running_mean: Tensor
@@ -93,6 +94,7 @@ class SwitchableBatchNorm2d(nn.Module):
         self.eps = eps
         self.momentum = 0.1
         self.banks_in_use = tuple(range(num_banks))
+        self.backend = "torch"
         self.weight = nn.Parameter(torch.ones(num_banks, num_features))
         self.bias = nn.Parameter(torch.zeros(num_banks, num_features))
         self.register_buffer("running_mean", torch.zeros(num_banks, num_features))
@@ -117,6 +119,7 @@ class SwitchableBatchNorm2d(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            backend=self.backend,
         )
         return x.with_rows(rows)
 
@@ -165,7 +168,7 @@ class MaxPool2d(nn.MaxPool2d):
         return nn.MaxPool2d(self.kernel_size, self.stride, self.padding)
 
 
-def global_avg_pool(x: Pyramid) -> Tensor:
+def global_avg_pool(x: Pyramid, backend: str = "torch") -> Tensor:
     """[L, N, C]: the mean of each image's pixels."""
-    pooled = kernels.global_avg_pool(x.rows, x.level_rows, x.num_images)
+    pooled = kernels.global_avg_pool(x.rows, x.level_rows, x.num_images, backend=backend)
     return pooled.view(x.num_levels, x.num_images, x.num_channels)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rsfast import kernels
 from rsfast.models import deploy
 from rsfast.models.layers import SwitchableBatchNorm2d, global_avg_pool
 from rsfast.models.mobilenetv2 import MobileNetV2
@@ -28,6 +29,7 @@ class RSNet(nn.Module):
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
         class_names: names of the classes if known.
+        backend: what computes batch norm and pooling, "torch" or "triton".
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class RSNet(nn.Module):
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
         self.val_crop = "center"
         self.class_names: tuple[str, ...] | None = None
+        self.backend = "torch"
         num_banks = len(self.resolutions) if bn == "private" else 1
         self.backbone = MobileNetV2(num_banks) if arch == "mobilenetv2" else ResNet(arch, num_banks)
         self.classifier = nn.Linear(self.backbone.out_channels, num_classes)
@@ -73,7 +76,22 @@ class RSNet(nn.Module):
         if images.num_channels != 3:
             raise ValueError(f"images must have 3 channels (RGB), got {images.num_channels}")
         x = self.backbone(images.with_banks(self._banks_of(images)))
-        return self.classifier(global_avg_pool(x))
+        return self.classifier(global_avg_pool(x, self.backend))
+
+    def use_backend(self, backend: str) -> RSNet:
+        """Chooses what computes batch norm and pooling, and returns the network.
+
+        Args:
+            backend: "torch", plain PyTorch on any device, or "triton", the fused kernels, for a
+                GPU and at most 8 levels.
+
+        Raises:
+            ValueError: if there is no such backend.
+        """
+        self.backend = kernels.check_backend(backend)
+        for norm in self.batch_norms():
+            norm.backend = self.backend
+        return self
 
     def at(self, resolution: int, between: str = "interpolate") -> deploy.SingleResolutionNet:
         """A plain, single-resolution copy of the network in eval mode.
@@ -129,6 +147,8 @@ def create_model(
     resolutions: Sequence[int] = (224, 192, 160, 128, 96),
     num_classes: int = 1000,
     bn: str = "private",
+    *,
+    backend: str = "torch",
 ) -> RSNet:
     """Builds a randomly initialised RS-Net.
 
@@ -137,8 +157,9 @@ def create_model(
         resolutions: in pixels, strictly descending.
         num_classes: K.
         bn: "private" (one set per resolution) or "shared" (one set for all, the paper's ablation).
+        backend: see :meth:`RSNet.use_backend`; not part of what a checkpoint holds.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
     """
-    return RSNet(arch, resolutions, num_classes, bn)
+    return RSNet(arch, resolutions, num_classes, bn).use_backend(backend)

@@ -1,0 +1,134 @@
+"""The choice of backend: networks and loss on the Triton kernels against plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernel_helpers import CPU_OR_GPU, gpu, max_error, skip_unless_it_runs_on
+from rsfast import Pyramid, create_model
+from rsfast.data import Batch
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.models import RSNet
+from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d, global_avg_pool
+from rsfast.models.mobilenetv2 import InvertedResidual
+from rsfast.models.resnet import BasicBlock, Bottleneck
+from rsfast.optim import build_optimizer
+
+RESOLUTIONS = (32, 16)
+STEPS = 2
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    skip_unless_it_runs_on(request.param)
+    return request.param
+
+
+def make_network(arch: str) -> RSNet:
+    """An RS-Net; "one-of-each" has one block of every kind, for Triton's slow interpreter."""
+    torch.manual_seed(0)
+    model = create_model("resnet18" if arch == "one-of-each" else arch, RESOLUTIONS, 4)
+    if arch == "one-of-each":
+        stem = [Conv2d(3, 16, 3, stride=2), SwitchableBatchNorm2d(16, 2, "relu6")]
+        blocks = [Bottleneck(16, 8, 1, 2), InvertedResidual(32, 32, 1, 2, 2)]
+        model.backbone = nn.Sequential(*stem, *blocks, BasicBlock(32, 32, 2, 2))
+        model.classifier = nn.Linear(32, 4)
+    return model
+
+
+def make_batch(device: str, dtype: torch.dtype) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(4, 3, r, r, generator=generator, dtype=dtype) for r in RESOLUTIONS]
+    labels = torch.tensor([0, 3, 1, 3])
+    return Batch(Pyramid.pack(levels).to(device), labels.to(device), torch.arange(4))
+
+
+def train(
+    model: RSNet, backend: str, device: str, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses of a few steps, and the state of the network after them."""
+    model = copy.deepcopy(model).to(device, dtype).use_backend(backend).train()
+    loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
+    optimizer = build_optimizer(model, loss, lr=0.01)
+    step = TrainStep(model, loss, optimizer, precision="fp32", graph=False)
+    losses = [step(make_batch(device, dtype)).total for _ in range(STEPS)]
+    return losses, {**model.state_dict(), "alpha": loss.alpha.detach()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "device"),
+    [
+        ("one-of-each", "cpu"),
+        pytest.param("one-of-each", "cuda", marks=gpu),
+        pytest.param("resnet18", "cuda", marks=gpu),
+        pytest.param("resnet50", "cuda", marks=gpu),
+    ],
+    indirect=["device"],
+)
+def test_training_on_the_kernels_is_as_good_as_on_pytorch(arch: str, device: str) -> None:
+    model = make_network(arch)
+    exact_losses, exact = train(model, "torch", "cpu", torch.float64)
+    eager_losses, eager = train(model, "torch", device, torch.float32)
+    losses, state = train(model, "triton", device, torch.float32)
+    eps = torch.finfo(torch.float32).eps
+    for ours, theirs, want in zip(losses, eager_losses, exact_losses, strict=True):
+        assert abs(ours.cpu() - want) <= 2 * abs(theirs.cpu() - want) + 4 * eps * want
+    worst, eager_worst = 0.0, 0.0
+    for name, want in exact.items():
+        size = want.abs().max().double().clamp_min(1e-3).item()
+        worst = max(worst, max_error(state[name].cpu(), want) / size)
+        eager_worst = max(eager_worst, max_error(eager[name].cpu(), want) / size)
+    assert worst <= 2 * eager_worst + 4 * eps
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_evaluation_on_the_kernels_is_that_of_pytorch(device: str) -> None:
+    model = make_network("one-of-each").to(device).eval()
+    images = make_batch(device, torch.float32).images
+    with torch.no_grad():
+        want = model(images)
+        ours = model.use_backend("triton")(images)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_layers_and_loss_compile_as_one_graph(device: str) -> None:
+    torch.manual_seed(0)
+    norm = SwitchableBatchNorm2d(6, 2, "relu").to(device)
+    norm.backend = "triton"
+    loss = MultiResolutionDistillation(2, backend="triton").to(device)
+    labels = torch.tensor([1, 5], device=device)
+
+    def objective(rows: Tensor) -> Tensor:
+        x = Pyramid(rows, sizes=((4, 4), (2, 2)), num_images=2)
+        return loss(global_avg_pool(norm(x, x), "triton"), labels).total
+
+    rows = torch.randn(40, 6, device=device, requires_grad=True)
+    leaves = (rows, *norm.parameters(), *loss.parameters())
+    eager = objective(rows)
+    eager_grads = torch.autograd.grad(eager, leaves)
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)(rows)
+    torch.testing.assert_close(compiled, eager)
+    for grad, want in zip(torch.autograd.grad(compiled, leaves), eager_grads, strict=True):
+        torch.testing.assert_close(grad, want)
+    assert norm.num_batches_tracked.tolist() == [2, 2]
+
+
+def test_the_backend_is_chosen_for_all_layers_at_once() -> None:
+    model = create_model("resnet18", RESOLUTIONS, 4)
+    assert {norm.backend for norm in model.batch_norms()} == {"torch"}
+    model.use_backend("triton")
+    assert {norm.backend for norm in model.batch_norms()} == {model.backend} == {"triton"}
+    assert "backend" not in model.settings()
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend must be one of"):
+        create_model("resnet18", RESOLUTIONS, 4, backend="cuda")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        MultiResolutionDistillation(2, backend="cuda")
