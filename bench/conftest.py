@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench import roofline
+from bench.installed import left_out
 from bench.timing import DEVICE
 from rsfast.environment import describe
 
@@ -16,14 +19,32 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    """Bytes per second."""
+    return roofline.copy_bandwidth(DEVICE)
+
+
 def pytest_configure(config: Any) -> None:
     if hasattr(config.option, "benchmark_timer"):
         config.option.benchmark_timer = "bench.timing.synchronized_clock"
 
 
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    # What the rivals' compilers warn of is not an error of ours.
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 def pytest_report_header() -> list[str]:
-    left_out = "" if DEVICE.type == "cuda" else " (no GPU: small shapes, float32 only)"
-    return [f"benchmarks on {DEVICE}{left_out}"]
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+        return [f"benchmarks on {name}; not installed, so left out: {left_out()}"]
+    return [
+        "benchmarks on the CPU: small shapes in float32; left out: rsfast's Triton kernels, "
+        f"torch.compile and {left_out()}, which need a GPU"
+    ]
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

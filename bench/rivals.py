@@ -7,7 +7,7 @@ checkpoint tests. Plain `torch.nn` throughout; nothing here is imported by rsfas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -159,14 +159,19 @@ class AuthorsNet(nn.Module):
         return head([x.mean((2, 3)) for x in levels])
 
 
-def authors_loss(logits: Sequence[Tensor], labels: Tensor, alpha: Tensor) -> Tensor:
+def authors_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    alpha: Tensor,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
     """The full loss as R cross entropies, one of the ensemble, and R (R + 1) / 2 KL terms."""
     weights = F.softmax(alpha, dim=0)
     ensemble = sum(w * z.detach() for w, z in zip(weights, logits, strict=True))
-    loss = F.cross_entropy(ensemble, labels)
+    loss = cross_entropy(ensemble, labels)
     teachers = [ensemble.detach()]
     for z in logits:
-        loss = loss + F.cross_entropy(z, labels)
+        loss = loss + cross_entropy(z, labels)
         for teacher in teachers:
             divergence = F.kl_div(
                 F.log_softmax(z, dim=1), F.softmax(teacher, dim=1), reduction="batchmean"

@@ -1,0 +1,97 @@
+"""Global average pooling: rsfast's kernel against eager and compiled PyTorch, level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.record import check_alike, record
+from bench.shapes import ARCHITECTURES, pooled_map
+from bench.timing import DEVICE
+from rsfast import Pyramid
+from rsfast.kernels import global_avg_pool, global_avg_pool_reference
+
+ON_GPU = DEVICE.type == "cuda"
+NUM_IMAGES, RESOLUTIONS = (256, (224, 192, 160, 128, 96)) if ON_GPU else (2, (64, 48, 32))
+DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
+PASSES = ("forward", "forward_backward")
+IMPLEMENTATIONS = ("eager", "compiled", "rsfast") if ON_GPU else ("eager", "reference")
+
+
+def moved_bytes(arch: str, dtype: torch.dtype, direction: str) -> int:
+    """One read or write of the map in each direction; the means hardly count."""
+    layer = pooled_map(arch, RESOLUTIONS)
+    size = sum(layer.level_rows(NUM_IMAGES)) * layer.channels * dtype.itemsize
+    return size * (2 if direction == "forward_backward" else 1)
+
+
+def eager(levels: list[Tensor]) -> list[Tensor]:
+    return [level.mean((2, 3)) for level in levels]
+
+
+def make_runs(
+    arch: str, dtype: torch.dtype, direction: str
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """One callable per implementation on the same numbers: means, then the gradient."""
+    layer = pooled_map(arch, RESOLUTIONS)
+    level_rows = layer.level_rows(NUM_IMAGES)
+    wants_grads = direction == "forward_backward"
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(level_rows), layer.channels, generator=generator)
+    rows = rows.to(DEVICE, dtype).requires_grad_(wants_grads)
+    dy = torch.randn(len(layer.sizes) * NUM_IMAGES, layer.channels, generator=generator)
+    dy = dy.to(DEVICE, dtype)
+    levels = Pyramid(rows.detach(), layer.sizes, NUM_IMAGES).levels()
+    levels = [level.requires_grad_(wants_grads) for level in levels]
+
+    def run_packed(function: Callable[..., Tensor], **backend: str) -> list[Tensor]:
+        y = function(rows, level_rows, NUM_IMAGES, **backend)
+        return [y, *torch.autograd.grad(y, rows, dy)] if wants_grads else [y]
+
+    def run_levels(function: Callable[..., list[Tensor]]) -> list[Any]:
+        ys = function(levels)
+        if not wants_grads:
+            return [ys]
+        return [ys, list(torch.autograd.grad(ys, levels, dy.split(NUM_IMAGES)))]
+
+    runs = {
+        "eager": lambda: run_levels(eager),
+        "reference": lambda: run_packed(global_avg_pool_reference),
+    }
+    if ON_GPU:
+        compiled = torch.compile(eager, dynamic=False)
+        runs["compiled"] = lambda: run_levels(compiled)
+        runs["rsfast"] = lambda: run_packed(global_avg_pool, backend="triton")
+    return runs
+
+
+def as_packed(results: list[Any]) -> list[Tensor]:
+    """Lists of levels as rows."""
+    packed = []
+    for result in results:
+        if isinstance(result, list):
+            result = Pyramid.pack(result).rows if result[0].dim() == 4 else torch.cat(result)
+        packed.append(result)
+    return packed
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_global_avg_pool(
+    benchmark,
+    copy_bandwidth: float,
+    arch: str,
+    dtype: torch.dtype,
+    direction: str,
+    impl: str,
+) -> None:
+    runs = make_runs(arch, dtype, direction)
+    check_alike(as_packed(runs[impl]()), as_packed(runs["reference"]()), dtype)
+    group = f"global_avg_pool/{arch}/{str(dtype).removeprefix('torch.')}/{direction}"
+    record(benchmark, runs[impl], group, moved_bytes(arch, dtype, direction), copy_bandwidth)

@@ -1,0 +1,73 @@
+"""The benchmarks' own bookkeeping; their times mean nothing here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import bench_switchable_bn_act as norm
+from bench import kernels
+from bench.record import check_alike
+from bench.shapes import batch_norm_layers, pooled_map
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers", "elements"),
+    # Outputs of all convolutions of one image at 224 pixels, and channels before pooling.
+    [("resnet50", 53, 11.1), ("resnet18", 20, 2.48), ("mobilenetv2", 52, 6.68)],
+)
+def test_layers_are_those_of_the_network(arch: str, layers: int, elements: float) -> None:
+    found = batch_norm_layers(arch)
+    assert sum(found.values()) == layers
+    at_224 = sum(count * layer.sizes[0][0] ** 2 * layer.channels for layer, count in found.items())
+    assert at_224 / 1e6 == pytest.approx(elements, rel=0.01)
+    channels = {"resnet50": 2048, "resnet18": 512, "mobilenetv2": 1280}[arch]
+    assert pooled_map(arch).sizes == ((7, 7), (6, 6), (5, 5), (4, 4), (3, 3))
+    assert pooled_map(arch).channels == channels
+
+
+def test_bytes_of_a_two_kernel_design() -> None:
+    plain, added = (
+        next(layer for layer in norm.CASES if layer.residual is residual)
+        for residual in (False, True)
+    )
+    size = sum(plain.level_rows(norm.NUM_IMAGES)) * plain.channels * 2
+    assert norm.moved_bytes(plain, torch.bfloat16, "forward") == 3 * size
+    assert norm.moved_bytes(plain, torch.bfloat16, "forward_backward") == 8 * size
+    size = sum(added.level_rows(norm.NUM_IMAGES)) * added.channels * 4
+    assert norm.moved_bytes(added, torch.float32, "forward_backward") == 10 * size
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    right = [torch.linspace(1, 2, 10)]
+    check_alike(right, [right[0] * (1 + 1e-7)], torch.float32)
+    with pytest.raises(AssertionError, match="off by"):
+        check_alike(right, [right[0] + 1e-3], torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes with the shapes of a GPU")
+def test_the_command_writes_rows_of_the_agreed_names(
+    tmp_path: Path,
+) -> None:
+    flags = ["--output", str(tmp_path), "--archs", "resnet18", "--rounds", "2"]
+    assert kernels.main(flags) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "summary.json").read_text())["rows"]}
+    expected = {
+        "card/copy_bandwidth",
+        "kernel/distillation_loss/R3-N8-K100/fp32/forward_backward/authors",
+        "kernel/global_avg_pool/resnet18/fp32/forward/eager",
+        "kernel/switchable_bn_act/resnet18/fp32/forward_backward/eager",
+        "kernel/switchable_bn_act/32px-C64-relu/fp32/forward/reference",
+    }
+    assert expected <= set(rows)
+    assert all(row["value"] > 0 and row["unit"] for row in rows.values())
+    # With two rounds the median is a mean, and a sum of means is the mean of sums.
+    in_all = sum(
+        count * rows[f"kernel/switchable_bn_act/{layer}/fp32/forward/eager"]["value"]
+        for layer, count in batch_norm_layers("resnet18", norm.RESOLUTIONS).items()
+    )
+    whole = rows["kernel/switchable_bn_act/resnet18/fp32/forward/eager"]["value"]
+    assert whole == pytest.approx(in_all)
