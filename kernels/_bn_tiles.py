@@ -25,7 +25,7 @@ __all__ = [
     "share_out",
 ]
 
-# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, with 48 to 95
+# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, with 48 to 112
 # registers a thread (tests/kernels/test_compile_ahead.py). Not timed on a GPU yet.
 TILE_ELEMENTS = 2048
 # Triton 3.10 is to stop fusing multiplications with additions by default.

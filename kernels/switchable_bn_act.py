@@ -125,14 +125,8 @@ def _stats(
 
 @_stats.register_fake
 def _(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, mean: Tensor, var: Tensor, num_batches: Tensor, level_rows: Sequence[int], *_: Any
+):
     shape = len(level_rows), x.shape[1]
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
@@ -155,6 +149,7 @@ def _fwd(
     """y, and the bits of the mask [M, ceil(C / 8)] uint8 (no rows without `save_mask`).
 
     `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
+    The backward of an activation after a residual needs the mask; of others it does without.
     """
     forward, _ = _kernels()
     y, mask = torch.empty_like(x), _empty_mask(x, save_mask)
@@ -177,20 +172,8 @@ def _fwd(
 
 
 @_fwd.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    activation: str | None,
-    batch_statistics: bool,
-    save_mask: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, save_mask, _ = arguments
     return torch.empty_like(x), _empty_mask(x, save_mask)
 
 
@@ -212,18 +195,15 @@ def _bwd(
     banks: Sequence[int],
     activation: str | None,
     batch_statistics: bool,
-    has_mask: bool,
-    write_dresidual: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual (no rows without `write_dresidual`), dweight and dbias."""
+    """dx, dresidual (no rows where `mask` has none), dweight and dbias."""
     _, backward = _kernels()
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if write_dresidual else x.new_empty(0, x.shape[1])
+    dx, dresidual = torch.empty_like(x), x.new_empty(mask.shape[0], x.shape[1])
     dweight, dbias = backward.backward(
         dy.contiguous(),  # a sum's gradient has strides of 0
         x,
-        mask if has_mask else None,
+        mask if len(mask) else None,
         weight,
         bias,
         mean,
@@ -231,7 +211,7 @@ def _bwd(
         level_rows,
         banks,
         dx,
-        dresidual if write_dresidual else None,
+        dresidual if len(mask) else None,
         activation=activation,
         batch_statistics=batch_statistics,
         eps=eps,
@@ -240,53 +220,25 @@ def _bwd(
 
 
 @_bwd.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    activation: str | None,
-    batch_statistics: bool,
-    has_mask: bool,
-    write_dresidual: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dresidual = torch.empty_like(x) if write_dresidual else x.new_empty(0, x.shape[1])
-    return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
+def _(dy: Tensor, x: Tensor, mask: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dresidual = x.new_empty(mask.shape[0], x.shape[1])
+    return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, bias, mean, var, *settings = inputs
-    ctx.level_rows, ctx.banks, ctx.activation, ctx.batch_statistics, ctx.has_mask, ctx.eps = (
-        settings
-    )
+    x, residual, weight, bias, mean, var, *ctx.settings, _, ctx.eps = inputs
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight, bias, mean, var)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Without an activation the residual's gradient is dy itself.
-    own_dresidual = ctx.has_residual and ctx.activation is not None
-    dx, dresidual, dweight, dbias = _bwd(
-        dy,
-        *ctx.saved_tensors,
-        ctx.level_rows,
-        ctx.banks,
-        ctx.activation,
-        ctx.batch_statistics,
-        ctx.has_mask,
-        own_dresidual,
-        ctx.eps,
-    )
-    if ctx.has_residual and not own_dresidual:
+    dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, *ctx.settings, ctx.eps)
+    if not ctx.has_residual:
+        dresidual = None
+    elif not len(dresidual):  # without an activation
         dresidual = dy
-    return (dx, dresidual if ctx.has_residual else None, dweight, dbias, *(None,) * 8)
+    return dx, dresidual, dweight, dbias, *(None,) * 8
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)

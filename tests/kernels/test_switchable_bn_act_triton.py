@@ -306,12 +306,12 @@ def test_operators_pass_opcheck(activation: str | None, residual: bool, device: 
     torch.library.opcheck(STATS.default, (x, *state, level_rows, banks, 0.1))
     mean, var = STATS(x, *state, level_rows, banks, 0.1)
     has_mask = residual and activation is not None
-    arguments = (weight, bias, mean, var, level_rows, banks, activation, True, has_mask)
-    _, mask = FWD(x, inputs["residual"], *arguments, 1e-5)
-    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *arguments, has_mask, 1e-5))
+    arguments = (weight, bias, mean, var, level_rows, banks, activation, True)
+    _, mask = FWD(x, inputs["residual"], *arguments, has_mask, 1e-5)
+    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *arguments, 1e-5))
     for tensor in (x, weight, bias, *([inputs["residual"]] if residual else [])):
         tensor.requires_grad_()
-    torch.library.opcheck(FWD.default, (x, inputs["residual"], *arguments, 1e-5))
+    torch.library.opcheck(FWD.default, (x, inputs["residual"], *arguments, has_mask, 1e-5))
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
