@@ -12,6 +12,7 @@ from rsfast.kernels.distillation_loss import (
     teacher_weights,
 )
 from rsfast.kernels.global_avg_pool import global_avg_pool, global_avg_pool_reference
+from rsfast.kernels.normalize import normalize, normalize_reference
 from rsfast.kernels.switchable_bn_act import switchable_bn_act, switchable_bn_act_reference
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "distillation_loss_reference",
     "global_avg_pool",
     "global_avg_pool_reference",
+    "normalize",
+    "normalize_reference",
     "switchable_bn_act",
     "switchable_bn_act_reference",
     "teacher_weights",

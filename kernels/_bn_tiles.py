@@ -25,8 +25,8 @@ __all__ = [
     "share_out",
 ]
 
-# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, with 48 to 112
-# registers a thread (tests/kernels/test_compile_ahead.py). Not timed on a GPU yet.
+# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, 48 to 112
+# registers (tests/kernels/test_compile_ahead.py). Not timed on a GPU yet.
 TILE_ELEMENTS = 2048
 # Triton 3.10 is to stop fusing multiplications with additions by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}

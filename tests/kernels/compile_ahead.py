@@ -23,6 +23,7 @@ from rsfast.kernels import _bn_forward as bn_forward
 from rsfast.kernels import _bn_tiles as bn_tiles
 from rsfast.kernels import _distillation_loss_triton as loss
 from rsfast.kernels import _global_avg_pool_triton as pool
+from rsfast.kernels import _normalize_triton as pixels
 from rsfast.kernels.distillation_loss import _teacher_range
 
 NUM_LEVELS = 5
@@ -90,6 +91,20 @@ def global_avg_pool() -> Iterator[Case]:
             {**dict.fromkeys(names, "*" + dtype), **levels},
             {"L": NUM_LEVELS, "C": channels, "BLOCK_P": block_p, "BLOCK_C": block_c},
             pool.OPTIONS,
+        )
+
+
+def normalize() -> Iterator[Case]:
+    for channels, dtype in itertools.product((3, 4, 8), ("bf16", "fp32")):
+        types = {"pixels_ptr": "*u8", "y_ptr": "*" + dtype, "num_rows": "i32"}
+        types |= dict.fromkeys(["scale", "shift"], ("fp32",) * 3)
+        padded = triton.next_power_of_2(channels)
+        yield Case(
+            f"_normalize_kernel C={channels} {dtype}",
+            pixels._normalize_kernel,
+            types,
+            {"C": channels, "PADDED_C": padded, "BLOCK_M": pixels.BLOCK_M},
+            pixels.OPTIONS,
         )
 
 
@@ -166,6 +181,7 @@ def _switchable_bn_act(
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "distillation_loss": distillation_loss,
     "global_avg_pool": global_avg_pool,
+    "normalize": normalize,
     "switchable_bn_act": switchable_bn_act,
 }
 

@@ -17,7 +17,12 @@ import pytest
 
 COMPILE = Path(__file__).with_name("compile_ahead.py")
 CAPABILITIES = (80, 90)
-NUM_CASES = {"distillation_loss": 78, "global_avg_pool": 20, "switchable_bn_act": 135}
+NUM_CASES = {
+    "distillation_loss": 78,
+    "global_avg_pool": 20,
+    "normalize": 6,
+    "switchable_bn_act": 135,
+}
 
 
 def parse(output: str) -> list[dict[str, object]]:
