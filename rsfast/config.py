@@ -25,10 +25,10 @@ from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.rsnet import ARCHITECTURES, BN_MODES
-from rsfast.optim import DECAY_MODES
+from rsfast.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.pyramid import check_resolutions
 
-__all__ = ["TrainConfig", "parse_args", "recipe_names"]
+__all__ = ["TrainConfig", "parse_args", "profiled_steps", "recipe_names"]
 
 _CHOICES: dict[str, Sequence[str]] = {
     "arch": ARCHITECTURES,
@@ -43,6 +43,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "decay": DECAY_MODES,
     "device": ("auto", "cpu", "cuda"),
     "kernels": ("auto", *KERNEL_BACKENDS),
+    "optimizer": OPTIMIZERS,
 }
 # The authors' spelling of two options.
 _ALIASES = {"resolutions": ("--sizes",), "distill": ("--kd-type",)}
@@ -87,6 +88,8 @@ class TrainConfig:
     """highest learning rate; cosine to 0 per step"""
     warmup_epochs: float = 0.0
     """epochs of linear warm-up"""
+    optimizer: str = "sgd"
+    """sgd of PyTorch (fused on a GPU), or that of NVIDIA Apex where it is installed"""
     momentum: float = 0.9
     """of SGD"""
     nesterov: bool = False
@@ -108,6 +111,11 @@ class TrainConfig:
     kernels: str = "auto"
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
     on a GPU"""
+    graph: bool = True
+    """replay the whole step as one CUDA graph; without effect on a CPU"""
+    profile: str | None = None
+    """steps A:B (from A up to, but not including, B) that a profiler is told to record, and names
+    of layers and phases for it"""
     seed: int = 0
     """of weights, order and augmentation"""
     log_every: int = 50
@@ -137,6 +145,13 @@ class TrainConfig:
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
                 f"got {self.warmup_epochs}"
             )
+        if self.optimizer == "apex_sgd" and self.graph:
+            raise ValueError(
+                "optimizer apex_sgd takes its learning rate from the host, which a captured step "
+                "cannot: add --no-graph"
+            )
+        if self.profile is not None:
+            profiled_steps(self.profile)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
 
@@ -144,6 +159,20 @@ class TrainConfig:
         """A config file; settings that are None are left out."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """The A and B of "A:B".
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ValueError(
+            f"profile must look like 100:110, the second above the first, got {text!r}"
+        )
+    return int(first), int(last)
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rsfast.data import Batch
 from rsfast.losses import LossTerms
+from rsfast.nvtx import nvtx_range
 from rsfast.pyramid import Pyramid
+from rsfast.snapshot import Snapshot
 
 __all__ = ["PRECISIONS", "TrainStep"]
 
@@ -21,6 +23,10 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
     "fp32": None,
 }
+
+# Eager steps before a capture: cuDNN picks its algorithms, Triton compiles, momentum appears. DDP
+# rebuilds its buckets and waits for its eleventh step before it settles.
+_WARMUP_STEPS = {"alone": 3, "ddp": 11}
 
 # What DDP calls the switch for copying buffers from rank 0 at every step; renamed in torch 2.13.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -36,7 +42,10 @@ class _Objective(nn.Module):
         self.loss = loss
 
     def forward(self, images: Pyramid, labels: Tensor) -> LossTerms:
-        return self.loss(self.model(images), labels)
+        with nvtx_range("network"):
+            logits = self.model(images)
+        with nvtx_range("loss"):
+            return self.loss(logits, labels)
 
 
 class TrainStep:
@@ -45,19 +54,25 @@ class TrainStep:
     In a process group of several ranks, gradients are averaged over them while the backward runs.
     Batch-norm statistics stay per rank, as in the paper.
 
+    With `graph`, the first call on a GPU takes a few steps to warm up, puts everything back as it
+    was (weights, momentum, batch-norm statistics, alpha, scaler, random numbers), and captures the
+    step. From then on a call copies its batch into the captured step's buffers and replays it: one
+    launch instead of thousands. The learning rate becomes a tensor on the device. Every batch must
+    have the shape of the first.
+
     Args:
         model: images (Pyramid) -> logits [R, N, K].
         loss: (logits, labels) -> LossTerms.
-        optimizer: over the parameters of both.
+        optimizer: SGD over the parameters of both.
         precision: "bf16" or "fp16" autocast (fp16 with a gradient scaler), or "fp32".
         graph: whether to replay the step as one CUDA graph. A CPU has none and runs the same
-            operations either way. On a GPU only False works in this version.
+            operations either way.
 
     Attributes:
         scaler: gradient scaler; does nothing except in fp16.
 
     Raises:
-        ValueError: if the precision is unknown, or a graph is asked for on a GPU.
+        ValueError: if the precision is unknown.
     """
 
     def __init__(
@@ -71,28 +86,94 @@ class TrainStep:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
-        device = next(model.parameters()).device
-        if graph and device.type == "cuda":
-            raise ValueError("graph must be False on a GPU: this version does not capture the step")
+        self._device = next(model.parameters()).device
         self._dtype = PRECISIONS[precision]
-        self._device_type = device.type
         self._optimizer = optimizer
-        self._objective: nn.Module = _Objective(model, loss)
+        self._modules = _Objective(model, loss)
+        self._objective: nn.Module = self._modules
+        self._graph: _CapturedStep | None = None
+        self._wants_graph = graph and self._device.type == "cuda"
+        # Graphs are captured on another stream than the default one, and DDP belongs to the stream
+        # that it is built on.
+        self._stream = torch.cuda.Stream(self._device) if self._wants_graph else None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._objective = DistributedDataParallel(
-                self._objective,
-                device_ids=[device] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                **_KEEP_BUFFERS,  # batch-norm statistics stay per rank
-            )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+            with torch.cuda.stream(self._stream):
+                self._objective = DistributedDataParallel(
+                    self._modules,
+                    device_ids=[self._device] if self._device.type == "cuda" else None,
+                    gradient_as_bucket_view=True,
+                    **_KEEP_BUFFERS,  # batch-norm statistics stay per rank
+                )
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
 
     def __call__(self, batch: Batch) -> LossTerms:
-        """Trains on one batch and returns its loss terms, detached."""
+        """Trains on one batch and returns its loss terms, detached.
+
+        Raises:
+            ValueError: if a captured step gets a batch of another shape.
+        """
+        if not self._wants_graph:
+            return LossTerms(*self._run(batch.images, batch.labels).unbind())
+        if self._graph is None:
+            self._graph = self._capture(batch)
+        return self._graph(batch)
+
+    def _run(self, images: Pyramid, labels: Tensor) -> Tensor:
+        """[3] loss terms, after one step."""
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
-            terms = self._objective(batch.images, batch.labels)
-        self.scaler.scale(terms.total).backward()
-        self.scaler.step(self._optimizer)
-        self.scaler.update()
-        return LossTerms(*(term.detach() for term in terms))
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            terms = self._objective(images, labels)
+        with nvtx_range("backward"):
+            self.scaler.scale(terms.total).backward()
+        with nvtx_range("optimizer"):
+            self.scaler.step(self._optimizer)
+            self.scaler.update()
+        return torch.stack([term.detach() for term in terms])
+
+    def _capture(self, batch: Batch) -> _CapturedStep:
+        for group in self._optimizer.param_groups:  # a number would be captured for good
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._device)
+        before = Snapshot(self._modules, self._optimizer, self.scaler, self._device)
+        images = batch.images.with_rows(batch.images.rows.clone())
+        labels = batch.labels.clone()
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        alone = self._objective is self._modules
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARMUP_STEPS["alone" if alone else "ddp"]):
+                self._run(images, labels)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a loader's threads may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            terms = self._run(images, labels)
+        before.restore()
+        return _CapturedStep(graph, images, labels, terms)
+
+
+class _CapturedStep:
+    """A CUDA graph of one step, with the memory that it reads and writes."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, images: Pyramid, labels: Tensor, terms: Tensor
+    ) -> None:
+        self._graph = graph
+        self._images = images
+        self._labels = labels
+        self._terms = terms
+
+    def __call__(self, batch: Batch) -> LossTerms:
+        captured, given = self._images, batch.images
+        same = given.sizes == captured.sizes and given.rows.shape == captured.rows.shape
+        if not same or given.rows.dtype != captured.rows.dtype or given.banks != captured.banks:
+            raise ValueError(
+                f"batch must have the shape that was captured, {captured.num_images} images of "
+                f"{captured.sizes} as {captured.rows.dtype} with {captured.num_channels} channels, "
+                f"got {given.num_images} of {given.sizes} as {given.rows.dtype} with "
+                f"{given.num_channels}"
+            )
+        captured.rows.copy_(given.rows)
+        self._labels.copy_(batch.labels)
+        self._graph.replay()
+        return LossTerms(*self._terms.clone().unbind())  # the next replay writes over them

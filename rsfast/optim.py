@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
 
-__all__ = ["build_optimizer", "lr_at", "set_lr"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "lr_at", "set_lr"]
 
 DECAY_MODES = ("all", "weights")
+OPTIMIZERS = ("sgd", "apex_sgd")
 
 
 def lr_at(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
@@ -49,7 +51,8 @@ def build_optimizer(
     weight_decay: float = 1e-4,
     nesterov: bool = False,
     decay: str = "all",
-) -> torch.optim.SGD:
+    kind: str = "sgd",
+) -> torch.optim.Optimizer:
     """SGD over the network and alpha, which leaves batch-norm sets that took no part untouched.
 
     A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
@@ -64,9 +67,11 @@ def build_optimizer(
         nesterov: momentum of that kind.
         decay: "all" parameters (the paper's runs: biases, batch norm and alpha too), or only the
             "weights" of convolutions and classifier.
+        kind: "sgd" of PyTorch, fused on a GPU, or "apex_sgd", NVIDIA Apex's.
 
     Raises:
-        ValueError: if `decay` is unknown.
+        ValueError: if `decay` or `kind` is unknown.
+        ImportError: if Apex is asked for and absent, or another package has its name.
     """
     if decay not in DECAY_MODES:
         raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
@@ -76,19 +81,33 @@ def build_optimizer(
     for param in (*model.parameters(), *loss.parameters()):
         plain = param.dim() < 2 or id(param) in norms
         (free if decay == "weights" and plain else decayed).append(param)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=lr,
-        momentum=momentum,
-        nesterov=nesterov,
-        fused=decayed[0].is_cuda,
-    )
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+    optimizer: torch.optim.Optimizer
+    if kind == "apex_sgd":
+        optimizer = _apex_sgd()(groups, **settings)
+    elif kind == "sgd":
+        optimizer = torch.optim.SGD(groups, **settings, fused=decayed[0].is_cuda)
+    else:
+        raise ValueError(f"kind must be one of {OPTIMIZERS}, got {kind!r}")
     _keep_idle_banks(optimizer, model)
     return optimizer
+
+
+def _apex_sgd() -> type[torch.optim.Optimizer]:
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise ImportError(
+            "optimizer apex_sgd needs NVIDIA Apex, built from github.com/NVIDIA/apex with its CUDA "
+            f"extensions (the apex of PyPI is another package): {error}"
+        ) from error
+    return FusedSGD
 
 
 def _keep_idle_banks(optimizer: torch.optim.Optimizer, model: RSNet) -> None:

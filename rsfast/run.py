@@ -13,15 +13,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rsfast import checkpoint, environment
-from rsfast.config import TrainConfig
+from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.distributed import Rank, first_rank_first
-from rsfast.engine import TrainStep
+from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
+from rsfast.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.optim import build_optimizer, lr_at
 from rsfast.runlog import RunLog
 from rsfast.unpickle import load_dict
@@ -29,8 +30,19 @@ from rsfast.unpickle import load_dict
 __all__ = ["Run", "build", "save"]
 
 _LOG = logging.getLogger("rsfast")
+_PADDED_CHANNELS = 4
 # Settings that may differ between a run and its continuation.
-_FREE_TO_CHANGE = {"data", "output", "resume", "workers", "log_every", "device", "loader"}
+_FREE_TO_CHANGE = {
+    "data",
+    "output",
+    "resume",
+    "workers",
+    "log_every",
+    "device",
+    "loader",
+    "graph",
+    "profile",
+}
 
 
 @dataclass(kw_only=True)
@@ -43,6 +55,7 @@ class Run:
         folder: of the run.
         step: one training step.
         ema: averaged weights, if asked for.
+        profile: which steps a profiler records, if any.
         log: writer of the run's files, on rank 0.
         first_epoch: where training starts; above 0 when resumed.
         best: score of the best epoch so far.
@@ -59,6 +72,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: TrainStep
     ema: AveragedModel | None
+    profile: ProfileWindow | None = None
     log: RunLog | None = None
     first_epoch: int = 0
     best: tuple[float, float] = (-1.0, -1.0)
@@ -100,6 +114,11 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     # Gradients of a run that diverges are denormal, which x86 computes a hundred times slower.
     torch.set_flush_denormal(True)
     loaders = _loaders(cfg, rank)
+    if rank.device.type == "cuda":
+        # What autocast would cast to, and the channels that tensor cores take.
+        dtype = PRECISIONS[cfg.precision or "fp32"] or torch.float32
+        for loader in loaders:
+            loader.feed(dtype, _PADDED_CHANNELS, cfg.kernels)
     num_classes = len(loaders[0].class_names)
     model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
     model.to(rank.device)
@@ -117,6 +136,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         weight_decay=cfg.weight_decay,
         nesterov=cfg.nesterov,
         decay=cfg.decay,
+        kind=cfg.optimizer,
     )
     ema = None
     if cfg.ema_decay:
@@ -131,8 +151,9 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         model=model,
         loss=loss,
         optimizer=optimizer,
-        step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=False),
+        step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=cfg.graph),
         ema=ema,
+        profile=_profile(cfg, model, rank),
     )
     if resume_from:
         _restore(run, resume_from)
@@ -144,10 +165,13 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
 def save(run: Run, next_epoch: int, is_best: bool) -> None:
     """Writes last.pt, and model_best.pt when this epoch is the best one."""
     last = run.folder / "last.pt"
+    optimizer = run.optimizer.state_dict()
+    for group in optimizer["param_groups"]:
+        group["lr"] = float(group["lr"])  # a captured step has made a tensor of it
     payload = {
         **checkpoint.model_payload(run.model),
         "loss": run.loss.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scaler": run.step.scaler.state_dict(),
         "epoch": next_epoch,
         "best": run.best,
@@ -169,6 +193,16 @@ def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     output = cfg.output or f"runs/{cfg.arch}"
     kernels = choose_backend(cfg.kernels, rank.device)
     return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
+
+
+def _profile(cfg: TrainConfig, model: RSNet, rank: Rank) -> ProfileWindow | None:
+    if cfg.profile is None:
+        return None
+    if rank.device.type != "cuda":
+        raise ValueError(f"profile marks steps for Nsight and needs a GPU, got {rank.device}")
+    enable_ranges()
+    name_layers(model)
+    return ProfileWindow(*profiled_steps(cfg.profile))
 
 
 def _resume_path(cfg: TrainConfig, folder: Path) -> Path | None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rsfast import distributed
 from rsfast.config import TrainConfig, parse_args
+from rsfast.data import prefetch
 from rsfast.engine import PRECISIONS
 from rsfast.optim import set_lr
 from rsfast.run import Run, build, save
@@ -44,6 +45,8 @@ def train(cfg: TrainConfig) -> Accuracy | None:
             accuracy = finish_epoch(run, epoch, losses)
         return accuracy
     finally:
+        if run and run.profile:
+            run.profile.close()
         if run and run.log:
             run.log.close()
         distributed.leave()
@@ -57,8 +60,10 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     images_per_step = run.cfg.batch_size * run.rank.world_size
     bar = _progress_bar(run, epoch, images_per_step)
     clock, logged = time.perf_counter(), 0
-    for done, batch in enumerate(run.train_loader, start=1):
+    for done, batch in enumerate(prefetch(run.train_loader, run.rank.device), start=1):
         step = epoch * run.steps_per_epoch + done - 1
+        if run.profile:
+            run.profile.before(step)
         set_lr(run.optimizer, run.lr(step))
         run.meter.add(run.step(batch))  # tensors stay on the device
         if run.ema:

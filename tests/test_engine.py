@@ -10,6 +10,7 @@ from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.optim import build_optimizer
+from rsfast.snapshot import Snapshot
 
 RESOLUTIONS = (64, 32)
 
@@ -73,6 +74,32 @@ def test_fp16_skips_a_step_whose_gradients_overflow() -> None:
     step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert step.scaler.get_scale() < scale
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_warm_up_steps_leave_no_trace(precision: str, steps_before: int) -> None:
+    batch, other = make_batch(), make_batch(4)
+    losses, states = [], []
+    for warm_up_steps in (0, 3):
+        model, step = make_step(precision)
+        for _ in range(steps_before):
+            step(batch)
+        # What TrainStep does before it captures a graph, here around a few steps on a CPU.
+        before = Snapshot(step._modules, step._optimizer, step.scaler, torch.device("cpu"))
+        addresses = [param.data_ptr() for param in model.parameters()]
+        for _ in range(warm_up_steps):
+            step(other)
+            torch.rand(1)
+        before.restore()
+        assert addresses == [param.data_ptr() for param in model.parameters()]
+        losses.append([step(batch).total.item() for _ in range(3)])
+        momenta = [state["momentum_buffer"] for state in step._optimizer.state.values()]
+        rest = [torch.get_rng_state(), torch.tensor(step.scaler.get_scale())]
+        states.append([*step._modules.state_dict().values(), *momenta, *rest])
+    assert losses[0] == losses[1]
+    for ours, exact in zip(*states, strict=True):
+        assert torch.equal(ours, exact)
 
 
 def test_unknown_precision_is_named() -> None:

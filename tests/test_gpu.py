@@ -12,6 +12,7 @@ from helpers import make_image_folder
 from rsfast import Pyramid, create_model, train
 from rsfast.data import Batch, train_loader, val_loader
 from rsfast.engine import TrainStep
+from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet
@@ -24,19 +25,22 @@ pytestmark = [
 RESOLUTIONS = (64, 48, 32)
 
 
-def make_batch(device: str) -> Batch:
+def make_batch(device: str, num_images: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    levels = [torch.randn(8, 3, r, r, generator=generator) for r in RESOLUTIONS]
-    labels = torch.arange(8) % 4
-    return Batch(Pyramid.pack(levels).to(device), labels.to(device), torch.arange(8))
+    levels = [torch.randn(num_images, 3, r, r, generator=generator) for r in RESOLUTIONS]
+    indices = torch.arange(num_images)
+    return Batch(Pyramid.pack(levels).to(device), (indices % 4).to(device), indices)
 
 
-def make_step(arch: str, device: str, precision: str) -> tuple[RSNet, TrainStep]:
+def make_step(
+    arch: str, device: str, precision: str, *, graph: bool = False, backend: str | None = None
+) -> tuple[RSNet, TrainStep]:
     torch.manual_seed(0)
-    model = create_model(arch, RESOLUTIONS, 4).to(device)
-    loss = MultiResolutionDistillation(len(RESOLUTIONS)).to(device)
+    backend = backend or choose_backend("auto", torch.device(device))
+    model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device)
+    loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device)
     optimizer = build_optimizer(model, loss, lr=0.003)
-    return model, TrainStep(model, loss, optimizer, precision=precision, graph=False)
+    return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
@@ -56,25 +60,59 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nothing_waits_for_the_device_between_log_lines(precision: str) -> None:
-    model, step = make_step("resnet18", "cuda", precision)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_nothing_waits_for_the_device_between_log_lines(precision: str, graph: bool) -> None:
+    _, step = make_step("resnet18", "cuda", precision, graph=graph)
     batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         for index in range(3):
-            set_lr(optimizer, 0.1 / (index + 1))
+            set_lr(step._optimizer, 0.1 / (index + 1))
             meter.add(step(batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_graph_is_refused_in_words() -> None:
-    model, loss = create_model("resnet18", (32,), 2).cuda(), MultiResolutionDistillation(1).cuda()
-    with pytest.raises(ValueError, match="graph must be False on a GPU"):
-        TrainStep(model, loss, build_optimizer(model, loss, lr=0.1))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
+    precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for graph in (False, True):
+            model, step = make_step("resnet18", "cuda", precision, graph=graph, backend=backend)
+            batch, losses = make_batch("cuda"), []
+            for index in range(50):
+                set_lr(step._optimizer, 0.003 * (1 - index / 50))
+                losses.append(step(batch).total)
+            runs.append((torch.stack(losses).tolist(), model.state_dict()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0][0] == runs[1][0]
+    for name, tensor in runs[0][1].items():
+        assert torch.equal(tensor, runs[1][1][name]), name
+
+
+def test_a_captured_step_refuses_another_shape_in_words() -> None:
+    _, step = make_step("resnet18", "cuda", "bf16", graph=True)
+    step(make_batch("cuda"))
+    with pytest.raises(ValueError, match="batch must have the shape that was captured, 8 images"):
+        step(make_batch("cuda", num_images=4))
+
+
+def test_a_replay_does_not_change_losses_handed_out_before() -> None:
+    _, step = make_step("resnet18", "cuda", "bf16", graph=True)
+    batch = make_batch("cuda")
+    first = step(batch).total
+    before = float(first)
+    for _ in range(5):
+        step(batch)
+    assert float(first) == before
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -79,6 +81,47 @@ def test_sets_that_took_no_part_stay_bit_for_bit() -> None:
         for old, new in zip(before, state(), strict=True):
             assert torch.equal(old[idle], new[idle])
             assert not torch.equal(old[used], new[used])
+
+
+def test_apex_is_refused_in_words_where_it_is_absent_or_another_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, loss = create_model("resnet18", (32,), 2), MultiResolutionDistillation(1)
+    for present in ({"apex": None}, {"apex": types.ModuleType("apex"), "amp_C": None}):
+        for name, module in present.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with pytest.raises(ImportError, match="the apex of PyPI is another package"):
+            build_optimizer(model, loss, lr=0.1, kind="apex_sgd")
+
+
+def test_apex_gets_the_same_groups_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FusedSGD(torch.optim.SGD):
+        """Stands in for Apex's, whose arguments it takes."""
+
+    apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    optimizers.FusedSGD = FusedSGD
+    for name, module in (
+        ("apex", apex),
+        ("apex.optimizers", optimizers),
+        ("amp_C", types.ModuleType("amp_C")),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    model, loss = create_model("resnet18", (32,), 2), MultiResolutionDistillation(1)
+    ours, theirs = (
+        build_optimizer(model, loss, lr=0.1, decay="weights", nesterov=True, kind=kind)
+        for kind in ("sgd", "apex_sgd")
+    )
+    assert type(theirs) is FusedSGD
+    for group, their_group in zip(ours.param_groups, theirs.param_groups, strict=True):
+        for name in ("params", "lr", "momentum", "weight_decay", "nesterov"):
+            assert group[name] == their_group[name] or name == "params"
+        assert all(a is b for a, b in zip(group["params"], their_group["params"], strict=True))
+
+
+def test_bad_kind_is_named() -> None:
+    model, loss = create_model("resnet18", (32,), 2), MultiResolutionDistillation(1)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        build_optimizer(model, loss, lr=0.1, kind="adam")
 
 
 def test_bad_decay_mode_is_named() -> None:

@@ -9,6 +9,7 @@ from rsfast.data.loader import (
     train_loader,
     val_loader,
 )
+from rsfast.data.prefetch import prefetch
 
 __all__ = [
     "BACKENDS",
@@ -17,6 +18,7 @@ __all__ = [
     "FolderIndex",
     "Loader",
     "index_folder",
+    "prefetch",
     "train_loader",
     "val_loader",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsfast import kernels
 from rsfast.data.folder import FolderIndex, index_folder
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
@@ -32,7 +33,8 @@ class Batch:
     """Images at all resolutions and their labels.
 
     Attributes:
-        images: Pyramid of [M, 3] float32 rows, RGB, normalised.
+        images: Pyramid of [M, 3] rows, RGB, normalised; float32 unless the loader was told
+            otherwise, and then perhaps with channels of zeros behind the colours.
         labels: [N] int64 on the device of the images.
         indices: [N] int64 positions in the data set's index, on the CPU.
     """
@@ -58,6 +60,9 @@ class Loader:
         class_names: names of the labels.
         mean, std: the normalisation applied.
         epoch: the epoch that the next iteration yields; set it to jump.
+        dtype: of the images.
+        channels: of the images; above 3, zeros follow the colours.
+        backend: what normalises them, "torch" or "triton".
     """
 
     def __init__(
@@ -74,11 +79,12 @@ class Loader:
         self.class_names = plan.index.class_names
         self.mean, self.std = (tuple(part) for part in normalization)
         self.epoch = 0
+        self.dtype = torch.float32
+        self.channels = 3
+        self.backend = "torch"
         self._decoder = decoder
         self._device = device
         self._steps = min(plan.steps, max_steps or plan.steps)
-        mean, std = (torch.tensor(part, device=device) for part in normalization)
-        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -89,6 +95,21 @@ class Loader:
         """Images in the data set, over all ranks."""
         return len(self.plan.index)
 
+    def feed(self, dtype: torch.dtype, channels: int, backend: str) -> Loader:
+        """Chooses what a network is fed, and returns the loader.
+
+        Args:
+            dtype: of the images; float32 unless the first convolution would cast it anyway.
+            channels: of the images, at least 3.
+            backend: "torch", or "triton" for the fused kernel on a GPU.
+
+        Raises:
+            ValueError: if there is no such backend.
+        """
+        self.dtype, self.channels = dtype, channels
+        self.backend = kernels.check_backend(backend)
+        return self
+
     def __iter__(self) -> Iterator[Batch]:
         epoch, steps = self.epoch, range(len(self))
         for step, rows in zip(steps, self._decoder.rows(epoch, steps), strict=True):
@@ -96,7 +117,14 @@ class Loader:
             labels = torch.from_numpy(self.plan.index.labels[indices])
             yield Batch(
                 images=Pyramid(
-                    rows=rows.float().mul_(self._scale).add_(self._shift),
+                    rows=kernels.normalize(
+                        rows,
+                        self.mean,
+                        self.std,
+                        dtype=self.dtype,
+                        channels=self.channels,
+                        backend=self.backend,
+                    ),
                     sizes=tuple((r, r) for r in self.resolutions),
                     num_images=len(indices),
                 ),

@@ -22,7 +22,8 @@ class Conv2d(nn.Conv2d):
     """Convolution without bias, shared by all levels; "same" padding for odd kernels.
 
     A 1x1 convolution is one matrix product over the packed rows. Larger kernels run level by
-    level on channels-last views. The weight is kept in channels-last memory format.
+    level on channels-last views. The weight is kept in channels-last memory format. An input with
+    more channels than the weight has (images padded with zeros) meets zeros there.
     """
 
     def __init__(
@@ -46,7 +47,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
         if self.kernel_size != (1, 1) or self.groups != 1:
-            return Pyramid.pack([super(Conv2d, self).forward(v) for v in x.levels()], x.banks)
+            weight = self.weight
+            if x.num_channels > self.in_channels:
+                weight = F.pad(weight, (0, 0, 0, 0, 0, x.num_channels - self.in_channels))
+            outputs = [self._conv_forward(v, weight, None) for v in x.levels()]
+            return Pyramid.pack(outputs, x.banks)
         if self.stride != (1, 1):
             step = self.stride[0]
             x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)

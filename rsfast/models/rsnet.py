@@ -62,8 +62,9 @@ class RSNet(nn.Module):
         """Logits of every level.
 
         Args:
-            images: a Pyramid of 3-channel levels, or a sequence of tensors [N, 3, r, r]. Without
-                explicit `banks` each level must have a trained resolution, in descending order.
+            images: a Pyramid of 3-channel levels (zeros may follow the colours), or a sequence of
+                tensors [N, 3, r, r]. Without explicit `banks` each level must have a trained
+                resolution, in descending order.
 
         Returns:
             [L, N, K], level by level.
@@ -71,9 +72,10 @@ class RSNet(nn.Module):
         Raises:
             ValueError: if a level has a resolution that was not trained, or a set is out of range.
         """
+        may_be_padded = isinstance(images, Pyramid)
         if not isinstance(images, Pyramid):
             images = Pyramid.pack(images)
-        if images.num_channels != 3:
+        if images.num_channels != 3 and not (may_be_padded and images.num_channels > 3):
             raise ValueError(f"images must have 3 channels (RGB), got {images.num_channels}")
         x = self.backbone(images.with_banks(self._banks_of(images)))
         return self.classifier(global_avg_pool(x, self.backend))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from helpers import make_image_folder
-from rsfast.data import Batch, Loader, index_folder, train_loader, val_loader
+from rsfast.data import Batch, Loader, index_folder, prefetch, train_loader, val_loader
 
 RESOLUTIONS = (48, 32, 24)
 PIXELS = sum(r * r for r in RESOLUTIONS)
@@ -209,6 +209,16 @@ def test_imagenet_is_the_default_and_the_loader_tells_the_normalisation(image_ro
         assert loader.std == (0.229, 0.224, 0.225)
     loader = training(image_root, "pil", normalize="none")
     assert (loader.mean, loader.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_a_network_may_be_fed_another_type_and_padded_channels(image_root: Path) -> None:
+    plain = list(training(image_root, "pil"))
+    fed = training(image_root, "pil").feed(torch.float16, 4, "torch")
+    for batch, want in zip(prefetch(fed, torch.device("cpu")), plain, strict=True):
+        assert batch.images.rows.dtype == torch.float16
+        assert torch.equal(batch.images.rows[:, :3], want.images.rows.half())
+        assert not batch.images.rows[:, 3:].any()
+        assert torch.equal(batch.labels, want.labels)
 
 
 @pytest.mark.filterwarnings(FORK_WARNING)

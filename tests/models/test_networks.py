@@ -185,6 +185,21 @@ def test_one_resolution_trains_like_an_ordinary_network(arch: str) -> None:
     torch.testing.assert_close(model.eval()([images])[0], plain.eval()(images))
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenetv2"])
+def test_channels_of_zeros_behind_the_colours_change_nothing(arch: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(arch, RESOLUTIONS, 7).double().eval()
+    plain = Pyramid.pack(make_images(2))
+    padded = plain.with_rows(torch.nn.functional.pad(plain.rows, (0, 1)))
+    results = []
+    for images in (plain, padded):
+        logits = model(images)
+        (grad,) = torch.autograd.grad(logits.square().sum(), next(model.parameters()))
+        results.append((logits, grad))
+    for value, padded_value in zip(*results, strict=True):
+        torch.testing.assert_close(value, padded_value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,9 +221,10 @@ def test_bad_settings_are_named(arguments: dict, message: str) -> None:
         ([torch.zeros(1, 3, 40, 40)], "images of 40x40 pixels have no batch-norm set"),
         ([torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 64, 64)], "descending order"),
         ([torch.zeros(1, 1, 64, 64)], "images must have 3 channels"),
+        ([torch.zeros(1, 4, 64, 64)], "images must have 3 channels"),
         (Pyramid.pack([torch.zeros(1, 3, 40, 40)], banks=(3,)), r"banks must be in \[0, 3\)"),
     ],
-    ids=["untrained size", "ascending", "grey", "bank"],
+    ids=["untrained size", "ascending", "grey", "with alpha", "bank"],
 )
 def test_bad_images_are_named(images: Pyramid | list[torch.Tensor], message: str) -> None:
     model = create_model("resnet18", RESOLUTIONS, 7)

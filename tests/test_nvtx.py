@@ -1,0 +1,71 @@
+"""Ranges and the profiler's window, against a recording stand-in: a CPU build has neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rsfast import create_model, nvtx
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of the CUDA libraries."""
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: made.append(f"push {name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: made.append("pop"))
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: made.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: made.append("stop"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append("synchronize"))
+    monkeypatch.setattr(nvtx, "_enabled", False)
+    return made
+
+
+def test_ranges_are_silent_until_they_are_switched_on(calls: list[str]) -> None:
+    with nvtx.nvtx_range("loss"):
+        pass
+    assert calls == []
+    nvtx.enable_ranges()
+    with nvtx.nvtx_range("loss"), nvtx.nvtx_range("inner"):
+        calls.append("work")
+    assert calls == ["push loss", "push inner", "work", "pop", "pop"]
+
+
+def test_a_range_ends_when_its_block_fails(calls: list[str]) -> None:
+    nvtx.enable_ranges()
+    with pytest.raises(RuntimeError), nvtx.nvtx_range("loss"):
+        raise RuntimeError
+    assert calls == ["push loss", "pop"]
+
+
+def test_every_layer_has_a_range_with_its_name(calls: list[str]) -> None:
+    model = create_model("resnet18", (32,), 2).eval()
+    nvtx.name_layers(model)
+    with torch.no_grad():
+        model([torch.zeros(1, 3, 32, 32)])
+    assert calls[0] == "push Conv2d backbone.conv1"
+    assert calls[2] == "push SwitchableBatchNorm2d backbone.bn1"
+    assert calls[-2:] == ["push Linear classifier", "pop"]
+    assert calls.count("pop") == len(calls) / 2 == 20 + 20 + 1 + 1
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(8, ["start", "synchronize", "stop"])])
+def test_the_window_opens_and_closes_once(
+    steps: int, expected: list[str], calls: list[str]
+) -> None:
+    window = nvtx.ProfileWindow(2, 5)
+    opened = []
+    for step in range(steps):
+        window.before(step)
+        opened.append("start" in calls and "stop" not in calls)
+    window.close()
+    assert calls == expected
+    assert [step for step, is_open in enumerate(opened) if is_open] == [2, 3, 4]
+
+
+def test_a_run_that_ends_inside_the_window_closes_it(calls: list[str]) -> None:
+    window = nvtx.ProfileWindow(0, 100)
+    window.before(0)
+    window.close()
+    window.close()
+    assert calls == ["start", "synchronize", "stop"]
