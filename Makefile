@@ -36,8 +36,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Times of each shape, also as JSON; `python -m bench.kernels` interleaves them (CONTRIBUTING.md).
 bench: setup
-	$(BIN)/python -m pytest bench/ --benchmark-only
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=.benchmarks/last.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

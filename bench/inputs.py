@@ -23,28 +23,27 @@ def make_bn_inputs(
     shift: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Tensor arguments of `switchable_bn_act`, and dy; made on the CPU, so alike everywhere.
+    """Tensor arguments of `switchable_bn_act`, and dy.
 
     Parameters and statistics are float64 for float64 rows, else float32.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     params = torch.float64 if dtype == torch.float64 else torch.float32
     rows = sum(level_rows)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
-    made = {
+    return {
         "x": (scale * normal(rows, channels) + shift).to(dtype),
         "weight": (1 + 0.3 * normal(num_banks, channels)).to(params),
         "bias": normal(num_banks, channels).to(params),
         "running_mean": normal(num_banks, channels).to(params),
         "running_var": (0.5 + normal(num_banks, channels) ** 2).to(params),
-        "num_batches_tracked": torch.zeros(num_banks, dtype=torch.int64),
+        "num_batches_tracked": torch.zeros(num_banks, dtype=torch.int64, device=device),
         "dy": normal(rows, channels).to(dtype),
         "residual": normal(rows, channels).to(dtype) if residual else None,
     }
-    return {k: None if tensor is None else tensor.to(device) for k, tensor in made.items()}
 
 
 def make_loss_inputs(
@@ -56,10 +55,10 @@ def make_loss_inputs(
     scale: float = 3.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [R, N, K], labels [N] and alpha [R]; made on the CPU, so alike everywhere."""
-    generator = torch.Generator().manual_seed(seed)
+    """Logits [R, N, K], labels [N] and alpha [R]."""
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     shape = (num_resolutions, num_images, num_classes)
-    logits = scale * torch.randn(shape, generator=generator)
-    labels = torch.randint(0, num_classes, (num_images,), generator=generator)
-    alpha = torch.randn(num_resolutions, generator=generator)
-    return logits.to(device, dtype), labels.to(device), alpha.to(device)
+    logits = scale * torch.randn(shape, **options)
+    labels = torch.randint(0, num_classes, (num_images,), **options)
+    alpha = torch.randn(num_resolutions, **options)
+    return logits.to(dtype), labels, alpha

@@ -1,14 +1,15 @@
 """All operations against their rivals, interleaved: `python -m bench.kernels --output FOLDER`.
 
 Correctness is asserted on the timed inputs first. Times of the layers of a network are added up,
-each as often as the network has it. Writes summary.json and prints a short table.
+each as often as the network has it. Rows are written as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,37 @@ import torch
 
 from bench import bench_distillation_loss as loss
 from bench import bench_global_avg_pool as pool
+from bench import bench_normalize as pixels
 from bench import bench_switchable_bn_act as norm
 from bench import roofline
+from bench.installed import left_out
 from bench.record import check_alike
-from bench.results_file import make_row, write_summary
+from bench.results_file import Results
 from bench.shapes import ARCHITECTURES, batch_norm_layers
 from bench.timing import DEVICE, time_interleaved
 
 __all__ = ["main"]
 
-Row = dict[str, Any]
-Runs = Mapping[str, Callable[[], Any]]
+Times = dict[str, list[float]]
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for summary.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--rounds", type=int, default=30, help="of each implementation (30)")
     parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     args = parser.parse_args(argv)
-    copy = roofline.copy_bandwidth(DEVICE)
-    rows = [
-        {"name": "card/copy_bandwidth", "value": copy / 1e9, "unit": "GB/s"},
-        {
-            "name": "card/matmul_bf16",
-            "value": roofline.matmul_rate(DEVICE) / 1e12,
-            "unit": "TFLOP/s",
-        },
-    ]
-    bench = Bench(args.rounds, copy, args.without)
-    rows += bench.losses()
+    missing = left_out() if DEVICE.type == "cuda" else f"rsfast, compiled (no GPU), {left_out()}"
+    print(f"left out: {', '.join([missing, *args.without])}")
+    bench = Bench(args.rounds, Results(args.output, DEVICE), args.without)
+    bench.losses()
+    bench.normalization()
     for arch in args.archs:
-        rows += bench.pooling(arch)
-        rows += bench.batch_norms(arch)
-    write_summary(args.output, rows, DEVICE)
-    for row in rows:
-        share = f"{row['share_of_copy_bandwidth']:7.1%}" if "share_of_copy_bandwidth" in row else ""
-        print(f"{row['name']:75s} {row['value']:12.1f} {row['unit']:8s} {share}")
+        bench.pooling(arch)
+        bench.batch_norms(arch)
     return 0
 
 
@@ -63,85 +56,96 @@ class Bench:
 
     Args:
         rounds: of each implementation.
-        copy_bandwidth: of the device, bytes per second.
+        results: where rows go.
         without: names of implementations to leave out.
     """
 
-    def __init__(self, rounds: int, copy_bandwidth: float, without: Sequence[str]) -> None:
-        self.rounds = rounds
-        self.copy_bandwidth = copy_bandwidth
-        self.without = without
-        self.done: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    def __init__(self, rounds: int, results: Results, without: Sequence[str]) -> None:
+        self._rounds = rounds
+        self._results = results
+        self._without = without
+        self._layers: dict[tuple[Any, ...], Times] = {}
+        self._copy_bandwidth = roofline.copy_bandwidth(DEVICE)
+        results.add("card/copy_bandwidth", [self._copy_bandwidth / 1e9], "GB/s")
+        results.add("card/matmul_bf16", [roofline.matmul_rate(DEVICE) / 1e12], "TFLOP/s")
 
-    def losses(self) -> Iterator[Row]:
+    def losses(self) -> None:
         """Forward and backward of the loss."""
         for shape in loss.SHAPES:
             for dtype in loss.DTYPES:
-                runs = loss.make_runs(shape, dtype)
-                times = self._time(runs, loss.IMPLEMENTATIONS, dtype, list)
-                moved = loss.moved_bytes(shape, dtype)
+                times = self._time(loss.make_runs(shape, dtype), loss.IMPLEMENTATIONS, list)
                 group = "distillation_loss/R{}-N{}-K{}".format(*shape)
-                yield from self._rows(group, dtype, "forward_backward", times, moved)
+                moved = loss.moved_bytes(shape, dtype)
+                self._add(f"{group}/{SHORT[dtype]}/forward_backward", times, moved)
 
-    def pooling(self, arch: str) -> Iterator[Row]:
+    def normalization(self) -> None:
+        """Pixels to the input of the network."""
+        for dtype in pixels.DTYPES:
+            for channels in pixels.CHANNELS:
+                runs = pixels.make_runs(dtype, channels)
+                times = self._time(runs, pixels.IMPLEMENTATIONS, list)
+                moved = pixels.moved_bytes(dtype, channels)
+                self._add(f"normalize/C{channels}/{SHORT[dtype]}/forward", times, moved)
+
+    def pooling(self, arch: str) -> None:
         """Pooling of one network."""
         for dtype in pool.DTYPES:
             for direction in pool.PASSES:
                 runs = pool.make_runs(arch, dtype, direction)
-                times = self._time(runs, pool.IMPLEMENTATIONS, dtype, pool.as_packed)
+                times = self._time(runs, pool.IMPLEMENTATIONS, pool.as_packed)
                 moved = pool.moved_bytes(arch, dtype, direction)
-                yield from self._rows(f"global_avg_pool/{arch}", dtype, direction, times, moved)
+                self._add(f"global_avg_pool/{arch}/{SHORT[dtype]}/{direction}", times, moved)
 
-    def batch_norms(self, arch: str) -> Iterator[Row]:
+    def batch_norms(self, arch: str) -> None:
         """Every kind of batch-norm layer of one network, then all of them together."""
         layers = batch_norm_layers(arch, norm.RESOLUTIONS)
         for dtype in norm.DTYPES:
             for direction in norm.PASSES:
-                totals: dict[str, list[float]] = {}
-                moved_in_all = 0
-                for layer, count in layers.items():
-                    moved = norm.moved_bytes(layer, dtype, direction)
-                    moved_in_all += count * moved
-                    key = (layer, dtype, direction)
-                    if key not in self.done:
-                        runs = norm.make_runs(layer, dtype, direction)
-                        self.done[key] = self._time(
-                            runs, norm.IMPLEMENTATIONS, dtype, norm.as_packed
-                        )
-                        group = f"switchable_bn_act/{layer}"
-                        yield from self._rows(group, dtype, direction, self.done[key], moved)
-                    for impl, times in self.done[key].items():
-                        before = totals.get(impl, [0.0] * len(times))
-                        totals[impl] = [a + count * b for a, b in zip(before, times, strict=True)]
-                group = f"switchable_bn_act/{arch}"
-                yield from self._rows(group, dtype, direction, totals, moved_in_all)
+                each = [self._layer(layer, dtype, direction) for layer in layers]
+                moved = [norm.moved_bytes(layer, dtype, direction) for layer in layers]
+                # A sum over some of the layers would be a sum of something else.
+                everywhere = set.intersection(*(set(times) for times in each))
+                counts = list(layers.values())
+                totals = {
+                    impl: [
+                        sum(map(operator.mul, counts, once))
+                        for once in zip(*(times[impl] for times in each), strict=True)
+                    ]
+                    for impl in each[0]
+                    if impl in everywhere
+                }
+                in_all = sum(map(operator.mul, counts, moved))
+                self._add(f"switchable_bn_act/{arch}/{SHORT[dtype]}/{direction}", totals, in_all)
+
+    def _layer(self, layer: norm.BatchNormLayer, dtype: torch.dtype, direction: str) -> Times:
+        key = (layer, dtype, direction)
+        if key not in self._layers:
+            runs = norm.make_runs(layer, dtype, direction)
+            self._layers[key] = self._time(runs, norm.IMPLEMENTATIONS, norm.as_packed)
+            moved = norm.moved_bytes(layer, dtype, direction)
+            group = f"switchable_bn_act/{layer}/{SHORT[dtype]}/{direction}"
+            self._add(group, self._layers[key], moved)
+        return self._layers[key]
 
     def _time(
-        self, runs: Runs, names: Sequence[str], dtype: torch.dtype, pack: Callable[[Any], Any]
-    ) -> dict[str, list[float]]:
-        wanted = pack(runs["reference"]())
-        chosen = {n: runs[n] for n in names if n in runs and n not in self.without}
-        for run in chosen.values():
-            check_alike(pack(run()), wanted, dtype)
-        return time_interleaved(chosen, DEVICE, rounds=self.rounds)
-
-    def _rows(
         self,
-        group: str,
-        dtype: torch.dtype,
-        direction: str,
-        times: Mapping[str, Sequence[float]],
-        moved_bytes: int,
-    ) -> Iterator[Row]:
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        runs: Mapping[str, Callable[[], Any]],
+        names: Sequence[str],
+        pack: Callable[[Any], Any],
+    ) -> Times:
+        chosen = [name for name in names if name in runs and name not in self._without]
+        check_alike(runs, chosen, pack)
+        return time_interleaved({n: runs[n] for n in chosen}, DEVICE, rounds=self._rounds)
+
+    def _add(self, group: str, times: Times, moved_bytes: int) -> None:
         for impl, seconds in times.items():
             bandwidth = moved_bytes / statistics.median(seconds)
-            yield make_row(
-                f"kernel/{group}/{short}/{direction}/{impl}",
+            self._results.add(
+                f"kernel/{group}/{impl}",
                 [1e6 * second for second in seconds],
                 "us",
                 bandwidth_gb_s=bandwidth / 1e9,
-                share_of_copy_bandwidth=bandwidth / self.copy_bandwidth,
+                share_of_copy_bandwidth=bandwidth / self._copy_bandwidth,
             )
 
 

@@ -1,4 +1,4 @@
-"""summary.json: the rows of a benchmark and what they were measured on."""
+"""summary.json and samples.json: the rows of a benchmark and what they were measured on."""
 
 from __future__ import annotations
 
@@ -13,30 +13,41 @@ import torch
 
 from rsfast.environment import describe
 
-__all__ = ["make_row", "write_summary"]
+__all__ = ["Results"]
 
 
-def make_row(name: str, values: Sequence[float], unit: str, **more: Any) -> dict[str, Any]:
-    """Median and quartiles of repeated measurements."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    value = statistics.median(values)
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "p25": low,
-        "p75": high,
-        "n": len(values),
-    } | (more)
+class Results:
+    """Rows as they come, on disk after each.
 
+    Args:
+        folder: is created; holds summary.json (medians, quartiles, versions, date, device) and
+            samples.json (every single measurement by row name).
+        device: that is measured.
+    """
 
-def write_summary(folder: Path, rows: Sequence[dict[str, Any]], device: torch.device) -> None:
-    """Writes rows, versions, date and device."""
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = {
-        **describe(device),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "rows": list(rows),
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._about = {
+            **describe(device),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        self.rows: list[dict[str, Any]] = []
+        self._samples: dict[str, list[float]] = {}
+
+    def add(self, name: str, samples: Sequence[float], unit: str, **more: Any) -> None:
+        """Adds a row, writes both files and prints the row."""
+        low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+        value = statistics.median(samples)
+        row = {"name": name, "value": value, "unit": unit, "p25": low, "p75": high}
+        self.rows.append({**row, "n": len(samples), **more})
+        self._samples[name] = list(samples)
+        self._write("summary.json", {**self._about, "rows": self.rows})
+        self._write("samples.json", self._samples)
+        share = more.get("share_of_copy_bandwidth")
+        shown = "" if share is None else f"{share:7.1%} of a copy"
+        print(f"{name:80s} {value:12.1f} {unit:8s} {shown}", flush=True)
+
+    def _write(self, name: str, content: Any) -> None:
+        (self._folder / name).write_text(json.dumps(content, indent=1) + "\n")

@@ -29,26 +29,34 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each round of each run; a round of one is followed by a round of the next.
 
-    On a GPU the time is the device's, between two events: launches are queued behind a long
-    kernel first, so that the host's share does not show. That share is what a CUDA graph removes.
+    On a GPU the time is the device's, between two events: the device waits first for twice as long
+    as the host needs to queue the run, so that the host's share does not show. That share is what
+    a CUDA graph removes. Caches are as the run before left them.
     """
-    for run in runs.values():
-        for _ in range(warmup):
-            run()
+    queueing = {name: max(_queue(run) for _ in range(warmup)) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(_time_once(run, device))
+            times[name].append(_time_once(run, device, queueing[name]))
     return times
 
 
-def _time_once(run: Callable[[], Any], device: torch.device) -> float:
+def _queue(run: Callable[[], Any]) -> float:
+    """Seconds until the host is through with a run; the first one of all compiles."""
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _time_once(run: Callable[[], Any], device: torch.device, queueing: float) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
+    torch.cuda.synchronize()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # clock cycles, about a millisecond
+    torch.cuda._sleep(int((2 * queueing + 1e-4) * 2e9))  # cycles, at 2 GHz or less
     first.record()
     run()
     last.record()

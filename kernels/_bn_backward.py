@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast.kernels._bn_tiles import (
+    FINALIZE_OPTIONS,
     OPTIONS,
     activate,
     finalize_tile,
@@ -17,7 +18,7 @@ from rsfast.kernels._bn_tiles import (
     load_affine,
     share_out,
 )
-from rsfast.kernels._launch import on_device_of
+from rsfast.kernels._launch import level_arguments, on_device_of
 
 __all__ = ["backward"]
 
@@ -118,7 +119,7 @@ def _bn_bwd_reduce_kernel(
     tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dy_x, 0), mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_partial"])
 def _bn_bwd_finalize_kernel(
     partial_ptr,  # [2, chunks, C] float32
     mean_ptr,  # unused but for load_affine
@@ -127,7 +128,7 @@ def _bn_bwd_finalize_kernel(
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level, fully overwritten
     dgamma_ptr,  # [B, C] float32, fully overwritten
     dbeta_ptr,  # [B, C] float32, fully overwritten
-    num_chunks,
+    stride_partial,  # chunks * C
     level_rows,
     banks,
     chunk_rows,
@@ -147,8 +148,8 @@ def _bn_bwd_finalize_kernel(
     dbeta = tl.zeros((BLOCK_C,), tl.float32)
     first_chunk = 0
     for level in tl.static_range(L):
-        chunks = tl.cdiv(level_rows[level], chunk_rows)
-        if banks[level] == bank:
+        chunks = tl.cdiv((level_rows[level] >> 1) - 1, chunk_rows)
+        if (banks[level] >> 1) - 1 == bank:
             sum_dy = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
             sum_dy_x = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
             for start in range(0, chunks, BLOCK_K):
@@ -156,8 +157,7 @@ def _bn_bwd_finalize_kernel(
                 mask = (index < chunks) & inside[None, :]
                 ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
                 sum_dy += tl.load(ptrs, mask=mask, other=0.0)
-                ptrs += num_chunks.to(tl.int64) * C
-                sum_dy_x += tl.load(ptrs, mask=mask, other=0.0)
+                sum_dy_x += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
             row = level if BATCH_STATISTICS else bank
             _, _, invstd = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
             level_dbeta = tl.sum(sum_dy, 0)
@@ -276,7 +276,7 @@ def backward(
     sums = x.new_empty(2, num_levels, num_channels, dtype=torch.float32)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     grid = triton.cdiv(num_channels, chunks.block_c), chunks.count
-    levels = (tuple(level_rows), tuple(banks), chunks.rows)
+    levels = (level_arguments(level_rows), level_arguments(banks), chunks.rows)
     sizes = {"L": num_levels, "C": num_channels, "BATCH_STATISTICS": batch_statistics}
     tiles = {
         "ACTIVATION": activation,
@@ -309,13 +309,13 @@ def backward(
             sums,
             dweight,
             dbias,
-            chunks.count,
+            partial.stride(0),
             *levels,
             eps,
             **sizes,
             BLOCK_K=block_k,
             BLOCK_C=block_c,
-            **OPTIONS,
+            **FINALIZE_OPTIONS,
         )
         _bn_bwd_apply_kernel[grid](
             dy,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast.kernels._bn_tiles import (
+    FINALIZE_OPTIONS,
     OPTIONS,
     activate,
     finalize_tile,
@@ -24,7 +25,7 @@ from rsfast.kernels._bn_tiles import (
     merge_lanes,
     share_out,
 )
-from rsfast.kernels._launch import on_device_of
+from rsfast.kernels._launch import level_arguments, on_device_of
 
 __all__ = ["apply", "batch_statistics"]
 
@@ -67,7 +68,7 @@ def _bn_statistics_kernel(
     tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, m2_all, mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_partial"])
 def _bn_finalize_kernel(
     x_ptr,  # [M, C], for the origin of each level
     partial_ptr,  # [2, chunks, C] float32
@@ -76,7 +77,7 @@ def _bn_finalize_kernel(
     running_mean_ptr,  # [B, C] float32, moved towards mean
     running_var_ptr,  # [B, C] float32, moved towards the unbiased variance
     num_batches_ptr,  # [B] int64, one added per level
-    num_chunks,
+    stride_partial,  # chunks * C
     level_rows,
     banks,
     chunk_rows,
@@ -91,7 +92,6 @@ def _bn_finalize_kernel(
     lanes = tl.arange(0, BLOCK_K)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    m2_offset = num_chunks.to(tl.int64) * C
     running_mean_ptr += bank * C + cols
     running_var_ptr += bank * C + cols
     running_mean = tl.load(running_mean_ptr, mask=inside, other=0.0)
@@ -100,9 +100,9 @@ def _bn_finalize_kernel(
     first_row = tl.zeros((), tl.int64)
     first_chunk = 0
     for level in tl.static_range(L):
-        rows = level_rows[level]
+        rows = (level_rows[level] >> 1) - 1
         chunks = tl.cdiv(rows, chunk_rows)
-        if banks[level] == bank:
+        if (banks[level] >> 1) - 1 == bank:
             mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
             m2 = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
             count = tl.zeros((BLOCK_K, 1), tl.float32)
@@ -116,7 +116,7 @@ def _bn_finalize_kernel(
                 delta = tl.where(mask, delta, 0.0)
                 share = new_count / tl.maximum(count + new_count, 1.0)
                 mean += delta * share
-                m2 += tl.load(ptrs + m2_offset, mask=mask, other=0.0)
+                m2 += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
                 m2 += delta * delta * (count * share)
                 count += new_count
             level_mean, level_m2 = merge_lanes(mean, m2, count)
@@ -211,7 +211,7 @@ def batch_statistics(
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
     mean = x.new_empty(num_levels, num_channels, dtype=torch.float32)
     var = torch.empty_like(mean)
-    levels = (tuple(level_rows), tuple(banks), chunks.rows)
+    levels = (level_arguments(level_rows), level_arguments(banks), chunks.rows)
     block_k, block_c = finalize_tile(num_channels)
     with on_device_of(x):
         _bn_statistics_kernel[triton.cdiv(num_channels, chunks.block_c), chunks.count](
@@ -232,14 +232,14 @@ def batch_statistics(
             running_mean,
             running_var,
             num_batches_tracked,
-            chunks.count,
+            partial.stride(0),
             *levels,
             momentum,
             L=num_levels,
             C=num_channels,
             BLOCK_K=block_k,
             BLOCK_C=block_c,
-            **OPTIONS,
+            **FINALIZE_OPTIONS,
         )
     return mean, var
 
@@ -273,8 +273,8 @@ def apply(
             bias,
             y,
             mask,
-            tuple(level_rows),
-            tuple(banks),
+            level_arguments(level_rows),
+            level_arguments(banks),
             chunks.rows,
             eps,
             L=num_levels,

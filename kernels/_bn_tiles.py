@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "FINALIZE_OPTIONS",
     "OPTIONS",
     "Chunks",
     "activate",
@@ -30,6 +31,8 @@ __all__ = [
 TILE_ELEMENTS = 2048
 # Triton 3.10 is to stop fusing multiplications with additions by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Left alone, ptxas spills to fit more programs onto a multiprocessor; here there are few.
+FINALIZE_OPTIONS = {**OPTIONS, "maxnreg": 255}
 # Programs of one launch: 8 for each of 132 multiprocessors. A constant, so that sums are split, and
 # results rounded, alike on every GPU.
 PROGRAMS = 1056
@@ -74,8 +77,8 @@ def share_out(level_rows: Sequence[int], num_channels: int) -> Chunks:
 @triton.jit
 def find_chunk(
     chunk,
-    level_rows,  # L row counts
-    banks,  # L batch-norm sets
+    level_rows,  # L row counts, as of level_arguments
+    banks,  # L batch-norm sets, as of level_arguments
     chunk_rows,
     L: tl.constexpr,
 ):
@@ -89,11 +92,11 @@ def find_chunk(
     earlier_rows = 0
     index = chunk  # within the level
     for candidate in tl.static_range(L):
-        rows = level_rows[candidate]
+        rows = (level_rows[candidate] >> 1) - 1
         num_chunks = tl.cdiv(rows, chunk_rows)
         inside = (index >= 0) & (index < num_chunks)
         level = tl.where(inside, candidate, level)
-        bank = tl.where(inside, banks[candidate], bank)
+        bank = tl.where(inside, (banks[candidate] >> 1) - 1, bank)
         level_first = tl.where(inside, earlier_rows, level_first)
         level_count = tl.where(inside, rows, level_count)
         first = tl.where(inside, earlier_rows + index * chunk_rows, first)

@@ -25,11 +25,21 @@ def choose_backend(choice: str, device: torch.device) -> str:
     """The backend of a run: `choice`, or for "auto" Triton on a GPU and PyTorch elsewhere.
 
     Raises:
-        ValueError: if the choice is neither "auto" nor a backend.
+        ValueError: if the choice is neither "auto" nor a backend, or Triton cannot run there.
+        ImportError: if Triton is chosen and absent.
     """
-    if choice != "auto":
-        return check_backend(choice)
-    return "triton" if device.type == "cuda" else "torch"
+    if choice == "auto":
+        choice = "triton" if device.type == "cuda" else "torch"
+    if check_backend(choice) == "triton":
+        try:
+            import triton
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "kernels triton needs Triton: pip install triton, or choose kernels torch"
+            ) from error
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise ValueError(f"kernels triton needs a GPU, the device is {device}: choose torch")
+    return choice
 
 
 def check_backend(backend: str) -> str:

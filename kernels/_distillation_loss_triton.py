@@ -178,7 +178,7 @@ def _distillation_loss_kernel(
     logits_ptr,  # [R, N, K] float16, bfloat16 or float32, contiguous; N programs, one per image
     labels_ptr,  # [N] int64
     alpha_ptr,  # [R] float32
-    upstream_ptr,  # gradients of (ce, ensemble, distill), float32; None without WRITE_GRADS
+    upstream_ptr,  # gradients of (ce, ensemble, distill), float32; None if all are 1
     stride_upstream,
     terms_ptr,  # [N, 3] float32, fully overwritten; None without WRITE_TERMS
     stride_terms_n,
@@ -205,11 +205,17 @@ def _distillation_loss_kernel(
     shares = _softmax_of_scalars(alpha_ptr, R)
 
     d_ce = 0.0
+    d_ensemble = 0.0
     d_distill = 0.0
     if WRITE_GRADS:
         dlogits_ptr += image * K
-        d_ce = tl.load(upstream_ptr) / num_images
-        d_distill = tl.load(upstream_ptr + 2 * stride_upstream) * teacher_weight / num_images
+        d_ce = 1.0 / num_images
+        d_ensemble = d_ce
+        d_distill = d_ce * teacher_weight
+        if upstream_ptr is not None:
+            d_ce *= tl.load(upstream_ptr)
+            d_ensemble *= tl.load(upstream_ptr + stride_upstream)
+            d_distill *= tl.load(upstream_ptr + 2 * stride_upstream)
 
     maxima = (-float("inf"),) * (R + 1)
     sums = (0.0,) * (R + 1)
@@ -297,7 +303,6 @@ def _distillation_loss_kernel(
         tl.store(terms_ptr + 1, ensemble / num_images)
         tl.store(terms_ptr + 2, distill / num_images)
     if WRITE_GRADS:
-        d_ensemble = tl.load(upstream_ptr + stride_upstream) / num_images
         mean_slope = 0.0
         for r in tl.static_range(R):
             mean_slope += shares[r] * slopes[r]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._launch import on_device_of
+from rsfast.kernels._launch import level_arguments, on_device_of
 
 __all__ = ["OPTIONS", "backward", "forward", "tile"]
 
@@ -28,7 +28,7 @@ def tile(num_channels: int) -> tuple[int, int]:
 @triton.jit
 def _find_image(
     image,  # over all levels
-    level_rows,  # L row counts
+    level_rows,  # L row counts, as of level_arguments
     num_images,  # N
     L: tl.constexpr,
 ):
@@ -37,16 +37,17 @@ def _find_image(
     num_pixels = 0
     earlier_rows = 0
     for level in tl.static_range(L):
-        pixels = level_rows[level] // num_images
+        rows = (level_rows[level] >> 1) - 1
+        pixels = rows // num_images
         index = image - level * num_images
         inside = (index >= 0) & (index < num_images)
         first = tl.where(inside, earlier_rows + index * pixels, first)
         num_pixels = tl.where(inside, pixels, num_pixels)
-        earlier_rows += level_rows[level]
+        earlier_rows += rows
     return first.to(tl.int64), num_pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _global_avg_pool_fwd_kernel(
     x_ptr,  # [M, C]
     y_ptr,  # [L * N, C] like x, fully overwritten
@@ -57,10 +58,10 @@ def _global_avg_pool_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image = tl.program_id(1)
+    image = tl.program_id(0)
     first, num_pixels = _find_image(image, level_rows, num_images, L)
     lanes = tl.arange(0, BLOCK_P)[:, None]
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptrs = x_ptr + first * C + (lanes * C + cols[None, :])
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, num_pixels, BLOCK_P):
@@ -72,7 +73,7 @@ def _global_avg_pool_fwd_kernel(
     tl.store(y_ptr, mean.to(y_ptr.dtype.element_ty), mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _global_avg_pool_bwd_kernel(
     dy_ptr,  # [L * N, C]
     dx_ptr,  # [M, C] like dy, fully overwritten
@@ -83,10 +84,10 @@ def _global_avg_pool_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image = tl.program_id(1)
+    image = tl.program_id(0)
     first, num_pixels = _find_image(image, level_rows, num_images, L)
     lanes = tl.arange(0, BLOCK_P)[:, None]
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     dy_ptr += image.to(tl.int64) * C + cols
     dy = tl.load(dy_ptr, mask=cols < C, other=0.0).to(tl.float32)
     dx = tl.broadcast_to((dy / num_pixels)[None, :], (BLOCK_P, BLOCK_C))
@@ -118,10 +119,11 @@ def _launch(
     num_levels, num_channels = len(level_rows), source.shape[1]
     block_p, block_c = tile(num_channels)
     with on_device_of(source):
-        kernel[triton.cdiv(num_channels, block_c), num_levels * num_images](
+        # Images come first: the second axis ends at 65,535 programs.
+        kernel[num_levels * num_images, triton.cdiv(num_channels, block_c)](
             source,
             target,
-            tuple(level_rows),
+            level_arguments(level_rows),
             num_images,
             L=num_levels,
             C=num_channels,

@@ -1,14 +1,15 @@
-"""Where a Triton kernel runs."""
+"""Where a Triton kernel runs, and how it is told of the levels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["on_device_of"]
+__all__ = ["level_arguments", "on_device_of"]
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
@@ -20,3 +21,12 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError("backend 'triton' needs tensors on a GPU, got them on the CPU")
     return torch.cuda.device_of(x)
+
+
+def level_arguments(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Numbers from 0 on, one per level, as run-time arguments; a kernel reads `(n >> 1) - 1`.
+
+    Triton compiles a kernel anew for arguments that are 1 and for multiples of 16, and in a tuple
+    it cannot be told not to. These are odd and at least 3, so one kernel serves all row counts.
+    """
+    return tuple(2 * number + 3 for number in numbers)

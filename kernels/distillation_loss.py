@@ -192,14 +192,14 @@ def _(
 
 @torch.library.custom_op("rsfast::distillation_loss_fwd_bwd", mutates_args=())
 def _distillation_loss_fwd_bwd(
-    upstream: Tensor,
+    upstream: Tensor | None,
     logits: Tensor,
     labels: Tensor,
     alpha: Tensor,
     mode: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """[3 + R] float32, the terms and d(alpha), and d(logits), for the gradients `upstream` [3]."""
+    """[3 + R] float32, the terms and d(alpha), and d(logits), for `upstream` [3] or 1 each."""
     dlogits = torch.empty_like(logits)
     sums = logits.new_empty(logits.shape[1], 3 + len(logits), dtype=torch.float32)
     _triton_kernel().launch(
@@ -218,7 +218,7 @@ def _distillation_loss_fwd_bwd(
 
 @_distillation_loss_fwd_bwd.register_fake
 def _(
-    upstream: Tensor,
+    upstream: Tensor | None,
     logits: Tensor,
     labels: Tensor,
     alpha: Tensor,
@@ -311,9 +311,9 @@ def distillation_loss_and_gradients(
         ValueError: naming the argument, the rule and the value.
         ImportError: if Triton is asked for and absent.
     """
-    if scale is None:
-        scale = torch.ones((), device=logits.device)
-    if scale.shape != () or scale.dtype != torch.float32 or scale.device != logits.device:
+    if scale is not None and (
+        scale.shape != () or scale.dtype != torch.float32 or scale.device != logits.device
+    ):
         raise ValueError(
             f"scale must be a scalar float32 on {logits.device}, "
             f"got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
@@ -326,11 +326,12 @@ def distillation_loss_and_gradients(
             alpha.requires_grad_()
             terms = distillation_loss_reference(logits, labels, alpha, mode, label_smoothing)
             total = terms.ce + terms.ensemble + terms.distill
-            dlogits, dalpha = torch.autograd.grad(total, (logits, alpha), scale.to(total.dtype))
+            upstream = None if scale is None else scale.to(total.dtype)
+            dlogits, dalpha = torch.autograd.grad(total, (logits, alpha), upstream)
         return DistillationTerms(*(term.detach() for term in terms)), dlogits, dalpha
     _check_for_triton(logits, labels, alpha)
     sums, dlogits = _distillation_loss_fwd_bwd(
-        scale.expand(3), logits, labels, alpha, mode, label_smoothing
+        None if scale is None else scale.expand(3), logits, labels, alpha, mode, label_smoothing
     )
     return DistillationTerms(*sums[:3].unbind()), dlogits, sums[3:]
 

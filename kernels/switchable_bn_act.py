@@ -228,11 +228,16 @@ def _(dy: Tensor, x: Tensor, mask: Tensor, weight: Tensor, *_: Any) -> tuple[Ten
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, weight, bias, mean, var, *ctx.settings, _, ctx.eps = inputs
     ctx.has_residual = residual is not None
+    if ctx.has_residual and ctx.settings[-2] is not None and not len(output[1]):
+        raise ValueError("save_mask must be True for gradients of an activation after a residual")
+    ctx.set_materialize_grads(False)  # none of zeros for the mask
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight, bias, mean, var)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
     dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, *ctx.settings, ctx.eps)
     if not ctx.has_residual:
         dresidual = None

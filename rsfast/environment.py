@@ -15,6 +15,13 @@ import rsfast
 __all__ = ["describe"]
 
 _PACKAGES = ("numpy", "pillow", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+# What nvidia-smi calls the facts that torch does not know.
+_NVIDIA_SMI = {
+    "driver": "driver_version",
+    "power_limit": "power.limit",
+    "clock_sm": "clocks.current.sm",
+    "clock_memory": "clocks.current.memory",
+}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -34,9 +41,11 @@ def describe(device: torch.device) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
-        facts["driver"] = _first_line(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        for fact, query in _NVIDIA_SMI.items():
+            facts[fact] = _first_line(
+                "nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader"
+            )
     else:
         facts["cpu_threads"] = torch.get_num_threads()
     return facts

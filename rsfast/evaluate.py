@@ -139,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision=args.precision,
             calibration_batches=args.calibration_batches,
         )
-        model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
+        backend = choose_backend(args.kernels, rank.device)
+        model.to(rank.device).use_backend(backend)
+        if rank.is_main:
+            print(f"on {rank.device} with {backend} kernels")
         rows = evaluate(model, alpha, settings, rank)
         if rank.is_main:
             title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
@@ -189,7 +192,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--kernels",
         choices=("auto", *KERNEL_BACKENDS),
         default="auto",
-        help="of the trained resolutions: fused Triton kernels or plain PyTorch",
+        help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
+        "takes triton on a GPU",
     )
     add(
         "--output",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ __all__ = [
     "PLACES",
     "capture_without_host_sync",
     "gpu",
+    "host_must_not_wait",
     "max_error",
     "on_another_stream",
     "run_python",
@@ -64,14 +67,23 @@ def on_another_stream(function: Callable[[], Any]) -> Any:
     return result
 
 
+@contextlib.contextmanager
+def host_must_not_wait() -> Iterator[None]:
+    """Makes every synchronisation of the host with the device an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def capture_without_host_sync(function: Callable[[], Any]) -> Any:
     """The result of `function` from a CUDA graph, after a run in which the host must not wait."""
     on_another_stream(function)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_must_not_wait():
         function()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = function()

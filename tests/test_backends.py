@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from kernel_helpers import CPU_OR_GPU, gpu, max_error, skip_unless_it_runs_on
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
+from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
 from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d, global_avg_pool
@@ -125,6 +130,34 @@ def test_the_backend_is_chosen_for_all_layers_at_once() -> None:
     model.use_backend("triton")
     assert {norm.backend for norm in model.batch_norms()} == {model.backend} == {"triton"}
     assert "backend" not in model.settings()
+
+
+def test_auto_is_triton_on_a_gpu_and_pytorch_elsewhere() -> None:
+    assert choose_backend("auto", torch.device("cpu")) == "torch"
+    assert choose_backend("torch", torch.device("cuda")) == "torch"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        choose_backend("cuda", torch.device("cpu"))
+
+
+def test_triton_kernels_on_a_cpu_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    flags = ["--kernels", "triton", "--device", "cpu", "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "rsfast.train", "--loader", "synthetic", *flags],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 2
+    assert "error: kernels triton needs a GPU, the device is cpu: choose torch" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_triton_is_named_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for choice in ("auto", "triton"):
+        with pytest.raises(ImportError, match="needs Triton: pip install triton, or choose"):
+            choose_backend(choice, torch.device("cuda"))
 
 
 def test_an_unknown_backend_is_refused() -> None:

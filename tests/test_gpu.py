@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import make_image_folder
+from kernel_helpers import host_must_not_wait
 from rsfast import Pyramid, create_model, train
 from rsfast.data import Batch, train_loader, val_loader
 from rsfast.engine import TrainStep
@@ -66,13 +67,10 @@ def test_nothing_waits_for_the_device_between_log_lines(precision: str, graph: b
     _, step = make_step("resnet18", "cuda", precision, graph=graph)
     batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_must_not_wait():
         for index in range(3):
             set_lr(step._optimizer, 0.1 / (index + 1))
             meter.add(step(batch))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -40,14 +40,14 @@ class Case(NamedTuple):
 
 
 def distillation_loss() -> Iterator[Case]:
-    modes = [(mode, "bf16") for mode in DISTILL_MODES] + [("full", "fp32")]
+    modes = [*((mode, "bf16") for mode in DISTILL_MODES), ("full", "fp16"), ("full", "fp32")]
     passes = [(True, False), (False, True), (True, True)]  # writes terms, gradients
     # Every tile: few and many rows, one block of each size and the loop over several.
-    sizes = [(5, 1000), *itertools.product((4, 8), (10, 500, 1000, 2000, 32768))]
+    sizes = [(5, 1000), *itertools.product((4, 8), (10, 200, 500, 1000, 2000, 32768)), (1, 1)]
     for (resolutions, classes), (mode, dtype), (terms, grads) in itertools.product(
         sizes, modes, passes
     ):
-        if (resolutions, classes) != (5, 1000) and mode != "full":
+        if (resolutions, classes) != (5, 1000) and (mode != "full" or dtype == "fp16"):
             continue
         block_k, num_warps = loss.tile(resolutions, classes)
         first, last, _ = _teacher_range(mode, resolutions)
@@ -108,31 +108,43 @@ def normalize() -> Iterator[Case]:
         )
 
 
+class Variant(NamedTuple):
+    """What the batch-norm kernels are specialised for, besides C and the type of the rows."""
+
+    activation: str | None
+    residual: bool
+    batch_statistics: bool
+    backward: bool = True  # False: evaluation without gradients, which keeps no mask
+
+
+ALL_VARIANTS = [
+    *(
+        Variant(activation, residual, batch)
+        for activation in (None, "relu", "relu6")
+        for residual in (False, True)
+        for batch in (True, False)
+    ),
+    Variant("relu", True, False, backward=False),
+]
+MAIN_VARIANTS = [Variant("relu", False, True), Variant("relu", True, True)]
+
+
 def switchable_bn_act() -> Iterator[Case]:
-    levels = {
-        "level_rows": ("i32",) * NUM_LEVELS,
-        "banks": ("i32",) * NUM_LEVELS,
-        "chunk_rows": "i32",
-    }
-    # Every tile width, with and without channels to mask; the widest ones in float32 too.
-    sizes = [(3, "bf16"), (64, "bf16"), (65, "bf16"), (96, "bf16"), (2047, "bf16"), (2048, "bf16")]
-    for channels, dtype in [*sizes, (64, "fp32"), (2048, "fp32")]:
-        for case in _switchable_bn_act(channels, "*" + dtype, levels):
-            yield case._replace(name=f"{case.kernel.__name__} C={channels} {dtype} {case.name}")
-    # Triton makes a constant of a run-time 1.
-    one = {
-        "level_rows": ("i32", "constexpr"),
-        "banks": ("i32", "constexpr"),
-        "chunk_rows": "i32",
-    }
-    for case in _switchable_bn_act(64, "*bf16", one, num_levels=2):
-        constants = {("level_rows", 1): 1, ("banks", 1): 1, **case.constants}
-        yield case._replace(name=f"{case.kernel.__name__} ones", constants=constants)
+    yield from _switchable_bn_act(64, "bf16", NUM_LEVELS, ALL_VARIANTS)
+    yield from _switchable_bn_act(64, "bf16", 1, MAIN_VARIANTS)
+    # Every tile width, with and without channels to mask, and the other types.
+    for channels in (3, 65, 96, 2047, 2048):
+        yield from _switchable_bn_act(channels, "bf16", NUM_LEVELS, MAIN_VARIANTS)
+    for channels, dtype in ((64, "fp16"), (64, "fp32"), (2048, "fp32")):
+        yield from _switchable_bn_act(channels, dtype, NUM_LEVELS, MAIN_VARIANTS)
 
 
 def _switchable_bn_act(
-    channels: int, rows: str, levels: dict[str, Any], num_levels: int = NUM_LEVELS
+    channels: int, dtype: str, num_levels: int, variants: Sequence[Variant]
 ) -> Iterator[Case]:
+    rows = "*" + dtype
+    levels = {"level_rows": ("i32",) * num_levels, "banks": ("i32",) * num_levels}
+    levels |= {"chunk_rows": "i32"}
     block_m, block_c = bn_tiles.tile(channels)
     sizes = {"L": num_levels, "C": channels}
     tile = {**sizes, "BLOCK_M": block_m, "BLOCK_C": block_c}
@@ -142,40 +154,45 @@ def _switchable_bn_act(
     moments = dict.fromkeys(["mean_ptr", "var_ptr"], "*fp32")
     running = dict.fromkeys(["running_mean_ptr", "running_var_ptr"], "*fp32")
     affine = {**moments, "gamma_ptr": "*fp32", "eps": "fp32", **levels}
-    options = bn_tiles.OPTIONS
-    yield Case("", bn_forward._bn_statistics_kernel, {"x_ptr": rows, **partial}, tile, options)
+
+    def case(kernel: Any, types: dict[str, str], constants: dict[str, Any], name: str = "") -> Case:
+        label = f"{kernel.__name__} L={num_levels} C={channels} {dtype} {name}"
+        final = "finalize" in kernel.__name__
+        options = bn_tiles.FINALIZE_OPTIONS if final else bn_tiles.OPTIONS
+        return Case(label, kernel, types, constants, options)
+
+    yield case(bn_forward._bn_statistics_kernel, {"x_ptr": rows, **partial}, tile)
     types = {"x_ptr": rows, **partial, **moments, **running}
-    types |= {"num_batches_ptr": "*i64", "num_chunks": "i32", "momentum": "fp32"}
-    yield Case("", bn_forward._bn_finalize_kernel, types, final, options)
-    types = {**partial, **affine, "num_chunks": "i32"}
+    types |= {"num_batches_ptr": "*i64", "stride_partial": "i32", "momentum": "fp32"}
+    yield case(bn_forward._bn_finalize_kernel, types, final)
+    types = {**partial, **affine, "stride_partial": "i32"}
     types |= dict.fromkeys(["sums_ptr", "dgamma_ptr", "dbeta_ptr"], "*fp32")
-    constants = {**final, "BATCH_STATISTICS": True}
-    yield Case("", bn_backward._bn_bwd_finalize_kernel, types, constants, options)
-    for activation, residual, batch in (
-        (None, False, True),
-        ("relu", False, True),
-        ("relu", True, True),
-        ("relu6", True, False),
-    ):
+    for batch in sorted({variant.batch_statistics for variant in variants}):
+        constants = {**final, "BATCH_STATISTICS": batch}
+        yield case(bn_backward._bn_bwd_finalize_kernel, types, constants, f"batch={batch}")
+    for variant in variants:
+        activation, residual, batch, _ = variant
         name = f"{activation} residual={residual} batch={batch}"
-        types = {**affine, "beta_ptr": "*fp32", "x_ptr": rows}
-        mask = {"mask_ptr": "*u8"} if residual else {}
+        has_mask = residual and activation is not None and variant.backward
+        mask = {"mask_ptr": "*u8"} if has_mask else {}
+        types = {**affine, **mask, "beta_ptr": "*fp32", "x_ptr": rows}
         constants = {**tile, "BATCH_STATISTICS": batch, "ACTIVATION": activation}
-        yield Case(
-            name,
+        yield case(
             bn_forward._bn_apply_kernel,
-            {**types, **mask, "y_ptr": rows, **({"residual_ptr": rows} if residual else {})},
-            {**constants, "HAS_RESIDUAL": residual, "WRITE_MASK": residual},
-            options,
+            {**types, "y_ptr": rows, **({"residual_ptr": rows} if residual else {})},
+            {**constants, "HAS_RESIDUAL": residual, "WRITE_MASK": has_mask},
+            name,
         )
-        types |= {**mask, "dy_ptr": rows}
-        constants["HAS_MASK"] = residual
+        if not variant.backward:
+            continue
+        types |= {"dy_ptr": rows}
+        constants["HAS_MASK"] = has_mask
         reduce_types = {**types, "partial_ptr": "*fp32"}
-        yield Case(name, bn_backward._bn_bwd_reduce_kernel, reduce_types, constants, options)
+        yield case(bn_backward._bn_bwd_reduce_kernel, reduce_types, constants, name)
         types |= {"sums_ptr": "*fp32", "dx_ptr": rows}
-        types |= {"dresidual_ptr": rows} if residual else {}
-        constants |= {"WRITE_DRESIDUAL": residual}
-        yield Case(name, bn_backward._bn_bwd_apply_kernel, types, constants, options)
+        types |= {"dresidual_ptr": rows} if has_mask else {}
+        constants |= {"WRITE_DRESIDUAL": has_mask}
+        yield case(bn_backward._bn_bwd_apply_kernel, types, constants, name)
 
 
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -189,15 +206,13 @@ OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
 def compile_case(case: Case, capability: int) -> Any:
     names = case.kernel.arg_names
     # Arguments that are neither typed nor constants of the case are None.
-    constants = {name: None for name in names if name not in case.types}
-    for key, value in case.constants.items():
-        path = (names.index(key[0]), key[1]) if isinstance(key, tuple) else key
-        constants[path] = value
+    constants: dict[str, Any] = {name: None for name in names if name not in case.types}
+    constants |= case.constants
     signature = {name: case.types.get(name, "constexpr") for name in names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if isinstance(signature[name], str) and signature[name].startswith("*")
+        if name == "chunk_rows" or str(signature[name]).startswith("*")
     }
     return triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),

@@ -18,10 +18,10 @@ import pytest
 COMPILE = Path(__file__).with_name("compile_ahead.py")
 CAPABILITIES = (80, 90)
 NUM_CASES = {
-    "distillation_loss": 78,
+    "distillation_loss": 99,
     "global_avg_pool": 20,
     "normalize": 6,
-    "switchable_bn_act": 135,
+    "switchable_bn_act": 122,
 }
 
 

@@ -202,7 +202,8 @@ def test_operators_pass_opcheck(mode: str, device: str) -> None:
     logits, labels, alpha = make_inputs(3, 2, 7, device)
     upstream = torch.tensor([1.0, 2.0, 3.0], device=device)
     torch.library.opcheck(BWD.default, (upstream, logits, labels, alpha, mode, 0.1))
-    torch.library.opcheck(FWD_BWD.default, (upstream, logits, labels, alpha, mode, 0.1))
+    for gradients in (upstream, None):
+        torch.library.opcheck(FWD_BWD.default, (gradients, logits, labels, alpha, mode, 0.1))
     logits.requires_grad_()
     alpha.requires_grad_()
     torch.library.opcheck(FWD.default, (logits, labels, alpha, mode, 0.1))

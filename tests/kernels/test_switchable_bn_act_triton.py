@@ -315,6 +315,15 @@ def test_operators_pass_opcheck(activation: str | None, residual: bool, device: 
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_gradients_behind_a_residual_need_the_mask(device: str) -> None:
+    inputs = make_bn_inputs((9,), 5, 1, residual=True, device=device)
+    tensors = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    arguments = (inputs["residual"], *tensors, (9,), (0,), "relu", False, False, 1e-5)
+    with pytest.raises(ValueError, match="save_mask must be True"):
+        FWD(inputs["x"].requires_grad_(), *arguments)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 @pytest.mark.parametrize("training", MODES)
 def test_whole_graph_compiles(training: bool, device: str) -> None:
     inputs = make_bn_inputs((9, 4), 5, 2, residual=True, device=device)
