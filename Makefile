@@ -6,7 +6,7 @@ EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check format bench clean
+.PHONY: setup demo test test-gpu check format bench profile clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,14 @@ format: setup
 bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=.benchmarks/last.json
+
+# Nsight Systems over five steps on random images; needs a GPU and nsys.
+profile: setup
+	rm -rf runs/profile && mkdir -p runs/profile
+	nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx,cudnn,cublas \
+	    --output runs/profile/report $(BIN)/python -m rsfast.train --arch resnet50 \
+	    --loader synthetic --batch-size 128 --epochs 1 --steps-per-epoch 30 \
+	    --profile 20:25 --no-graph --output runs/profile/run
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,66 +1,167 @@
-"""One training step: rsfast against a list of tensors through every layer (the authors' way).
+"""One training step: rsfast against what users would run instead.
 
 Same network, weights, images and loss; the losses are compared before the clock starts. Without a
-GPU the shapes are small and say only that both run.
+GPU the shapes are small and say only that all run. `python -m bench.train_step` interleaves them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from bench.rivals import AuthorsNet, authors_loss
+from bench.timing import DEVICE
 from rsfast import Pyramid
 from rsfast.data import Batch
-from rsfast.engine import TrainStep
+from rsfast.engine import PRECISIONS, TrainStep
+from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.optim import build_optimizer
 
-LARGE = {"resolutions": (224, 192, 160, 128, 96), "batch": 64, "precision": "bf16"}
-SMALL = {"resolutions": (64, 48, 32), "batch": 8, "precision": "fp32"}
-IMPLEMENTATIONS = ("authors", "rsfast_eager")
+ON_GPU = DEVICE.type == "cuda"
+RESOLUTIONS = (224, 192, 160, 128, 96) if ON_GPU else (64, 48, 32)
+BATCH = 64 if ON_GPU else 8
+PRECISION = "bf16" if ON_GPU else "fp32"
+COMPILE_MODES = {
+    "authors_compile": "default",
+    "authors_compile_max": "max-autotune-no-cudagraphs",
+    "authors_compile_graph": "reduce-overhead",
+}
+# In the names of design: authors_fp32 and authors_amp are a list of tensors through every layer,
+# eager; the next three are that compiled; separate_amp is five trainings of one resolution each.
+IMPLEMENTATIONS = (
+    ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp", "rsfast_eager", "rsfast_graph"]
+    if ON_GPU
+    else ["authors_fp32", "separate_amp", "rsfast_eager"]
+)
+
+Step = Callable[[], Tensor]
 
 
-def make_steps(arch: str, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-    """One callable per implementation; each trains on the same batch and returns the loss."""
-    shape = LARGE if device.type == "cuda" else SMALL
-    resolutions, count = shape["resolutions"], shape["batch"]
+class Setting(NamedTuple):
+    """What is trained on."""
+
+    arch: str
+    batch: int = BATCH
+    precision: str = PRECISION
+    resolutions: tuple[int, ...] = RESOLUTIONS
+
+
+class _Data(NamedTuple):
+    images: list[Tensor]
+    labels: Tensor
+
+
+def make_data(setting: Setting) -> _Data:
+    """Channels-last float32 images and labels on the device."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    images = [
+        torch.randn(setting.batch, 3, r, r, device=DEVICE, generator=generator)
+        for r in setting.resolutions
+    ]
+    labels = torch.randint(0, 1000, (setting.batch,), device=DEVICE, generator=generator)
+    return _Data([x.contiguous(memory_format=torch.channels_last) for x in images], labels)
+
+
+def make_step(setting: Setting, impl: str) -> Step:
+    """Trains on one batch and returns the loss, detached."""
+    if impl.startswith("rsfast"):
+        return _rsfast(setting, graph=impl == "rsfast_graph")
+    if impl == "separate_amp":
+        return _separate(setting)
+    precision = "fp32" if impl == "authors_fp32" else setting.precision
+    return _authors(setting._replace(precision=precision), COMPILE_MODES.get(impl))
+
+
+def _network(setting: Setting) -> AuthorsNet:
     torch.manual_seed(0)
-    theirs = AuthorsNet(arch, len(resolutions)).to(device, memory_format=torch.channels_last)
-    ours = official.from_state_dict(theirs.state_dict(), resolutions).to(device).train()
-    loss = MultiResolutionDistillation(len(resolutions)).to(device)
-    images = [torch.randn(count, 3, r, r, device=device) for r in resolutions]
-    images = [image.contiguous(memory_format=torch.channels_last) for image in images]
-    labels = torch.randint(0, 1000, (count,), device=device)
-    batch = Batch(Pyramid.pack(images), labels, labels)
-    step = TrainStep(
-        ours, loss, build_optimizer(ours, loss, lr=1e-4), precision=shape["precision"], graph=False
-    )
-    optimizer = torch.optim.SGD(
-        theirs.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=device.type == "cuda"
-    )
+    net = AuthorsNet(setting.arch, len(setting.resolutions))
+    return net.to(DEVICE, memory_format=torch.channels_last)
 
-    def authors_step() -> torch.Tensor:
+
+def _sgd(net: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=ON_GPU)
+
+
+def _authors(setting: Setting, compile_mode: str | None) -> Step:
+    net, data = _network(setting), make_data(setting)
+    optimizer, dtype = _sgd(net), PRECISIONS[setting.precision]
+
+    def objective(images: list[Tensor], labels: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+            logits = net(images)
+        return authors_loss([z.float() for z in logits], labels, net.alpha)
+
+    if compile_mode is not None:
+        torch._dynamo.reset()
+        objective = torch.compile(objective, mode=compile_mode, dynamic=False, fullgraph=True)
+
+    def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=shape["precision"] == "bf16"):
-            logits = theirs(images)
-        total = authors_loss([z.float() for z in logits], labels, theirs.alpha)
+        total = objective(data.images, data.labels)
         total.backward()
         optimizer.step()
-        return total.detach()
+        return total.detach().clone()
 
-    return {"authors": authors_step, "rsfast_eager": lambda: step(batch).total}
+    return step
+
+
+def _separate(setting: Setting) -> Step:
+    images, labels = make_data(setting)
+    dtype = PRECISIONS[setting.precision]
+    runs = []
+    for levels in images:
+        net = _network(setting._replace(resolutions=(levels.shape[-1],)))
+        runs.append((net, _sgd(net), levels))
+
+    def step() -> Tensor:
+        total = torch.zeros((), device=DEVICE)
+        for net, optimizer, levels in runs:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+                (logits,) = net([levels])
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        return total
+
+    return step
+
+
+def _rsfast(setting: Setting, *, graph: bool) -> Step:
+    images, labels = make_data(setting)
+    backend = choose_backend("auto", DEVICE)
+    net = official.from_state_dict(_network(setting).state_dict(), setting.resolutions)
+    net.to(DEVICE).use_backend(backend).train()
+    loss = MultiResolutionDistillation(len(setting.resolutions), backend=backend).to(DEVICE)
+    optimizer = build_optimizer(net, loss, lr=1e-4)
+    pyramid = Pyramid.pack(images)
+    if ON_GPU:  # what the loader hands over
+        rows = nn.functional.pad(pyramid.rows, (0, 1))
+        pyramid = pyramid.with_rows(rows.to(PRECISIONS[setting.precision] or torch.float32))
+    batch = Batch(pyramid, labels, labels)
+    step = TrainStep(net, loss, optimizer, precision=setting.precision, graph=graph)
+    return lambda: step(batch).total
+
+
+def check_losses(losses: dict[str, float]) -> None:
+    """All that train the same thing lose the same at the first step."""
+    same = {name: loss for name, loss in losses.items() if name != "separate_amp"}
+    for name, loss in same.items():
+        assert loss == pytest.approx(next(iter(same.values())), rel=0.02), (name, losses)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
-def test_train_step(benchmark, arch: str, impl: str, device: torch.device) -> None:
-    steps = make_steps(arch, device)
-    losses = {name: float(step()) for name, step in steps.items()}
-    assert losses["rsfast_eager"] == pytest.approx(losses["authors"], rel=0.02), losses
+def test_train_step(benchmark, arch: str, impl: str) -> None:
+    setting = Setting(arch)
+    step = make_step(setting, impl)
+    check_losses({"authors_fp32": float(make_step(setting, "authors_fp32")()), impl: float(step())})
     benchmark.group = f"train_step/{arch}"
-    large = device.type == "cuda"
-    benchmark.pedantic(steps[impl], rounds=20 if large else 3, warmup_rounds=5 if large else 1)
+    benchmark.pedantic(step, rounds=20 if ON_GPU else 3, warmup_rounds=5 if ON_GPU else 1)

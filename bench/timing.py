@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DEVICE", "synchronized_clock", "time_interleaved"]
+__all__ = ["DEVICE", "synchronized_clock", "time_interleaved", "time_steps"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,6 +38,21 @@ def time_interleaved(
     for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(_time_once(run, device, queueing[name]))
+    return times
+
+
+def time_steps(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds per step in each round of each run, interleaved, by the wall clock: host included."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = synchronized_clock()
+            for _ in range(steps):
+                run()
+            if number:  # the first round warms up
+                times[name].append((synchronized_clock() - start) / steps)
     return times
 
 

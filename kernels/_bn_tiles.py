@@ -26,7 +26,7 @@ __all__ = [
     "share_out",
 ]
 
-# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, 48 to 112
+# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, 48 to 117
 # registers (tests/kernels/test_compile_ahead.py). Not timed on a GPU yet.
 TILE_ELEMENTS = 2048
 # Triton 3.10 is to stop fusing multiplications with additions by default.

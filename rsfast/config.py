@@ -86,6 +86,8 @@ class TrainConfig:
     """cut epochs short after so many steps; 0 for whole ones"""
     lr: float = 0.1
     """highest learning rate; cosine to 0 per step"""
+    scale_lr: bool = False
+    """multiply lr by (images per step over all ranks) / 256; goes with warmup_epochs"""
     warmup_epochs: float = 0.0
     """epochs of linear warm-up"""
     optimizer: str = "sgd"

@@ -31,6 +31,7 @@ __all__ = ["Run", "build", "save"]
 
 _LOG = logging.getLogger("rsfast")
 _PADDED_CHANNELS = 4
+_RECIPE_BATCH = 256  # that the learning rates of the recipes belong to
 # Settings that may differ between a run and its continuation.
 _FREE_TO_CHANGE = {
     "data",
@@ -97,7 +98,10 @@ class Run:
         """Learning rate of a step, counted from 0 over the whole run."""
         warmup = round(self.cfg.warmup_epochs * self.steps_per_epoch)
         total = self.cfg.epochs * self.steps_per_epoch
-        return lr_at(step, total, self.cfg.lr, warmup)
+        highest = self.cfg.lr
+        if self.cfg.scale_lr:
+            highest *= self.rank.world_size * self.cfg.batch_size / _RECIPE_BATCH
+        return lr_at(step, total, highest, warmup)
 
 
 def build(cfg: TrainConfig, rank: Rank) -> Run:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import bench_switchable_bn_act as norm
-from bench import kernels
+from bench import bench_train_step, kernels, roofline, train_step
 from bench.record import check_alike
 from bench.shapes import batch_norm_layers, pooled_map
 
@@ -40,6 +40,31 @@ def test_bytes_of_a_two_kernel_design() -> None:
     size = sum(added.level_rows(norm.NUM_IMAGES)) * added.channels * 4
     passes = 9 if added.activation is None else 10
     assert norm.moved_bytes(added, torch.float32, "forward_backward") == passes * size
+
+
+def test_the_floors_are_those_of_the_papers_multiply_adds() -> None:
+    floors = roofline.step_floors("resnet50", (224, 192, 160, 128, 96))
+    assert floors.flops / 6e9 == pytest.approx(11.27, abs=0.01)
+    # Batch norm alone moves 8 passes over 30.6 million elements in 16 bits, and its residuals.
+    assert floors.bytes_16_bit > 2 * 8 * 30.6e6
+
+
+def test_the_step_race_writes_images_per_second(tmp_path: Path) -> None:
+    flags = "--archs resnet18 --batches 2 --resolutions 32 16 --precision fp32 --rounds 2 --steps 1"
+    assert train_step.main([*flags.split(), "--output", str(tmp_path)]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "summary.json").read_text())["rows"]}
+    for impl in bench_train_step.IMPLEMENTATIONS:
+        row = rows[f"train_step/resnet18/fp32/b2/{impl}"]
+        assert row["unit"] == "images/s"
+        assert row["n"] == 2
+        assert row["value"] > 0
+
+
+def test_rivals_that_lose_differently_are_not_raced() -> None:
+    losses = {"authors_fp32": 41.0, "rsfast_eager": 41.5, "separate_amp": 34.0}
+    bench_train_step.check_losses(losses)
+    with pytest.raises(AssertionError, match="rsfast_eager"):
+        bench_train_step.check_losses({**losses, "rsfast_eager": 45.0})
 
 
 def test_a_wrong_result_is_not_timed() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
 from rsfast.config import TrainConfig, parse_args, recipe_names
 from rsfast.models import ARCHITECTURES
+from rsfast.run import Run
 
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:
@@ -58,6 +60,15 @@ def test_the_saved_config_gives_the_same_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(cfg.to_toml())
     assert parse_args(["--config", str(tmp_path / "config.toml")]) == cfg
     assert "resume" not in tomllib.loads(cfg.to_toml())
+
+
+def test_the_rate_follows_the_total_batch_only_when_told() -> None:
+    for flags, expected in (([], 0.1), (["--scale-lr"], 0.4)):
+        settings = "--lr 0.1 --batch-size 512 --epochs 9 --warmup-epochs 0".split()
+        cfg = parse_args([*settings, *flags])
+        two = types.SimpleNamespace(world_size=2)
+        run = types.SimpleNamespace(cfg=cfg, steps_per_epoch=10, rank=two)
+        assert Run.lr(run, 0) == pytest.approx(expected)
 
 
 def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) -> None:
