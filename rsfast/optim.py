@@ -92,6 +92,11 @@ def build_optimizer(
         optimizer = _apex_sgd()(groups, **settings)
     elif kind == "sgd":
         optimizer = torch.optim.SGD(groups, **settings, fused=decayed[0].is_cuda)
+        # Zeros are where momentum starts. PyTorch's fused SGD starts from memory that its first
+        # step is to fill, and leaves it unfilled when the gradient scaler skips that step.
+        for group in optimizer.param_groups if momentum else []:
+            for param in group["params"]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
     else:
         raise ValueError(f"kind must be one of {OPTIMIZERS}, got {kind!r}")
     _keep_idle_banks(optimizer, model)
@@ -132,7 +137,5 @@ def _idle_rows(optimizer: torch.optim.Optimizer, model: RSNet) -> Iterator[Tenso
             for param in norm.parameters():
                 yield param.detach()[bank]
                 momentum = optimizer.state[param].get("momentum_buffer")
-                if momentum is None:
-                    momentum = torch.zeros_like(param)
-                    optimizer.state[param]["momentum_buffer"] = momentum
-                yield momentum[bank]
+                if momentum is not None:
+                    yield momentum[bank]

@@ -12,8 +12,7 @@ class Snapshot:
     """Copies of all that a training step changes, put back in place: every tensor keeps its memory.
 
     Parameters, buffers (batch-norm statistics and counters), momentum, the gradient scaler and the
-    random number generators. Momentum that did not exist yet is set to 0, which is where SGD
-    starts.
+    random number generators.
 
     Args:
         modules: network and loss.
@@ -52,7 +51,7 @@ class Snapshot:
             if buffer is None:
                 continue
             before = self._momentum.get(param)
-            if before is None:
+            if before is None:  # an optimiser that has only now made it
                 buffer.zero_()
             else:
                 buffer.copy_(before)

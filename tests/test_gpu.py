@@ -96,6 +96,23 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         assert torch.equal(tensor, runs[1][1][name]), name
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_an_overflow_at_the_first_step_spoils_nothing(graph: bool) -> None:
+    model, step = make_step("resnet18", "cuda", "fp16", graph=graph)
+    good, bad = make_batch("cuda"), make_batch("cuda")
+    bad.images.rows[0] = float("inf")
+    before = [param.detach().clone() for param in model.parameters()]
+    scale = step.scaler.get_scale()
+    step(bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not any(s["momentum_buffer"].any() for s in step._optimizer.state.values())
+    assert step.scaler.get_scale() < scale
+    for _ in range(10):  # the scale comes down until gradients fit
+        loss = step(good).total
+    assert loss.isfinite()
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
 def test_a_captured_step_refuses_another_shape_in_words() -> None:
     _, step = make_step("resnet18", "cuda", "bf16", graph=True)
     step(make_batch("cuda"))

@@ -118,6 +118,17 @@ def test_apex_gets_the_same_groups_and_settings(monkeypatch: pytest.MonkeyPatch)
         assert all(a is b for a, b in zip(group["params"], their_group["params"], strict=True))
 
 
+def test_momentum_starts_at_zero_and_is_nothing_without_momentum() -> None:
+    model, loss = create_model("resnet18", (32,), 2), MultiResolutionDistillation(1)
+    optimizer = build_optimizer(model, loss, lr=0.1)
+    params = [*model.parameters(), *loss.parameters()]
+    for param in params:
+        buffer = optimizer.state[param]["momentum_buffer"]
+        assert not buffer.any()
+        assert buffer.stride() == param.stride()
+    assert not build_optimizer(model, loss, lr=0.1, momentum=0.0).state
+
+
 def test_bad_kind_is_named() -> None:
     model, loss = create_model("resnet18", (32,), 2), MultiResolutionDistillation(1)
     with pytest.raises(ValueError, match="kind must be one of"):

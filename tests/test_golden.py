@@ -1,0 +1,65 @@
+"""Losses of a few steps against recorded ones, line by line: what a refactor must not change.
+
+A change of numbers needs a reason, and the new file in the same commit:
+`python tests/test_golden.py` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rsfast import Pyramid, create_model
+from rsfast.data import Batch
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.optim import build_optimizer, set_lr
+
+FILE = Path(__file__).parent / "golden" / "losses.json"
+RESOLUTIONS = (64, 48, 32)
+STEPS = 4
+
+
+def train(arch: str) -> list[list[float]]:
+    """(ce, ensemble, distill) of each step on the CPU.
+
+    In float64, and from uniform random numbers: float32, and normal ones, differ in their last bits
+    from one instruction set or number of threads to the next, and training makes more of it.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return 2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1
+
+    model = create_model(arch, RESOLUTIONS, 10).double()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() > 2:
+                param.copy_(uniform(*param.shape) * (6 / param[0].numel()) ** 0.5)
+        model.classifier.weight.copy_(0.05 * uniform(*model.classifier.weight.shape))
+        model.classifier.bias.zero_()
+    loss = MultiResolutionDistillation(len(RESOLUTIONS)).double()
+    optimizer = build_optimizer(model, loss, lr=0.001)
+    step = TrainStep(model, loss, optimizer, precision="fp32")
+    losses = []
+    for index in range(STEPS):
+        images = [uniform(8, 3, r, r) for r in RESOLUTIONS]
+        labels = torch.randint(0, 10, (8,), generator=generator)
+        set_lr(optimizer, 0.001 * (1 - index / STEPS))
+        losses.append([float(term) for term in step(Batch(Pyramid.pack(images), labels, labels))])
+    return losses
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
+def test_losses_are_those_on_record(arch: str) -> None:
+    recorded = json.loads(FILE.read_text())[arch]
+    for number, (ours, golden) in enumerate(zip(train(arch), recorded, strict=True)):
+        assert ours == pytest.approx(golden, rel=1e-6), f"step {number}"
+
+
+if __name__ == "__main__":
+    made = {arch: train(arch) for arch in ("resnet18", "resnet50", "mobilenetv2")}
+    FILE.write_text(json.dumps(made, indent=1) + "\n")
