@@ -97,6 +97,8 @@ class TrainStep:
         # that it is built on.
         self._stream = torch.cuda.Stream(self._device) if self._wants_graph else None
         if dist.is_initialized() and dist.get_world_size() > 1:
+            if self._stream:  # DDP reads the weights there
+                self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._objective = DistributedDataParallel(
                     self._modules,
@@ -104,6 +106,8 @@ class TrainStep:
                     gradient_as_bucket_view=True,
                     **_KEEP_BUFFERS,  # batch-norm statistics stay per rank
                 )
+            if self._stream:
+                torch.cuda.current_stream().wait_stream(self._stream)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
 
     def __call__(self, batch: Batch) -> LossTerms:

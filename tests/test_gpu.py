@@ -83,7 +83,8 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
     try:
         runs = []
         for graph in (False, True):
-            model, step = make_step("resnet18", "cuda", precision, graph=graph, backend=backend)
+            # Without max pooling, whose backward adds in any order.
+            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))
