@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ def join(device: str = "auto") -> Rank:
 def leave() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
+        # DistributedDataParallel holds the group and is full of cycles. What is left of it when the
+        # interpreter ends makes gloo's threads end the process with an abort, now and then.
+        gc.collect()
         dist.destroy_process_group()
 
 

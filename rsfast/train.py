@@ -36,20 +36,25 @@ def train(cfg: TrainConfig) -> Accuracy | None:
         FloatingPointError: if the loss is not finite.
     """
     rank = distributed.join(cfg.device)
-    run = None
     try:
-        run = build(cfg, rank)
-        accuracy = None
-        for epoch in range(run.first_epoch, cfg.epochs):
+        return train_epochs(build(cfg, rank))
+    finally:
+        distributed.leave()
+
+
+def train_epochs(run: Run) -> Accuracy | None:
+    """All epochs that are left; returns the accuracy after the last one."""
+    accuracy = None
+    try:
+        for epoch in range(run.first_epoch, run.cfg.epochs):
             losses = train_epoch(run, epoch)
             accuracy = finish_epoch(run, epoch, losses)
-        return accuracy
     finally:
-        if run and run.profile:
+        if run.profile:
             run.profile.close()
-        if run and run.log:
+        if run.log:
             run.log.close()
-        distributed.leave()
+    return accuracy
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
