@@ -17,22 +17,25 @@ from bench.inputs import make_loss_inputs
 from bench.installed import INSTALLED, apex_cross_entropy
 from bench.record import check_alike, record
 from bench.rivals import authors_loss
-from bench.timing import DEVICE
+from bench.shapes import DTYPES, short_name
+from bench.timing import DEVICE, ON_GPU
 from rsfast.kernels import (
     distillation_loss,
     distillation_loss_and_gradients,
     distillation_loss_reference,
 )
 
-ON_GPU = DEVICE.type == "cuda"
 # (R, N, K)
 SHAPES = [(5, 256, 1000), (5, 32, 1000), (5, 256, 21841)] if ON_GPU else [(3, 8, 100)]
-DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
 IMPLEMENTATIONS = ["authors", "reference", "authors_compiled", "compiled", "rsfast", "rsfast_fused"]
 if not ON_GPU:
     IMPLEMENTATIONS = ["authors", "reference"]
 elif "apex_xentropy" in INSTALLED:
     IMPLEMENTATIONS.append("apex_xentropy")
+
+
+def shape_name(shape: tuple[int, int, int]) -> str:
+    return "R{}-N{}-K{}".format(*shape)
 
 
 def moved_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
@@ -96,8 +99,8 @@ def make_runs(
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "R{}-N{}-K{}".format(*s))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_distillation_loss(
     benchmark,
     copy_bandwidth: float,
@@ -107,6 +110,5 @@ def test_distillation_loss(
 ) -> None:
     runs = make_runs(shape, dtype)
     check_alike(runs, [impl], list)
-    name = "R{}-N{}-K{}".format(*shape)
-    group = f"distillation_loss/{name}/{str(dtype).removeprefix('torch.')}/forward_backward"
+    group = f"distillation_loss/{shape_name(shape)}/{short_name(dtype)}/forward_backward"
     record(benchmark, runs[impl], group, moved_bytes(shape, dtype), copy_bandwidth)

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from bench.record import check_alike, record
-from bench.shapes import ARCHITECTURES, pooled_map
-from bench.timing import DEVICE
+from bench.shapes import (
+    ARCHITECTURES,
+    DTYPES,
+    NUM_IMAGES,
+    PASSES,
+    RESOLUTIONS,
+    pooled_map,
+    short_name,
+)
+from bench.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.kernels import global_avg_pool, global_avg_pool_reference
 
-ON_GPU = DEVICE.type == "cuda"
-NUM_IMAGES, RESOLUTIONS = (256, (224, 192, 160, 128, 96)) if ON_GPU else (2, (64, 48, 32))
-DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
-PASSES = ("forward", "forward_backward")
 IMPLEMENTATIONS = ("eager", "compiled", "rsfast") if ON_GPU else ("eager", "reference")
 
 
@@ -88,7 +92,7 @@ def as_packed(results: list[Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_global_avg_pool(
     benchmark,
@@ -100,5 +104,5 @@ def test_global_avg_pool(
 ) -> None:
     runs = make_runs(arch, dtype, direction)
     check_alike(runs, [impl], as_packed)
-    group = f"global_avg_pool/{arch}/{str(dtype).removeprefix('torch.')}/{direction}"
+    group = f"global_avg_pool/{arch}/{short_name(dtype)}/{direction}"
     record(benchmark, runs[impl], group, moved_bytes(arch, dtype, direction), copy_bandwidth)

@@ -13,12 +13,11 @@ from itertools import chain, repeat
 
 import pytest
 
-from bench.timing import DEVICE
+from bench.shapes import PAPER_RESOLUTIONS
+from bench.timing import ON_GPU
 from rsfast.data import Batch, Loader, train_loader
 from rsfast.data.builtin import builtin_root
 
-ON_GPU = DEVICE.type == "cuda"
-RESOLUTIONS = (224, 192, 160, 128, 96)
 BATCH, BATCHES = (256, 20) if ON_GPU else (16, 4)
 CORES = len(os.sched_getaffinity(0))
 HAS_DALI = importlib.util.find_spec("nvidia.dali") if importlib.util.find_spec("nvidia") else None
@@ -30,7 +29,7 @@ CASES += [("dali", "cuda")] if HAS_DALI and ON_GPU else []
 def make_loader(backend: str, device: str) -> Loader:
     return train_loader(
         builtin_root(),
-        RESOLUTIONS,
+        PAPER_RESOLUTIONS,
         BATCH,
         backend=backend,
         workers=CORES,

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bench.record import check_alike, record
-from bench.timing import DEVICE
+from bench.shapes import NUM_IMAGES, RESOLUTIONS, short_name
+from bench.timing import DEVICE, ON_GPU
+from rsfast.data import NORMALIZATIONS
 from rsfast.kernels import normalize, normalize_reference
 
-ON_GPU = DEVICE.type == "cuda"
-NUM_IMAGES, RESOLUTIONS = (256, (224, 192, 160, 128, 96)) if ON_GPU else (2, (64, 48, 32))
 DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
 CHANNELS = (3, 4, 8)
 IMPLEMENTATIONS = ("reference", "compiled", "rsfast") if ON_GPU else ("reference",)
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = NORMALIZATIONS["imagenet"]
 
 
 def moved_bytes(dtype: torch.dtype, channels: int) -> int:
@@ -49,11 +49,11 @@ def make_runs(dtype: torch.dtype, channels: int) -> dict[str, Callable[[], list[
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_normalize(
     benchmark, copy_bandwidth: float, dtype: torch.dtype, channels: int, impl: str
 ) -> None:
     runs = make_runs(dtype, channels)
     check_alike(runs, [impl], list)
-    group = f"normalize/C{channels}/{str(dtype).removeprefix('torch.')}/forward"
+    group = f"normalize/C{channels}/{short_name(dtype)}/forward"
     record(benchmark, runs[impl], group, moved_bytes(dtype, channels), copy_bandwidth)

@@ -17,15 +17,20 @@ from torch import Tensor
 from bench.inputs import make_bn_inputs
 from bench.installed import INSTALLED, apex_batch_norm, cudnn_batch_norm
 from bench.record import check_alike, record
-from bench.shapes import ARCHITECTURES, BatchNormLayer, batch_norm_layers
-from bench.timing import DEVICE
+from bench.shapes import (
+    ARCHITECTURES,
+    DTYPES,
+    NUM_IMAGES,
+    PASSES,
+    RESOLUTIONS,
+    BatchNormLayer,
+    batch_norm_layers,
+    short_name,
+)
+from bench.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
-ON_GPU = DEVICE.type == "cuda"
-NUM_IMAGES, RESOLUTIONS = (256, (224, 192, 160, 128, 96)) if ON_GPU else (2, (64, 48, 32))
-DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
-PASSES = ("forward", "forward_backward")
 IMPLEMENTATIONS = ["eager", "compiled", "rsfast"] if ON_GPU else ["eager", "reference"]
 IMPLEMENTATIONS += sorted(INSTALLED & {"apex_groupbn", "cudnn_graph"}) if ON_GPU else []
 CASES = sorted({n for arch in ARCHITECTURES for n in batch_norm_layers(arch, RESOLUTIONS)}, key=str)
@@ -161,7 +166,7 @@ def as_packed(results: list[Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize("layer", CASES, ids=str)
 def test_switchable_bn_act(
     benchmark,
@@ -175,5 +180,5 @@ def test_switchable_bn_act(
     if impl not in runs:
         pytest.skip(f"{impl} has no {direction} kernel for this layer in {dtype}")
     check_alike(runs, [impl], as_packed)
-    group = f"switchable_bn_act/{layer}/{str(dtype).removeprefix('torch.')}/{direction}"
+    group = f"switchable_bn_act/{layer}/{short_name(dtype)}/{direction}"
     record(benchmark, runs[impl], group, moved_bytes(layer, dtype, direction), copy_bandwidth)

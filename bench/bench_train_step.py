@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.rivals import AuthorsNet, authors_loss
-from bench.timing import DEVICE
+from bench.shapes import RESOLUTIONS
+from bench.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.data import Batch
 from rsfast.engine import PRECISIONS, TrainStep
@@ -23,8 +24,6 @@ from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.optim import build_optimizer
 
-ON_GPU = DEVICE.type == "cuda"
-RESOLUTIONS = (224, 192, 160, 128, 96) if ON_GPU else (64, 48, 32)
 BATCH = 64 if ON_GPU else 8
 PRECISION = "bf16" if ON_GPU else "fp32"
 COMPILE_MODES = {

@@ -10,13 +10,8 @@ import torch
 
 from bench import roofline
 from bench.installed import left_out
-from bench.timing import DEVICE
+from bench.timing import DEVICE, ON_GPU
 from rsfast.environment import describe
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return DEVICE
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +33,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         name = torch.cuda.get_device_name()
         return [f"benchmarks on {name}; not installed, so left out: {left_out()}"]
     return [

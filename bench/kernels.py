@@ -23,13 +23,12 @@ from bench import roofline
 from bench.installed import left_out
 from bench.record import check_alike
 from bench.results_file import Results
-from bench.shapes import ARCHITECTURES, batch_norm_layers
-from bench.timing import DEVICE, time_interleaved
+from bench.shapes import ARCHITECTURES, batch_norm_layers, short_name
+from bench.timing import DEVICE, ON_GPU, time_interleaved
 
 __all__ = ["main"]
 
 Times = dict[str, list[float]]
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="of each implementation (30)")
     parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     args = parser.parse_args(argv)
-    missing = left_out() if DEVICE.type == "cuda" else f"rsfast, compiled (no GPU), {left_out()}"
+    missing = left_out() if ON_GPU else f"rsfast, compiled (no GPU), {left_out()}"
     print(f"left out: {', '.join([missing, *args.without])}")
     bench = Bench(args.rounds, Results(args.output, DEVICE), args.without)
     bench.losses()
@@ -65,18 +64,16 @@ class Bench:
         self._results = results
         self._without = without
         self._layers: dict[tuple[Any, ...], Times] = {}
-        self._copy_bandwidth = roofline.copy_bandwidth(DEVICE)
-        results.add("card/copy_bandwidth", [self._copy_bandwidth / 1e9], "GB/s")
-        results.add("card/matmul_bf16", [roofline.matmul_rate(DEVICE) / 1e12], "TFLOP/s")
+        self._copy_bandwidth, _ = roofline.measure_card(results)
 
     def losses(self) -> None:
         """Forward and backward of the loss."""
         for shape in loss.SHAPES:
             for dtype in loss.DTYPES:
                 times = self._time(loss.make_runs(shape, dtype), loss.IMPLEMENTATIONS, list)
-                group = "distillation_loss/R{}-N{}-K{}".format(*shape)
+                group = f"distillation_loss/{loss.shape_name(shape)}"
                 moved = loss.moved_bytes(shape, dtype)
-                self._add(f"{group}/{SHORT[dtype]}/forward_backward", times, moved)
+                self._add(f"{group}/{short_name(dtype)}/forward_backward", times, moved)
 
     def normalization(self) -> None:
         """Pixels to the input of the network."""
@@ -85,7 +82,7 @@ class Bench:
                 runs = pixels.make_runs(dtype, channels)
                 times = self._time(runs, pixels.IMPLEMENTATIONS, list)
                 moved = pixels.moved_bytes(dtype, channels)
-                self._add(f"normalize/C{channels}/{SHORT[dtype]}/forward", times, moved)
+                self._add(f"normalize/C{channels}/{short_name(dtype)}/forward", times, moved)
 
     def pooling(self, arch: str) -> None:
         """Pooling of one network."""
@@ -94,7 +91,7 @@ class Bench:
                 runs = pool.make_runs(arch, dtype, direction)
                 times = self._time(runs, pool.IMPLEMENTATIONS, pool.as_packed)
                 moved = pool.moved_bytes(arch, dtype, direction)
-                self._add(f"global_avg_pool/{arch}/{SHORT[dtype]}/{direction}", times, moved)
+                self._add(f"global_avg_pool/{arch}/{short_name(dtype)}/{direction}", times, moved)
 
     def batch_norms(self, arch: str) -> None:
         """Every kind of batch-norm layer of one network, then all of them together."""
@@ -115,7 +112,9 @@ class Bench:
                     if impl in everywhere
                 }
                 in_all = sum(map(operator.mul, counts, moved))
-                self._add(f"switchable_bn_act/{arch}/{SHORT[dtype]}/{direction}", totals, in_all)
+                self._add(
+                    f"switchable_bn_act/{arch}/{short_name(dtype)}/{direction}", totals, in_all
+                )
 
     def _layer(self, layer: norm.BatchNormLayer, dtype: torch.dtype, direction: str) -> Times:
         key = (layer, dtype, direction)
@@ -123,7 +122,7 @@ class Bench:
             runs = norm.make_runs(layer, dtype, direction)
             self._layers[key] = self._time(runs, norm.IMPLEMENTATIONS, norm.as_packed)
             moved = norm.moved_bytes(layer, dtype, direction)
-            group = f"switchable_bn_act/{layer}/{SHORT[dtype]}/{direction}"
+            group = f"switchable_bn_act/{layer}/{short_name(dtype)}/{direction}"
             self._add(group, self._layers[key], moved)
         return self._layers[key]
 

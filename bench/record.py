@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timing import DEVICE
+from bench.timing import ON_GPU
 
 __all__ = ["check_alike", "record"]
 
@@ -54,13 +54,12 @@ def record(
     Caches are as the run before left them. Ten calls make a round on a GPU, so that the host's
     share shows in short ones only where it is the larger.
     """
-    on_gpu = DEVICE.type == "cuda"
     benchmark.group = group
     benchmark.pedantic(
         run,
-        rounds=30 if on_gpu else 3,
-        warmup_rounds=3 if on_gpu else 1,
-        iterations=10 if on_gpu else 1,
+        rounds=30 if ON_GPU else 3,
+        warmup_rounds=3 if ON_GPU else 1,
+        iterations=10 if ON_GPU else 1,
     )
     bandwidth = moved_bytes / benchmark.stats.stats.median if benchmark.stats else 0.0
     benchmark.extra_info |= {

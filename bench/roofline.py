@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from bench.shapes import batch_norm_layers
-from bench.timing import time_interleaved
-from rsfast import Pyramid, create_model
+from bench.results_file import Results
+from bench.shapes import batch_norm_layers, walk
+from bench.timing import DEVICE, time_interleaved
+from rsfast import Pyramid
 from rsfast.models.deploy import multiply_adds
 from rsfast.models.layers import Conv2d
 
-__all__ = ["Floors", "copy_bandwidth", "matmul_rate", "step_floors"]
+__all__ = ["Floors", "copy_bandwidth", "matmul_rate", "measure_card", "step_floors"]
 
 
 class Floors(NamedTuple):
@@ -48,22 +48,25 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> fl
     return 2 * size**3 / statistics.median(times["matmul"])
 
 
+def measure_card(results: Results) -> tuple[float, float]:
+    """Copy bandwidth and matrix rate, also as rows of the results."""
+    copy, rate = copy_bandwidth(DEVICE), matmul_rate(DEVICE)
+    results.add("card/copy_bandwidth", [copy / 1e9], "GB/s")
+    results.add("card/matmul_bf16", [rate / 1e12], "TFLOP/s")
+    return copy, rate
+
+
 def step_floors(arch: str, resolutions: Sequence[int]) -> Floors:
     """FLOPs and bytes of one image; divide the card's rates by them for images/s."""
     elements = 0
 
-    def count(conv: Conv2d, inputs: tuple[Pyramid, ...], output: Pyramid) -> None:
+    def count(module: Any, inputs: tuple[Pyramid, ...], output: Any) -> None:
         nonlocal elements
-        # Forward reads x and writes y, dgrad reads dy and writes dx, wgrad reads x and dy.
-        elements += 3 * inputs[0].rows.numel() + 3 * output.rows.numel()
-
-    with torch.device("meta"):
-        model = create_model(arch, resolutions).eval()
-        images: list[Tensor] = [torch.empty(1, 3, r, r) for r in resolutions]
-    for module in model.modules():
         if isinstance(module, Conv2d):
-            module.register_forward_hook(count)
-    model(images)
+            # Forward reads x and writes y, dgrad reads dy and writes dx, wgrad reads x and dy.
+            elements += 3 * inputs[0].rows.numel() + 3 * output.rows.numel()
+
+    model = walk(arch, resolutions, count)
     for layer, number in batch_norm_layers(arch, resolutions).items():
         passes = 8 + 2 * layer.residual
         elements += number * passes * sum(layer.level_rows(1)) * layer.channels

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rsfast import Pyramid, create_model
+from bench.timing import ON_GPU
+from rsfast import Pyramid, RSNet, create_model
 from rsfast.models.layers import SwitchableBatchNorm2d
 
-__all__ = ["ARCHITECTURES", "RESOLUTIONS", "BatchNormLayer", "batch_norm_layers", "pooled_map"]
+__all__ = [
+    "ARCHITECTURES",
+    "DTYPES",
+    "NUM_IMAGES",
+    "PAPER_RESOLUTIONS",
+    "PASSES",
+    "RESOLUTIONS",
+    "BatchNormLayer",
+    "batch_norm_layers",
+    "pooled_map",
+    "short_name",
+    "walk",
+]
 
 ARCHITECTURES = ("resnet50", "resnet18", "mobilenetv2")
-RESOLUTIONS = (224, 192, 160, 128, 96)
+PAPER_RESOLUTIONS = (224, 192, 160, 128, 96)
+PASSES = ("forward", "forward_backward")
+# What operations are timed on: a CPU only shows that everything runs.
+NUM_IMAGES, RESOLUTIONS = (256, PAPER_RESOLUTIONS) if ON_GPU else (2, (64, 48, 32))
+DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """As in the names of rows: bf16, fp16 or fp32."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
 class BatchNormLayer(NamedTuple):
@@ -43,26 +65,39 @@ class BatchNormLayer(NamedTuple):
         return tuple(num_images * height * width for height, width in self.sizes)
 
 
+def walk(
+    arch: str, resolutions: Sequence[int], visit: Callable[[Any, tuple[Pyramid, ...], Any], None]
+) -> RSNet:
+    """Shows every module of a network, with its inputs and output, to `visit`, for one image.
+
+    Nothing is computed: the network and its tensors are on the meta device.
+    """
+    with torch.device("meta"):
+        model = create_model(arch, resolutions).eval()
+        images: list[Tensor] = [torch.empty(1, 3, r, r) for r in resolutions]
+    for module in model.modules():
+        module.register_forward_hook(visit)
+    model(images)
+    return model
+
+
 def batch_norm_layers(
-    arch: str, resolutions: Sequence[int] = RESOLUTIONS
+    arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS
 ) -> Counter[BatchNormLayer]:
     """The batch-norm layers of a network, and how many there are of each."""
     found: Counter[BatchNormLayer] = Counter()
 
-    def record(norm: SwitchableBatchNorm2d, inputs: tuple[Pyramid, ...]) -> None:
+    def record(norm: Any, inputs: tuple[Pyramid, ...], _: Any) -> None:
+        if not isinstance(norm, SwitchableBatchNorm2d):
+            return
         residual = len(inputs) > 1 and inputs[1] is not None
         layer = BatchNormLayer(inputs[0].sizes, norm.num_features, norm.activation, residual)
         found[layer] += 1
 
-    with torch.device("meta"):
-        model = create_model(arch, resolutions).eval()
-        images: list[Tensor] = [torch.empty(1, 3, r, r) for r in resolutions]
-    for norm in model.batch_norms():
-        norm.register_forward_pre_hook(record)
-    model(images)
+    walk(arch, resolutions, record)
     return found
 
 
-def pooled_map(arch: str, resolutions: Sequence[int] = RESOLUTIONS) -> BatchNormLayer:
+def pooled_map(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> BatchNormLayer:
     """The feature map before pooling: the smallest and widest one."""
     return min(batch_norm_layers(arch, resolutions), key=lambda norm: (norm.sizes, -norm.channels))

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["DEVICE", "synchronized_clock", "time_interleaved", "time_steps"]
+__all__ = ["DEVICE", "ON_GPU", "synchronized_clock", "time_interleaved", "time_steps"]
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def synchronized_clock() -> float:
     """Seconds, read after everything that was queued on the device is done."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -17,7 +17,7 @@ from bench import bench_train_step as bench
 from bench import roofline
 from bench.results_file import Results
 from bench.shapes import ARCHITECTURES
-from bench.timing import DEVICE, time_steps
+from bench.timing import DEVICE, ON_GPU, time_steps
 from rsfast.engine import PRECISIONS
 
 __all__ = ["main"]
@@ -38,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="in a round (5)")
     args = parser.parse_args(argv)
     results = Results(args.output, DEVICE)
-    copy, rate = roofline.copy_bandwidth(DEVICE), roofline.matmul_rate(DEVICE)
-    results.add("card/copy_bandwidth", [copy / 1e9], "GB/s")
-    results.add("card/matmul_bf16", [rate / 1e12], "TFLOP/s")
+    copy, rate = roofline.measure_card(results)
     for arch in args.archs:
         floors = roofline.step_floors(arch, tuple(args.resolutions))
         results.add(f"card/floor_flops/{arch}", [rate / floors.flops], "images/s")
@@ -77,13 +75,13 @@ def _race(
 
 
 def _forget_peak() -> None:
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+    return torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
 
 
 if __name__ == "__main__":

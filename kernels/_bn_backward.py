@@ -11,14 +11,15 @@ from torch import Tensor
 
 from rsfast.kernels._bn_tiles import (
     FINALIZE_OPTIONS,
-    OPTIONS,
     activate,
     finalize_tile,
     find_chunk,
     load_affine,
+    load_invstd,
+    mask_tile,
     share_out,
 )
-from rsfast.kernels._launch import level_arguments, on_device_of
+from rsfast.kernels._launch import OPTIONS, on_device_of
 
 __all__ = ["backward"]
 
@@ -78,16 +79,15 @@ def _bn_bwd_reduce_kernel(
     row = level if BATCH_STATISTICS else bank
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, scale, _ = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
-    beta = tl.load(beta_ptr + bank * C + cols, mask=cols < C, other=0.0)
+    mean, scale, beta, _ = load_affine(
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row, bank, cols, eps, C
+    )
     offsets = lanes * C + cols[None, :]
     x_ptrs = x_ptr + first * C + offsets
     dy_ptrs = dy_ptr + first * C + offsets
-    MASK_C: tl.constexpr = (C + 7) // 8
-    bytes_ = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
-    mask_ptrs = dy_ptrs
+    mask_ptrs, bytes_inside = dy_ptrs, True
     if HAS_MASK:
-        mask_ptrs = mask_ptr + first * MASK_C + (lanes * MASK_C + bytes_)
+        mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
     sum_dy = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dy_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_M):
@@ -99,7 +99,7 @@ def _bn_bwd_reduce_kernel(
             mask_ptrs,
             mask,
             rows_inside,
-            bytes_ < MASK_C,
+            bytes_inside,
             x_centered,
             scale,
             beta,
@@ -113,7 +113,7 @@ def _bn_bwd_reduce_kernel(
         x_ptrs += BLOCK_M * C
         dy_ptrs += BLOCK_M * C
         if HAS_MASK:
-            mask_ptrs += BLOCK_M * MASK_C
+            mask_ptrs += BLOCK_M * ((C + 7) // 8)
     partial_ptr += chunk.to(tl.int64) * C + cols
     tl.store(partial_ptr, tl.sum(sum_dy, 0), mask=cols < C)
     tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dy_x, 0), mask=cols < C)
@@ -122,9 +122,7 @@ def _bn_bwd_reduce_kernel(
 @triton.jit(do_not_specialize=["stride_partial"])
 def _bn_bwd_finalize_kernel(
     partial_ptr,  # [2, chunks, C] float32
-    mean_ptr,  # unused but for load_affine
     var_ptr,  # [L, C] of the batch or [B, C] running, float32
-    gamma_ptr,  # [B, C] float32
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level, fully overwritten
     dgamma_ptr,  # [B, C] float32, fully overwritten
     dbeta_ptr,  # [B, C] float32, fully overwritten
@@ -159,9 +157,8 @@ def _bn_bwd_finalize_kernel(
                 sum_dy += tl.load(ptrs, mask=mask, other=0.0)
                 sum_dy_x += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
             row = level if BATCH_STATISTICS else bank
-            _, _, invstd = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
             level_dbeta = tl.sum(sum_dy, 0)
-            level_dgamma = tl.sum(sum_dy_x, 0) * invstd
+            level_dgamma = tl.sum(sum_dy_x, 0) * load_invstd(var_ptr, row, cols, eps, C)
             tl.store(sums_ptr + level * C + cols, level_dbeta, mask=inside)
             tl.store(sums_ptr + (L + level) * C + cols, level_dgamma, mask=inside)
             dbeta += level_dbeta
@@ -182,7 +179,7 @@ def _bn_bwd_apply_kernel(
     beta_ptr,  # [B, C] float32
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level
     dx_ptr,  # [M, C] like x, fully overwritten
-    dresidual_ptr,  # [M, C] like x, fully overwritten, or None
+    dresidual_ptr,  # [M, C] like x, fully overwritten; None without a mask
     level_rows,
     banks,
     chunk_rows,
@@ -192,7 +189,6 @@ def _bn_bwd_apply_kernel(
     BATCH_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    WRITE_DRESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -203,8 +199,9 @@ def _bn_bwd_apply_kernel(
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    mean, scale, invstd = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
-    beta = tl.load(beta_ptr + bank * C + cols, mask=inside, other=0.0)
+    mean, scale, beta, invstd = load_affine(
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row, bank, cols, eps, C
+    )
     mean_dy = tl.zeros((BLOCK_C,), tl.float32)
     slope = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH_STATISTICS:
@@ -215,13 +212,10 @@ def _bn_bwd_apply_kernel(
     x_ptrs = x_ptr + first * C + offsets
     dy_ptrs = dy_ptr + first * C + offsets
     dx_ptrs = dx_ptr + first * C + offsets
-    if WRITE_DRESIDUAL:
-        dresidual_ptrs = dresidual_ptr + first * C + offsets
-    MASK_C: tl.constexpr = (C + 7) // 8
-    bytes_ = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
-    mask_ptrs = dy_ptrs
+    mask_ptrs, bytes_inside = dy_ptrs, True
     if HAS_MASK:
-        mask_ptrs = mask_ptr + first * MASK_C + (lanes * MASK_C + bytes_)
+        dresidual_ptrs = dresidual_ptr + first * C + offsets
+        mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
     for start in range(0, count, BLOCK_M):
         rows_inside = start + lanes < count
         mask = rows_inside & inside[None, :]
@@ -231,7 +225,7 @@ def _bn_bwd_apply_kernel(
             mask_ptrs,
             mask,
             rows_inside,
-            bytes_ < MASK_C,
+            bytes_inside,
             x_centered,
             scale,
             beta,
@@ -240,7 +234,7 @@ def _bn_bwd_apply_kernel(
             BLOCK_M,
             BLOCK_C,
         )
-        if WRITE_DRESIDUAL:
+        if HAS_MASK:
             tl.store(dresidual_ptrs, dy.to(dresidual_ptr.dtype.element_ty), mask=mask)
             dresidual_ptrs += BLOCK_M * C
         dx = scale[None, :] * (dy - mean_dy[None, :] - x_centered * slope[None, :])
@@ -249,7 +243,7 @@ def _bn_bwd_apply_kernel(
         dy_ptrs += BLOCK_M * C
         dx_ptrs += BLOCK_M * C
         if HAS_MASK:
-            mask_ptrs += BLOCK_M * MASK_C
+            mask_ptrs += BLOCK_M * ((C + 7) // 8)
 
 
 def backward(
@@ -269,55 +263,33 @@ def backward(
     batch_statistics: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Fills `dx`, and `dresidual` where one is given; dweight and dbias [B, C]. Three launches."""
-    num_levels, num_channels = len(level_rows), x.shape[1]
-    chunks = share_out(level_rows, num_channels)
+    """Fills `dx`, and with a mask `dresidual`; dweight and dbias [B, C]. Three launches."""
+    num_channels = x.shape[1]
+    chunks = share_out(level_rows, banks, num_channels)
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
-    sums = x.new_empty(2, num_levels, num_channels, dtype=torch.float32)
+    sums = x.new_empty(2, len(level_rows), num_channels, dtype=torch.float32)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    grid = triton.cdiv(num_channels, chunks.block_c), chunks.count
-    levels = (level_arguments(level_rows), level_arguments(banks), chunks.rows)
-    sizes = {"L": num_levels, "C": num_channels, "BATCH_STATISTICS": batch_statistics}
-    tiles = {
-        "ACTIVATION": activation,
-        "HAS_MASK": mask is not None,
-        "BLOCK_M": chunks.block_m,
-        "BLOCK_C": chunks.block_c,
-    }
-    block_k, block_c = finalize_tile(num_channels)
+    sizes = {**chunks.sizes, "BATCH_STATISTICS": batch_statistics}
+    streaming = {"ACTIVATION": activation, "HAS_MASK": mask is not None, **chunks.tile, **OPTIONS}
+    final = finalize_tile(num_channels)
     with on_device_of(x):
-        _bn_bwd_reduce_kernel[grid](
-            dy,
-            x,
-            mask,
-            mean,
-            var,
-            weight,
-            bias,
-            partial,
-            *levels,
-            eps,
-            **sizes,
-            **tiles,
-            **OPTIONS,
+        _bn_bwd_reduce_kernel[chunks.grid](
+            dy, x, mask, mean, var, weight, bias, partial, *chunks.levels, eps, **sizes, **streaming
         )
-        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, block_c), len(weight)](
+        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(weight)](
             partial,
-            mean,
             var,
-            weight,
             sums,
             dweight,
             dbias,
             partial.stride(0),
-            *levels,
+            *chunks.levels,
             eps,
             **sizes,
-            BLOCK_K=block_k,
-            BLOCK_C=block_c,
+            **final,
             **FINALIZE_OPTIONS,
         )
-        _bn_bwd_apply_kernel[grid](
+        _bn_bwd_apply_kernel[chunks.grid](
             dy,
             x,
             mask,
@@ -328,11 +300,9 @@ def backward(
             sums,
             dx,
             dresidual,
-            *levels,
+            *chunks.levels,
             eps,
             **sizes,
-            **tiles,
-            WRITE_DRESIDUAL=dresidual is not None,
-            **OPTIONS,
+            **streaming,
         )
     return dweight, dbias

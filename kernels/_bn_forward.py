@@ -16,16 +16,16 @@ from torch import Tensor
 
 from rsfast.kernels._bn_tiles import (
     FINALIZE_OPTIONS,
-    OPTIONS,
     activate,
     finalize_tile,
     find_chunk,
     load_affine,
     load_origin,
+    mask_tile,
     merge_lanes,
     share_out,
 )
-from rsfast.kernels._launch import level_arguments, on_device_of
+from rsfast.kernels._launch import OPTIONS, on_device_of
 
 __all__ = ["apply", "batch_statistics"]
 
@@ -165,17 +165,16 @@ def _bn_apply_kernel(
     row = level if BATCH_STATISTICS else bank
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, scale, _ = load_affine(mean_ptr, var_ptr, gamma_ptr, row, bank, cols, eps, C)
-    beta = tl.load(beta_ptr + bank * C + cols, mask=cols < C, other=0.0)
+    mean, scale, beta, _ = load_affine(
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row, bank, cols, eps, C
+    )
     offsets = lanes * C + cols[None, :]
     x_ptrs = x_ptr + first * C + offsets
     y_ptrs = y_ptr + first * C + offsets
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + first * C + offsets
     if WRITE_MASK:
-        MASK_C: tl.constexpr = (C + 7) // 8
-        bytes_ = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
-        mask_ptrs = mask_ptr + first * MASK_C + (lanes * MASK_C + bytes_)
+        mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
     for start in range(0, count, BLOCK_M):
         rows_inside = start + lanes < count
         mask = rows_inside & (cols < C)[None, :]
@@ -189,8 +188,8 @@ def _bn_apply_kernel(
             if WRITE_MASK:
                 bits = tl.reshape(kept.to(tl.int32), (BLOCK_M, BLOCK_C // 8, 8))
                 packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
-                tl.store(mask_ptrs, packed, mask=rows_inside & (bytes_ < MASK_C))
-                mask_ptrs += BLOCK_M * MASK_C
+                tl.store(mask_ptrs, packed, mask=rows_inside & bytes_inside)
+                mask_ptrs += BLOCK_M * ((C + 7) // 8)
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
         x_ptrs += BLOCK_M * C
         y_ptrs += BLOCK_M * C
@@ -206,25 +205,17 @@ def batch_statistics(
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [L, C] of each level; moves the running statistics. Two launches."""
-    num_levels, num_channels = len(level_rows), x.shape[1]
-    chunks = share_out(level_rows, num_channels)
+    num_channels = x.shape[1]
+    chunks = share_out(level_rows, banks, num_channels)
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
-    mean = x.new_empty(num_levels, num_channels, dtype=torch.float32)
+    mean = x.new_empty(len(level_rows), num_channels, dtype=torch.float32)
     var = torch.empty_like(mean)
-    levels = (level_arguments(level_rows), level_arguments(banks), chunks.rows)
-    block_k, block_c = finalize_tile(num_channels)
+    final = finalize_tile(num_channels)
     with on_device_of(x):
-        _bn_statistics_kernel[triton.cdiv(num_channels, chunks.block_c), chunks.count](
-            x,
-            partial,
-            *levels,
-            L=num_levels,
-            C=num_channels,
-            BLOCK_M=chunks.block_m,
-            BLOCK_C=chunks.block_c,
-            **OPTIONS,
+        _bn_statistics_kernel[chunks.grid](
+            x, partial, *chunks.levels, **chunks.sizes, **chunks.tile, **OPTIONS
         )
-        _bn_finalize_kernel[triton.cdiv(num_channels, block_c), len(running_mean)](
+        _bn_finalize_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(running_mean)](
             x,
             partial,
             mean,
@@ -233,12 +224,10 @@ def batch_statistics(
             running_var,
             num_batches_tracked,
             partial.stride(0),
-            *levels,
+            *chunks.levels,
             momentum,
-            L=num_levels,
-            C=num_channels,
-            BLOCK_K=block_k,
-            BLOCK_C=block_c,
+            **chunks.sizes,
+            **final,
             **FINALIZE_OPTIONS,
         )
     return mean, var
@@ -261,10 +250,9 @@ def apply(
     eps: float,
 ) -> None:
     """Fills `y`, and `mask` where one is given. One launch."""
-    num_levels, num_channels = len(level_rows), x.shape[1]
-    chunks = share_out(level_rows, num_channels)
+    chunks = share_out(level_rows, banks, x.shape[1])
     with on_device_of(x):
-        _bn_apply_kernel[triton.cdiv(num_channels, chunks.block_c), chunks.count](
+        _bn_apply_kernel[chunks.grid](
             x,
             residual,
             mean,
@@ -273,17 +261,13 @@ def apply(
             bias,
             y,
             mask,
-            level_arguments(level_rows),
-            level_arguments(banks),
-            chunks.rows,
+            *chunks.levels,
             eps,
-            L=num_levels,
-            C=num_channels,
+            **chunks.sizes,
             BATCH_STATISTICS=batch_statistics,
             ACTIVATION=activation,
             HAS_RESIDUAL=residual is not None,
             WRITE_MASK=mask is not None,
-            BLOCK_M=chunks.block_m,
-            BLOCK_C=chunks.block_c,
+            **chunks.tile,
             **OPTIONS,
         )

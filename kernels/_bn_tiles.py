@@ -13,15 +13,18 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from rsfast.kernels._launch import OPTIONS, level_arguments
+
 __all__ = [
     "FINALIZE_OPTIONS",
-    "OPTIONS",
     "Chunks",
     "activate",
     "finalize_tile",
     "find_chunk",
     "load_affine",
+    "load_invstd",
     "load_origin",
+    "mask_tile",
     "merge_lanes",
     "share_out",
 ]
@@ -29,8 +32,6 @@ __all__ = [
 # Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers, 48 to 117
 # registers (tests/kernels/test_compile_ahead.py). Not timed on a GPU yet.
 TILE_ELEMENTS = 2048
-# Triton 3.10 is to stop fusing multiplications with additions by default.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Left alone, ptxas spills to fit more programs onto a multiprocessor; here there are few.
 FINALIZE_OPTIONS = {**OPTIONS, "maxnreg": 255}
 # Programs of one launch: 8 for each of 132 multiprocessors. A constant, so that sums are split, and
@@ -46,8 +47,10 @@ class Chunks(NamedTuple):
 
     rows: int  # of a chunk
     count: int  # chunks of all levels
-    block_m: int
-    block_c: int
+    grid: tuple[int, int]  # of programs: groups of channels, chunks
+    levels: tuple[tuple[int, ...], tuple[int, ...], int]  # level_rows, banks and chunk_rows
+    tile: dict[str, int]  # BLOCK_M, BLOCK_C
+    sizes: dict[str, int]  # L, C
 
 
 def tile(num_channels: int) -> tuple[int, int]:
@@ -58,20 +61,30 @@ def tile(num_channels: int) -> tuple[int, int]:
     return TILE_ELEMENTS // block_c, block_c
 
 
-def finalize_tile(num_channels: int) -> tuple[int, int]:
-    """(BLOCK_K, BLOCK_C), chunks and channels, of the kernels that add up partial results.
+def finalize_tile(num_channels: int) -> dict[str, int]:
+    """BLOCK_K chunks and BLOCK_C channels of the kernels that add up partial results.
 
     Few channels come with many chunks, and need narrow tiles to occupy more than a few programs.
     """
-    return (64, 16) if num_channels < 512 else (16, 64)
+    block_k, block_c = (64, 16) if num_channels < 512 else (16, 64)
+    return {"BLOCK_K": block_k, "BLOCK_C": block_c}
 
 
-def share_out(level_rows: Sequence[int], num_channels: int) -> Chunks:
+def share_out(level_rows: Sequence[int], banks: Sequence[int], num_channels: int) -> Chunks:
     """About PROGRAMS programs, whole tiles each, no chunk across a level's end."""
     block_m, block_c = tile(num_channels)
-    wanted = max(PROGRAMS // triton.cdiv(num_channels, block_c) - len(level_rows), 1)
+    groups = triton.cdiv(num_channels, block_c)
+    wanted = max(PROGRAMS // groups - len(level_rows), 1)
     rows = triton.cdiv(triton.cdiv(sum(level_rows), wanted), block_m) * block_m
-    return Chunks(rows, sum(triton.cdiv(count, rows) for count in level_rows), block_m, block_c)
+    count = sum(triton.cdiv(level, rows) for level in level_rows)
+    return Chunks(
+        rows=rows,
+        count=count,
+        grid=(groups, count),
+        levels=(level_arguments(level_rows), level_arguments(banks), rows),
+        tile={"BLOCK_M": block_m, "BLOCK_C": block_c},
+        sizes={"L": len(level_rows), "C": num_channels},
+    )
 
 
 @triton.jit
@@ -142,23 +155,51 @@ def merge_lanes(
 
 
 @triton.jit
+def load_invstd(
+    var_ptr,  # [L or B, C] float32, biased
+    row,
+    cols,
+    eps,
+    C: tl.constexpr,
+):
+    """[BLOCK_C] 1 / deviation."""
+    var = tl.load(var_ptr + row * C + cols, mask=cols < C, other=1.0)
+    return 1.0 / tl.sqrt_rn(var + eps)
+
+
+@triton.jit
 def load_affine(
     mean_ptr,  # [L or B, C] float32
     var_ptr,  # like mean_ptr, biased
     gamma_ptr,  # [B, C] float32
+    beta_ptr,  # [B, C] float32
     row,  # of mean and var
     bank,
     cols,
     eps,
     C: tl.constexpr,
 ):
-    """(mean, gamma / deviation, 1 / deviation) [BLOCK_C]."""
+    """(mean, gamma / deviation, beta, 1 / deviation) [BLOCK_C]."""
     inside = cols < C
     mean = tl.load(mean_ptr + row * C + cols, mask=inside, other=0.0)
-    var = tl.load(var_ptr + row * C + cols, mask=inside, other=1.0)
     gamma = tl.load(gamma_ptr + bank * C + cols, mask=inside, other=0.0)
-    invstd = 1.0 / tl.sqrt_rn(var + eps)
-    return mean, gamma * invstd, invstd
+    beta = tl.load(beta_ptr + bank * C + cols, mask=inside, other=0.0)
+    invstd = load_invstd(var_ptr, row, cols, eps, C)
+    return mean, gamma * invstd, beta, invstd
+
+
+@triton.jit
+def mask_tile(
+    mask_ptr,  # [M, ceil(C / 8)] uint8
+    first,  # int64, row
+    lanes,  # [BLOCK_M, 1]
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(pointers [BLOCK_M, BLOCK_C / 8] from a row on, which of their columns exist)."""
+    MASK_C: tl.constexpr = (C + 7) // 8
+    cols = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)[None, :]
+    return mask_ptr + first * MASK_C + (lanes * MASK_C + cols), cols < MASK_C
 
 
 @triton.jit

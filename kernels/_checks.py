@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ __all__ = [
     "check_kernel_dtype",
     "check_levels",
     "choose_backend",
+    "load_kernels",
 ]
 
 BACKENDS = ("torch", "triton")
@@ -30,16 +33,24 @@ def choose_backend(choice: str, device: torch.device) -> str:
     """
     if choice == "auto":
         choice = "triton" if device.type == "cuda" else "torch"
-    if check_backend(choice) == "triton":
-        try:
-            import triton
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "kernels triton needs Triton: pip install triton, or choose kernels torch"
-            ) from error
-        if device.type != "cuda" and not triton.knobs.runtime.interpret:
-            raise ValueError(f"kernels triton needs a GPU, the device is {device}: choose torch")
+    if check_backend(choice) == "triton" and not load_kernels("_launch").can_launch_on(device):
+        raise ValueError(f"kernels triton needs a GPU, the device is {device}: choose torch")
     return choice
+
+
+def load_kernels(name: str) -> ModuleType:
+    """The module `rsfast.kernels.<name>`, imported only now: everything else works without Triton.
+
+    Raises:
+        ImportError: with the install command, if Triton is absent.
+    """
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "backend triton needs Triton: pip install triton, or choose torch"
+        ) from error
+    return importlib.import_module(f"rsfast.kernels.{name}")
 
 
 def check_backend(backend: str) -> str:

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._launch import level_arguments, on_device_of
+from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
-__all__ = ["OPTIONS", "backward", "forward", "tile"]
+__all__ = ["backward", "forward", "tile"]
 
 TILE_ELEMENTS = 2048  # 16 for each of 128 threads; not timed on a GPU yet
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def tile(num_channels: int) -> tuple[int, int]:

@@ -9,7 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["level_arguments", "on_device_of"]
+__all__ = ["OPTIONS", "can_launch_on", "level_arguments", "on_device_of"]
+
+# Of kernels that stream through memory. Triton 3.10 is to stop fusing multiplications with
+# additions by default.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def can_launch_on(device: torch.device) -> bool:
+    """Whether there are GPUs, or Triton's interpreter, behind a device."""
+    return device.type != "cpu" or triton.knobs.runtime.interpret
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
@@ -18,7 +27,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     Raises:
         ValueError: if `x` is on a CPU and kernels are compiled.
     """
-    if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if not can_launch_on(x.device):
         raise ValueError("backend 'triton' needs tensors on a GPU, got them on the CPU")
     return torch.cuda.device_of(x)
 

@@ -8,12 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._launch import on_device_of
+from rsfast.kernels._launch import OPTIONS, on_device_of
 
-__all__ = ["BLOCK_M", "OPTIONS", "launch"]
+__all__ = ["BLOCK_M", "launch"]
 
 BLOCK_M = 512  # pixels; not timed on a GPU yet
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -35,14 +35,13 @@ hold the first). It would also be rounded before it is scaled: in float16, gradi
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsfast.kernels._checks import check_backend, check_companion, check_kernel_dtype
+from rsfast.kernels._checks import check_backend, check_companion, check_kernel_dtype, load_kernels
 
 __all__ = [
     "DISTILL_MODES",
@@ -122,14 +121,6 @@ def distillation_loss_reference(
     return DistillationTerms(ce, ensemble, distill)
 
 
-def _triton_kernel() -> ModuleType:
-    try:
-        from rsfast.kernels import _distillation_loss_triton
-    except ModuleNotFoundError as error:
-        raise ImportError("backend 'triton' needs Triton: pip install triton") from error
-    return _distillation_loss_triton
-
-
 def _teacher_range(mode: str, num_resolutions: int) -> tuple[int, int, float]:
     """(first, last, weight): student s has the teachers first..last below s, all of one weight."""
     weights = teacher_weights(mode, num_resolutions)[-1]
@@ -144,7 +135,9 @@ def _distillation_loss_fwd(
     """[3] float32: ce, ensemble, distill."""
     terms = logits.new_empty(logits.shape[1], 3, dtype=torch.float32)
     teachers = _teacher_range(mode, len(logits))
-    _triton_kernel().launch(logits, labels, alpha, teachers, label_smoothing, terms=terms)
+    load_kernels("_distillation_loss_triton").launch(
+        logits, labels, alpha, teachers, label_smoothing, terms=terms
+    )
     return terms.sum(0)
 
 
@@ -165,7 +158,7 @@ def _distillation_loss_bwd(
     """d(logits) and d(alpha) for the gradients `upstream` [3] of the three terms."""
     dlogits = torch.empty_like(logits)
     dalpha = logits.new_empty(logits.shape[1], len(logits), dtype=torch.float32)
-    _triton_kernel().launch(
+    load_kernels("_distillation_loss_triton").launch(
         logits,
         labels,
         alpha,
@@ -202,7 +195,7 @@ def _distillation_loss_fwd_bwd(
     """[3 + R] float32, the terms and d(alpha), and d(logits), for `upstream` [3] or 1 each."""
     dlogits = torch.empty_like(logits)
     sums = logits.new_empty(logits.shape[1], 3 + len(logits), dtype=torch.float32)
-    _triton_kernel().launch(
+    load_kernels("_distillation_loss_triton").launch(
         logits,
         labels,
         alpha,

@@ -11,13 +11,12 @@ launch each with backend "triton".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rsfast.kernels._checks import check_backend, check_kernel_dtype, check_levels
+from rsfast.kernels._checks import check_backend, check_kernel_dtype, check_levels, load_kernels
 
 __all__ = ["global_avg_pool", "global_avg_pool_reference"]
 
@@ -28,18 +27,10 @@ def global_avg_pool_reference(x: Tensor, level_rows: Sequence[int], num_images: 
     return torch.cat([rows.view(num_images, -1, x.shape[1]).mean(1) for rows in levels])
 
 
-def _kernels() -> ModuleType:
-    try:
-        from rsfast.kernels import _global_avg_pool_triton
-    except ModuleNotFoundError as error:
-        raise ImportError("backend 'triton' needs Triton: pip install triton") from error
-    return _global_avg_pool_triton
-
-
 @torch.library.custom_op("rsfast::global_avg_pool_fwd", mutates_args=())
 def _fwd(x: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
     y = x.new_empty(len(level_rows) * num_images, x.shape[1])
-    _kernels().forward(x, y, level_rows, num_images)
+    load_kernels("_global_avg_pool_triton").forward(x, y, level_rows, num_images)
     return y
 
 
@@ -51,7 +42,9 @@ def _(x: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
 @torch.library.custom_op("rsfast::global_avg_pool_bwd", mutates_args=())
 def _bwd(dy: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
     dx = dy.new_empty(sum(level_rows), dy.shape[1])
-    _kernels().backward(dy.contiguous(), dx, level_rows, num_images)  # a sum's has strides of 0
+    load_kernels("_global_avg_pool_triton").backward(
+        dy.contiguous(), dx, level_rows, num_images
+    )  # a sum's has strides of 0
     return dx
 
 

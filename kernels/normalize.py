@@ -10,13 +10,13 @@ Bytes per pixel: 3 read, C elements written, in one launch with backend "triton"
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from rsfast.kernels._checks import KERNEL_DTYPES, check_backend
+from rsfast.kernels._checks import KERNEL_DTYPES, check_backend, load_kernels
 
 __all__ = ["normalize", "normalize_reference"]
 
@@ -30,18 +30,18 @@ def normalize_reference(
     channels: int = 3,
 ) -> Tensor:
     """Plain PyTorch; arguments as in :func:`normalize`."""
-    scale, shift = _affine(mean, std)
     compute = torch.promote_types(dtype, torch.float32)
-    y = x.to(compute) * x.new_tensor(scale, dtype=compute) + x.new_tensor(shift, dtype=compute)
-    return torch.nn.functional.pad(y.to(dtype), (0, channels - 3))
+    scale, shift = _affine_tensors(tuple(mean), tuple(std), compute, x.device)
+    y = x.to(compute).mul_(scale).add_(shift).to(dtype)
+    return torch.nn.functional.pad(y, (0, channels - 3)) if channels > 3 else y
 
 
-def _kernel() -> ModuleType:
-    try:
-        from rsfast.kernels import _normalize_triton
-    except ModuleNotFoundError as error:
-        raise ImportError("backend 'triton' needs Triton: pip install triton") from error
-    return _normalize_triton
+@functools.cache
+def _affine_tensors(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Made once: a copy to a GPU for every batch would be waited for."""
+    return [torch.tensor(part, dtype=dtype, device=device) for part in _affine(mean, std)]
 
 
 @torch.library.custom_op("rsfast::normalize", mutates_args=())
@@ -49,7 +49,7 @@ def _normalize(
     x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, channels: int
 ) -> Tensor:
     y = x.new_empty(x.shape[0], channels, dtype=dtype)
-    _kernel().launch(x, y, *_affine(mean, std))
+    load_kernels("_normalize_triton").launch(x, y, *_affine(mean, std))
     return y
 
 

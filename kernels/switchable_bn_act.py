@@ -29,14 +29,19 @@ per element when there is a residual: y is not read again. In 16 bits that is 16
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsfast.kernels._checks import check_backend, check_companion, check_kernel_dtype, check_levels
+from rsfast.kernels._checks import (
+    check_backend,
+    check_companion,
+    check_kernel_dtype,
+    check_levels,
+    load_kernels,
+)
 
 __all__ = ["ACTIVATIONS", "switchable_bn_act", "switchable_bn_act_reference"]
 
@@ -95,14 +100,6 @@ def switchable_bn_act_reference(
     return ACTIVATIONS[activation](y)
 
 
-def _kernels() -> tuple[ModuleType, ModuleType]:
-    try:
-        from rsfast.kernels import _bn_backward, _bn_forward
-    except ModuleNotFoundError as error:
-        raise ImportError("backend 'triton' needs Triton: pip install triton") from error
-    return _bn_forward, _bn_backward
-
-
 @torch.library.custom_op(
     "rsfast::switchable_bn_act_stats",
     mutates_args=("running_mean", "running_var", "num_batches_tracked"),
@@ -117,8 +114,7 @@ def _stats(
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [L, C] float32 of each level; moves the running statistics."""
-    forward, _ = _kernels()
-    return forward.batch_statistics(
+    return load_kernels("_bn_forward").batch_statistics(
         x, running_mean, running_var, num_batches_tracked, level_rows, banks, momentum
     )
 
@@ -151,9 +147,8 @@ def _fwd(
     `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
     The backward of an activation after a residual needs the mask; of others it does without.
     """
-    forward, _ = _kernels()
     y, mask = torch.empty_like(x), _empty_mask(x, save_mask)
-    forward.apply(
+    load_kernels("_bn_forward").apply(
         x,
         residual,
         weight,
@@ -198,9 +193,8 @@ def _bwd(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual (no rows where `mask` has none), dweight and dbias."""
-    _, backward = _kernels()
     dx, dresidual = torch.empty_like(x), x.new_empty(mask.shape[0], x.shape[1])
-    dweight, dbias = backward.backward(
+    dweight, dbias = load_kernels("_bn_backward").backward(
         dy.contiguous(),  # a sum's gradient has strides of 0
         x,
         mask if len(mask) else None,

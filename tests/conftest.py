@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kernel_helpers import skip_unless_it_runs_on
+
 # Triton reads this once, when it is first imported, which `import torch` does not do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,3 +21,15 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RSFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    skip_unless_it_runs_on(request.param[0])
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    skip_unless_it_runs_on(request.param)
+    return request.param

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 gpu = pytest.mark.gpu
-# For the fixtures `place` and `device` of tests/kernels/conftest.py.
+# For the fixtures `place` and `device` of tests/conftest.py.
 PLACES = [
     pytest.param(("cpu", torch.float32), id="cpu-float32"),
     pytest.param(("cpu", torch.float16), id="cpu-float16"),

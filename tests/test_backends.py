@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernel_helpers import CPU_OR_GPU, gpu, max_error, skip_unless_it_runs_on
+from kernel_helpers import CPU_OR_GPU, gpu, max_error
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
@@ -26,12 +26,6 @@ from rsfast.optim import build_optimizer
 
 RESOLUTIONS = (32, 16)
 STEPS = 2
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    skip_unless_it_runs_on(request.param)
-    return request.param
 
 
 def make_network(arch: str) -> RSNet:

@@ -49,17 +49,14 @@ def test_every_layer_has_a_range_with_its_name(calls: list[str]) -> None:
     assert calls.count("pop") == len(calls) / 2 == 20 + 20 + 1 + 1
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(8, ["start", "synchronize", "stop"])])
-def test_the_window_opens_and_closes_once(
-    steps: int, expected: list[str], calls: list[str]
-) -> None:
+def test_the_window_opens_and_closes_once(calls: list[str]) -> None:
     window = nvtx.ProfileWindow(2, 5)
     opened = []
-    for step in range(steps):
+    for step in range(8):
         window.before(step)
         opened.append("start" in calls and "stop" not in calls)
     window.close()
-    assert calls == expected
+    assert calls == ["start", "synchronize", "stop"]
     assert [step for step, is_open in enumerate(opened) if is_open] == [2, 3, 4]
 
 

@@ -24,6 +24,7 @@ from rsfast.kernels import _bn_tiles as bn_tiles
 from rsfast.kernels import _distillation_loss_triton as loss
 from rsfast.kernels import _global_avg_pool_triton as pool
 from rsfast.kernels import _normalize_triton as pixels
+from rsfast.kernels._launch import OPTIONS
 from rsfast.kernels.distillation_loss import _teacher_range
 
 NUM_LEVELS = 5
@@ -90,7 +91,7 @@ def global_avg_pool() -> Iterator[Case]:
             kernel,
             {**dict.fromkeys(names, "*" + dtype), **levels},
             {"L": NUM_LEVELS, "C": channels, "BLOCK_P": block_p, "BLOCK_C": block_c},
-            pool.OPTIONS,
+            OPTIONS,
         )
 
 
@@ -104,7 +105,7 @@ def normalize() -> Iterator[Case]:
             pixels._normalize_kernel,
             types,
             {"C": channels, "PADDED_C": padded, "BLOCK_M": pixels.BLOCK_M},
-            pixels.OPTIONS,
+            OPTIONS,
         )
 
 
@@ -148,8 +149,7 @@ def _switchable_bn_act(
     block_m, block_c = bn_tiles.tile(channels)
     sizes = {"L": num_levels, "C": channels}
     tile = {**sizes, "BLOCK_M": block_m, "BLOCK_C": block_c}
-    block_k, final_c = bn_tiles.finalize_tile(channels)
-    final = {**sizes, "BLOCK_K": block_k, "BLOCK_C": final_c}
+    final = {**sizes, **bn_tiles.finalize_tile(channels)}
     partial = {"partial_ptr": "*fp32", **levels}
     moments = dict.fromkeys(["mean_ptr", "var_ptr"], "*fp32")
     running = dict.fromkeys(["running_mean_ptr", "running_var_ptr"], "*fp32")
@@ -158,15 +158,15 @@ def _switchable_bn_act(
     def case(kernel: Any, types: dict[str, str], constants: dict[str, Any], name: str = "") -> Case:
         label = f"{kernel.__name__} L={num_levels} C={channels} {dtype} {name}"
         final = "finalize" in kernel.__name__
-        options = bn_tiles.FINALIZE_OPTIONS if final else bn_tiles.OPTIONS
+        options = bn_tiles.FINALIZE_OPTIONS if final else OPTIONS
         return Case(label, kernel, types, constants, options)
 
     yield case(bn_forward._bn_statistics_kernel, {"x_ptr": rows, **partial}, tile)
     types = {"x_ptr": rows, **partial, **moments, **running}
     types |= {"num_batches_ptr": "*i64", "stride_partial": "i32", "momentum": "fp32"}
     yield case(bn_forward._bn_finalize_kernel, types, final)
-    types = {**partial, **affine, "stride_partial": "i32"}
-    types |= dict.fromkeys(["sums_ptr", "dgamma_ptr", "dbeta_ptr"], "*fp32")
+    types = {**partial, "stride_partial": "i32", "eps": "fp32"}
+    types |= dict.fromkeys(["var_ptr", "sums_ptr", "dgamma_ptr", "dbeta_ptr"], "*fp32")
     for batch in sorted({variant.batch_statistics for variant in variants}):
         constants = {**final, "BATCH_STATISTICS": batch}
         yield case(bn_backward._bn_bwd_finalize_kernel, types, constants, f"batch={batch}")
@@ -191,7 +191,6 @@ def _switchable_bn_act(
         yield case(bn_backward._bn_bwd_reduce_kernel, reduce_types, constants, name)
         types |= {"sums_ptr": "*fp32", "dx_ptr": rows}
         types |= {"dresidual_ptr": rows} if has_mask else {}
-        constants |= {"WRITE_DRESIDUAL": has_mask}
         yield case(bn_backward._bn_bwd_apply_kernel, types, constants, name)
 
 

@@ -268,18 +268,17 @@ def test_evaluation_without_gradients_writes_only_the_output(device: str) -> Non
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_an_upstream_gradient_without_strides_is_understood(device: str) -> None:
     inputs = make_bn_inputs((9, 4), 5, 2, residual=True, device=device)
+    inputs.pop("dy")
+    leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias", "residual")]
     options = {"level_rows": (9, 4), "banks": (0, 1), "activation": "relu", "training": True}
-    inputs["dy"] = torch.ones((), device=device)
-    expanded, repeated = inputs["dy"].expand(13, 5), inputs["dy"].repeat(13, 5)
-    for name, dy in (("expanded", expanded), ("repeated", repeated)):
-        inputs[name] = dy
-    results = []
-    for name in ("expanded", "repeated"):
-        tensors = {k: t for k, t in inputs.items() if k not in ("expanded", "repeated")}
-        results.append(
-            run(switchable_bn_act, {**tensors, "dy": inputs[name]}, backend="triton", **options)
-        )
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    y = switchable_bn_act(**inputs, **options, backend="triton")
+    ones = torch.ones((), device=device)
+    expanded, repeated = ones.expand(13, 5), ones.repeat(13, 5)
+    assert expanded.stride() == (0, 0)
+    of_expanded, of_repeated = (
+        torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in (expanded, repeated)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(of_expanded, of_repeated, strict=True))
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
