@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import operator
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import bench_conv2d as conv
 from bench import bench_distillation_loss as loss
 from bench import bench_global_avg_pool as pool
 from bench import bench_normalize as pixels
@@ -23,7 +25,7 @@ from bench import roofline
 from bench.installed import left_out
 from bench.record import check_alike
 from bench.results_file import Results
-from bench.shapes import ARCHITECTURES, batch_norm_layers, short_name
+from bench.shapes import ARCHITECTURES, batch_norm_layers, conv_layers, short_name
 from bench.timing import DEVICE, ON_GPU, time_interleaved
 
 __all__ = ["main"]
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.normalization()
     for arch in args.archs:
         bench.pooling(arch)
-        bench.batch_norms(arch)
+        bench.layers(conv, "conv2d", conv_layers(arch, conv.RESOLUTIONS), arch)
+        bench.layers(norm, "switchable_bn_act", batch_norm_layers(arch, norm.RESOLUTIONS), arch)
     return 0
 
 
@@ -93,13 +96,19 @@ class Bench:
                 moved = pool.moved_bytes(arch, dtype, direction)
                 self._add(f"global_avg_pool/{arch}/{short_name(dtype)}/{direction}", times, moved)
 
-    def batch_norms(self, arch: str) -> None:
-        """Every kind of batch-norm layer of one network, then all of them together."""
-        layers = batch_norm_layers(arch, norm.RESOLUTIONS)
-        for dtype in norm.DTYPES:
-            for direction in norm.PASSES:
-                each = [self._layer(layer, dtype, direction) for layer in layers]
-                moved = [norm.moved_bytes(layer, dtype, direction) for layer in layers]
+    def layers(self, module: Any, op: str, layers: Counter[Any], arch: str) -> None:
+        """Every kind of a network's layers that an operation computes, then all of them together.
+
+        Args:
+            module: the benchmark of the operation.
+            op: its name.
+            layers: and how many there are of each.
+            arch: name of the network.
+        """
+        for dtype in module.DTYPES:
+            for direction in module.PASSES:
+                each = [self._layer(module, op, layer, dtype, direction) for layer in layers]
+                moved = [module.moved_bytes(layer, dtype, direction) for layer in layers]
                 # A sum over some of the layers would be a sum of something else.
                 everywhere = set.intersection(*(set(times) for times in each))
                 counts = list(layers.values())
@@ -112,17 +121,15 @@ class Bench:
                     if impl in everywhere
                 }
                 in_all = sum(map(operator.mul, counts, moved))
-                self._add(
-                    f"switchable_bn_act/{arch}/{short_name(dtype)}/{direction}", totals, in_all
-                )
+                self._add(f"{op}/{arch}/{short_name(dtype)}/{direction}", totals, in_all)
 
-    def _layer(self, layer: norm.BatchNormLayer, dtype: torch.dtype, direction: str) -> Times:
+    def _layer(self, module: Any, op: str, layer: Any, dtype: torch.dtype, direction: str) -> Times:
         key = (layer, dtype, direction)
         if key not in self._layers:
-            runs = norm.make_runs(layer, dtype, direction)
-            self._layers[key] = self._time(runs, norm.IMPLEMENTATIONS, norm.as_packed)
-            moved = norm.moved_bytes(layer, dtype, direction)
-            group = f"switchable_bn_act/{layer}/{short_name(dtype)}/{direction}"
+            runs = module.make_runs(layer, dtype, direction)
+            self._layers[key] = self._time(runs, module.IMPLEMENTATIONS, module.as_packed)
+            moved = module.moved_bytes(layer, dtype, direction)
+            group = f"{op}/{layer}/{short_name(dtype)}/{direction}"
             self._add(group, self._layers[key], moved)
         return self._layers[key]
 

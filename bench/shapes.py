@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.timing import ON_GPU
 from rsfast import Pyramid, RSNet, create_model
-from rsfast.models.layers import SwitchableBatchNorm2d
+from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
 
 __all__ = [
     "ARCHITECTURES",
@@ -21,7 +21,9 @@ __all__ = [
     "PASSES",
     "RESOLUTIONS",
     "BatchNormLayer",
+    "ConvLayer",
     "batch_norm_layers",
+    "conv_layers",
     "pooled_map",
     "short_name",
     "walk",
@@ -65,6 +67,44 @@ class BatchNormLayer(NamedTuple):
         return tuple(num_images * height * width for height, width in self.sizes)
 
 
+class ConvLayer(NamedTuple):
+    """What one or several k x k convolutions of a network work on.
+
+    Attributes:
+        sizes: (H, W) of each level of the input.
+        c_in, c_out: channels.
+        kernel: k.
+        stride: s.
+        groups: 1, or c_in for a depthwise one.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    c_in: int
+    c_out: int
+    kernel: int
+    stride: int
+    groups: int
+
+    def __str__(self) -> str:
+        depthwise = "-depthwise" if self.groups > 1 else ""
+        return (
+            f"{self.sizes[0][0]}px-C{self.c_in}-C{self.c_out}-"
+            f"k{self.kernel}s{self.stride}{depthwise}"
+        )
+
+    @property
+    def out_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) of each level of the output."""
+        return tuple((-(-h // self.stride), -(-w // self.stride)) for h, w in self.sizes)
+
+    def rows(self, num_images: int) -> tuple[int, int]:
+        """Rows of all levels, in and out."""
+        return (
+            num_images * sum(h * w for h, w in self.sizes),
+            num_images * sum(h * w for h, w in self.out_sizes),
+        )
+
+
 def walk(
     arch: str, resolutions: Sequence[int], visit: Callable[[Any, tuple[Pyramid, ...], Any], None]
 ) -> RSNet:
@@ -93,6 +133,24 @@ def batch_norm_layers(
         residual = len(inputs) > 1 and inputs[1] is not None
         layer = BatchNormLayer(inputs[0].sizes, norm.num_features, norm.activation, residual)
         found[layer] += 1
+
+    walk(arch, resolutions, record)
+    return found
+
+
+def conv_layers(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> Counter[ConvLayer]:
+    """The convolutions of a network that are not 1x1, and how many there are of each.
+
+    That of the images has the channels of the padded ones, 4, on a GPU.
+    """
+    found: Counter[ConvLayer] = Counter()
+
+    def record(conv: Any, inputs: tuple[Pyramid, ...], _: Any) -> None:
+        if isinstance(conv, Conv2d) and conv.kernel_size != (1, 1):
+            c_in = 4 if ON_GPU and conv.in_channels == 3 else conv.in_channels
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            shape = c_in, conv.out_channels, kernel, stride, conv.groups
+            found[ConvLayer(inputs[0].sizes, *shape)] += 1
 
     walk(arch, resolutions, record)
     return found

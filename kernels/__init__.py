@@ -4,6 +4,7 @@ This package knows tensors and row ranges only: nothing of networks, data or con
 """
 
 from rsfast.kernels._checks import BACKENDS, check_backend, choose_backend
+from rsfast.kernels.conv2d import conv2d, conv2d_reference
 from rsfast.kernels.distillation_loss import (
     DISTILL_MODES,
     distillation_loss,
@@ -20,6 +21,8 @@ __all__ = [
     "DISTILL_MODES",
     "check_backend",
     "choose_backend",
+    "conv2d",
+    "conv2d_reference",
     "distillation_loss",
     "distillation_loss_and_gradients",
     "distillation_loss_reference",

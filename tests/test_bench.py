@@ -92,6 +92,8 @@ def test_the_command_writes_rows_of_the_agreed_names(
         "kernel/distillation_loss/R3-N8-K100/fp32/forward_backward/authors",
         "kernel/global_avg_pool/resnet18/fp32/forward/eager",
         "kernel/switchable_bn_act/resnet18/fp32/forward_backward/eager",
+        "kernel/conv2d/resnet18/fp32/forward_backward/rsfast",
+        "kernel/conv2d/64px-C3-C64-k7s2/fp32/forward/separate",
         "kernel/switchable_bn_act/32px-C64-relu/fp32/forward/reference",
     }
     assert expected <= set(rows)

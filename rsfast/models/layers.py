@@ -22,8 +22,9 @@ class Conv2d(nn.Conv2d):
     """Convolution without bias, shared by all levels; "same" padding for odd kernels.
 
     A 1x1 convolution is one matrix product over the packed rows. Larger kernels run level by
-    level on channels-last views. The weight is kept in channels-last memory format. An input with
-    more channels than the weight has (images padded with zeros) meets zeros there.
+    level, from and into packed rows. The weight is kept in channels-last memory format and, under
+    autocast, cast once. An input with more channels than the weight has (images padded with zeros)
+    meets zeros there.
     """
 
     def __init__(
@@ -46,16 +47,18 @@ class Conv2d(nn.Conv2d):
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
-        if self.kernel_size != (1, 1) or self.groups != 1:
-            weight = self.weight
-            if x.num_channels > self.in_channels:
-                weight = F.pad(weight, (0, 0, 0, 0, 0, x.num_channels - self.in_channels))
-            outputs = [self._conv_forward(v, weight, None) for v in x.levels()]
-            return Pyramid.pack(outputs, x.banks)
-        if self.stride != (1, 1):
-            step = self.stride[0]
-            x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
-        return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
+        step = self.stride[0]
+        if self.kernel_size == (1, 1) and self.groups == 1:
+            if step > 1:
+                x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
+            return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
+        dtype = _autocast_dtype(x.rows)
+        weight = self.weight.to(dtype)
+        if x.num_channels > self.in_channels:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, x.num_channels - self.in_channels))
+        rows = kernels.conv2d(x.rows.to(dtype), weight, x.sizes, x.num_images, step, self.groups)
+        sizes = tuple((-(-height // step), -(-width // step)) for height, width in x.sizes)
+        return Pyramid(rows, sizes, x.num_images, x.banks)
 
     def single(self) -> nn.Conv2d:
         """A plain convolution with a copy of the weight."""
@@ -177,3 +180,10 @@ def global_avg_pool(x: Pyramid, backend: str = "torch") -> Tensor:
     """[L, N, C]: the mean of each image's pixels."""
     pooled = kernels.global_avg_pool(x.rows, x.level_rows, x.num_images, backend=backend)
     return pooled.view(x.num_levels, x.num_images, x.num_channels)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would compute a convolution of `x` in."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
