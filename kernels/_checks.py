@@ -21,6 +21,7 @@ __all__ = [
 
 BACKENDS = ("torch", "triton")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OLDEST_TRITON = (3, 6)
 MAX_LEVELS = 8  # each program looks for its level among all
 
 
@@ -33,8 +34,10 @@ def choose_backend(choice: str, device: torch.device) -> str:
     """
     if choice == "auto":
         choice = "triton" if device.type == "cuda" else "torch"
-    if check_backend(choice) == "triton" and not load_kernels("_launch").can_launch_on(device):
-        raise ValueError(f"kernels triton needs a GPU, the device is {device}: choose torch")
+    if check_backend(choice) == "triton":
+        missing = load_kernels("_launch").missing_on(device)
+        if missing:
+            raise ValueError(f"kernels triton needs {missing}: choose torch")
     return choice
 
 
@@ -42,14 +45,20 @@ def load_kernels(name: str) -> ModuleType:
     """The module `rsfast.kernels.<name>`, imported only now: everything else works without Triton.
 
     Raises:
-        ImportError: with the install command, if Triton is absent.
+        ImportError: with the install command, if Triton is absent or too old.
     """
     try:
-        import triton  # noqa: F401
+        import triton
     except ModuleNotFoundError as error:
         raise ImportError(
             "backend triton needs Triton: pip install triton, or choose torch"
         ) from error
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        raise ImportError(
+            f"backend triton needs Triton {oldest} or newer, found {triton.__version__}: "
+            f"pip install --upgrade triton, or choose torch"
+        )
     return importlib.import_module(f"rsfast.kernels.{name}")
 
 

@@ -118,6 +118,8 @@ class TrainConfig:
     profile: str | None = None
     """steps A:B (from A up to, but not including, B) that a profiler is told to record, and names
     of layers and phases for it"""
+    max_skipped: int = 20
+    """steps in a row that may be left out because loss or gradients are not finite"""
     seed: int = 0
     """of weights, order and augmentation"""
     log_every: int = 50
@@ -131,7 +133,7 @@ class TrainConfig:
             if value not in choices and not (name == "precision" and value is None):
                 raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
         check_resolutions(self.resolutions)
-        for name in ("batch_size", "epochs", "log_every"):
+        for name in ("batch_size", "epochs", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("steps_per_epoch", "workers", "lr", "weight_decay", "warmup_epochs", "seed"):

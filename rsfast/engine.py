@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rsfast.data import Batch
+from rsfast.guard import StepGuard, skips_on_device
 from rsfast.losses import LossTerms
 from rsfast.nvtx import nvtx_range
 from rsfast.pyramid import Pyramid
 from rsfast.snapshot import Snapshot
 
-__all__ = ["PRECISIONS", "TrainStep"]
+__all__ = ["PRECISIONS", "TrainStep", "is_out_of_memory"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
@@ -60,19 +61,23 @@ class TrainStep:
     launch instead of thousands. The learning rate becomes a tensor on the device. Every batch must
     have the shape of the first.
 
+    A step whose loss or gradients are not finite changes nothing and is counted: see `StepGuard`.
+
     Args:
         model: images (Pyramid) -> logits [R, N, K].
         loss: (logits, labels) -> LossTerms.
-        optimizer: SGD over the parameters of both.
+        optimizer: SGD over the parameters of both. A graph needs a fused one of PyTorch's.
         precision: "bf16" or "fp16" autocast (fp16 with a gradient scaler), or "fp32".
         graph: whether to replay the step as one CUDA graph. A CPU has none and runs the same
             operations either way.
 
     Attributes:
         scaler: gradient scaler; does nothing except in fp16.
+        guard: counts the steps that were left out.
 
     Raises:
-        ValueError: if the precision is unknown.
+        ValueError: if the precision is unknown or does not run on the device, or the optimiser
+            cannot be captured.
     """
 
     def __init__(
@@ -93,6 +98,13 @@ class TrainStep:
         self._objective: nn.Module = self._modules
         self._graph: _CapturedStep | None = None
         self._wants_graph = graph and self._device.type == "cuda"
+        if self._device.type == "cuda":
+            _check_gpu(precision, self._device)
+        if self._wants_graph and not skips_on_device(optimizer):
+            raise ValueError(
+                f"optimizer must be a fused one of PyTorch's to be captured (fused=True), "
+                f"got {type(optimizer).__name__}"
+            )
         # Graphs are captured on another stream than the default one, and DDP belongs to the stream
         # that it is built on.
         self._stream = torch.cuda.Stream(self._device) if self._wants_graph else None
@@ -109,35 +121,74 @@ class TrainStep:
             if self._stream:
                 torch.cuda.current_stream().wait_stream(self._stream)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
+        self.guard = StepGuard(self._modules, optimizer, self.scaler)
 
     def __call__(self, batch: Batch) -> LossTerms:
         """Trains on one batch and returns its loss terms, detached.
 
         Raises:
             ValueError: if a captured step gets a batch of another shape.
+            torch.OutOfMemoryError: naming the batch size, and one that fits.
         """
-        if not self._wants_graph:
-            return LossTerms(*self._run(batch.images, batch.labels).unbind())
-        if self._graph is None:
-            self._graph = self._capture(batch)
-        return self._graph(batch)
+        try:
+            if not self._wants_graph:
+                return LossTerms(*self._run(batch.images, batch.labels).unbind())
+            if self._graph is None:
+                self._graph = self._capture(batch)
+            return self._graph(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Past the except block, whose traceback holds what did not fit.
+        raise torch.OutOfMemoryError(self._what_fits(batch))
 
     def _run(self, images: Pyramid, labels: Tensor) -> Tensor:
         """[3] loss terms, after one step."""
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            terms = self._objective(images, labels)
+        self.guard.begin()
+        terms = self._forward(self._objective, images, labels)
         with nvtx_range("backward"):
-            self.scaler.scale(terms.total).backward()
+            self.guard.loss_of(terms).backward()
         with nvtx_range("optimizer"):
-            self.scaler.step(self._optimizer)
-            self.scaler.update()
+            self.guard.step()
         return torch.stack([term.detach() for term in terms])
+
+    def _forward(self, objective: nn.Module, images: Pyramid, labels: Tensor) -> LossTerms:
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            return objective(images, labels)
+
+    def _what_fits(self, batch: Batch) -> str:
+        """Says so after an error: halves the batch until its forward and backward go through."""
+        num_images = batch.images.num_images
+        size = num_images // 2
+        while size and not self._fits(batch, size):
+            size //= 2
+        return (
+            f"batch_size {num_images} does not fit into the memory of {self._device} at "
+            f"{batch.images.sizes[0][0]} pixels and below: {size or 'not even 1'} does (tried)"
+        )
+
+    def _fits(self, batch: Batch, size: int) -> bool:
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        images = Pyramid.pack([v[:size] for v in batch.images.levels()], batch.images.banks)
+        try:  # without DDP: other ranks know nothing of it
+            self._forward(self._modules, images, batch.labels[:size]).total.backward()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return False
+            raise
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+        return True
 
     def _capture(self, batch: Batch) -> _CapturedStep:
         for group in self._optimizer.param_groups:  # a number would be captured for good
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._device)
-        before = Snapshot(self._modules, self._optimizer, self.scaler, self._device)
+        before = Snapshot(
+            self._modules, self._optimizer, self.scaler, self._device, also=[self.guard.counts]
+        )
         images = batch.images.with_rows(batch.images.rows.clone())
         labels = batch.labels.clone()
         assert self._stream is not None
@@ -154,6 +205,24 @@ class TrainStep:
             terms = self._run(images, labels)
         before.restore()
         return _CapturedStep(graph, images, labels, terms)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what went wrong first; leaving a capture raises an error of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__context__
+    return False
+
+
+def _check_gpu(precision: str, device: torch.device) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if precision == "bf16" and major < 8:
+        raise ValueError(
+            f"precision bf16 needs a GPU of compute capability 8.0, {device} has {major}.{minor}: "
+            f"choose fp16"
+        )
 
 
 class _CapturedStep:

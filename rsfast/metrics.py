@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,25 +14,26 @@ __all__ = ["LossMeter", "TopK", "top_k_hits"]
 
 
 class LossMeter:
-    """Mean of the loss terms since it was last read."""
+    """Mean of the loss terms since it was last read, over the steps at which they were finite."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(LossTerms._fields), dtype=torch.float64, device=device)
-        self._steps = 0
+        # Of each term, and the steps they are of.
+        self._sums = torch.zeros(len(LossTerms._fields) + 1, dtype=torch.float64, device=device)
 
     def add(self, terms: LossTerms) -> None:
         """Counts one step; no synchronisation."""
-        self._sums += torch.stack(terms)
-        self._steps += 1
+        values = torch.stack([*terms, torch.ones_like(terms.ce)])
+        self._sums += torch.where(values.isfinite().all(), values, 0.0)
 
     def read(self) -> dict[str, float]:
-        """Mean over steps and ranks of each term and of their total, in nats; starts anew."""
-        means = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self._steps])]))
-        ce, ensemble, distill, steps = means.tolist()
+        """Mean over steps and ranks of each term and of their total, in nats; starts anew.
+
+        NaN if there was no step at which they were finite.
+        """
+        *sums, steps = sum_over_ranks(self._sums.clone()).tolist()
         self._sums.zero_()
-        self._steps = 0
-        terms = {"ce": ce / steps, "ensemble": ensemble / steps, "distill": distill / steps}
-        return {"loss": sum(terms.values()), **terms}
+        means = [value / steps if steps else math.nan for value in sums]
+        return {"loss": sum(means), **dict(zip(LossTerms._fields, means, strict=True))}
 
 
 def top_k_hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def build_optimizer(
         nesterov: momentum of that kind.
         decay: "all" parameters (the paper's runs: biases, batch norm and alpha too), or only the
             "weights" of convolutions and classifier.
-        kind: "sgd" of PyTorch, fused on a GPU, or "apex_sgd", NVIDIA Apex's.
+        kind: "sgd" of PyTorch, fused, or "apex_sgd", NVIDIA Apex's.
 
     Raises:
         ValueError: if `decay` or `kind` is unknown.
@@ -91,7 +91,7 @@ def build_optimizer(
     if kind == "apex_sgd":
         optimizer = _apex_sgd()(groups, **settings)
     elif kind == "sgd":
-        optimizer = torch.optim.SGD(groups, **settings, fused=decayed[0].is_cuda)
+        optimizer = torch.optim.SGD(groups, **settings, fused=True)
         # Zeros are where momentum starts. PyTorch's fused SGD starts from memory that its first
         # step is to fill, and leaves it unfilled when the gradient scaler skips that step.
         for group in optimizer.param_groups if momentum else []:

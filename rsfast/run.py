@@ -43,6 +43,7 @@ _FREE_TO_CHANGE = {
     "loader",
     "graph",
     "profile",
+    "max_skipped",
 }
 
 
@@ -177,6 +178,7 @@ def save(run: Run, next_epoch: int, is_best: bool) -> None:
         "loss": run.loss.state_dict(),
         "optimizer": optimizer,
         "scaler": run.step.scaler.state_dict(),
+        "skipped": run.step.guard.counts.tolist(),
         "epoch": next_epoch,
         "best": run.best,
         "rng": torch.get_rng_state(),
@@ -291,6 +293,7 @@ def _restore(run: Run, path: Path) -> None:
     run.loss.load_state_dict(content["loss"])
     run.optimizer.load_state_dict(content["optimizer"])
     run.step.scaler.load_state_dict(content["scaler"])
+    run.step.guard.counts.copy_(torch.tensor(content["skipped"]))
     if run.ema:
         run.ema.module.load_state_dict(content["ema"])
         run.ema.n_averaged.fill_(content["ema_updates"])

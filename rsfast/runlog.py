@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class RunLog:
         self._board = SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, event: str, **values: Any) -> None:
-        """One line of log.jsonl."""
+        """One line of log.jsonl; JSON has no number for what is not finite, so that is null."""
+        values = {k: None if _is_infinite(v) else v for k, v in values.items()}
         self._lines.write(json.dumps({"event": event, **values}) + "\n")
 
     def step(self, step: int, **values: float) -> None:
@@ -76,6 +78,10 @@ class RunLog:
         """Flushes and closes the files."""
         self._board.close()
         self._lines.close()
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _read_lines(path: Path) -> list[str]:

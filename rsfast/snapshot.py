@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ class Snapshot:
         optimizer: SGD over their parameters.
         scaler: of the gradients.
         device: whose generator the step draws from.
+        also: other tensors that the step changes.
     """
 
     def __init__(
@@ -27,8 +30,10 @@ class Snapshot:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         device: torch.device,
+        also: Sequence[Tensor] = (),
     ) -> None:
-        self._tensors = [(t, t.detach().clone()) for t in modules.state_dict().values()]
+        changed = (*modules.state_dict().values(), *also)
+        self._tensors = [(t, t.detach().clone()) for t in changed]
         self._optimizer = optimizer
         self._momentum: dict[Tensor, Tensor] = {
             param: state["momentum_buffer"].clone()

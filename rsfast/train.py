@@ -24,6 +24,8 @@ from rsfast.validation import Accuracy, validate
 
 __all__ = ["main", "train"]
 
+_LOG = logging.getLogger("rsfast")
+
 
 def train(cfg: TrainConfig) -> Accuracy | None:
     """Trains as the settings say.
@@ -33,7 +35,7 @@ def train(cfg: TrainConfig) -> Accuracy | None:
 
     Raises:
         ValueError: naming the setting, the rule and the value.
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: if too many steps in a row had to be left out.
     """
     rank = distributed.join(cfg.device)
     try:
@@ -61,7 +63,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     """One pass over the data; returns the mean losses in nats."""
     run.model.train()
     run.train_loader.epoch = epoch
-    sums: dict[str, float] = {}
+    mean = _Mean()
     images_per_step = run.cfg.batch_size * run.rank.world_size
     bar = _progress_bar(run, epoch, images_per_step)
     clock, logged = time.perf_counter(), 0
@@ -79,25 +81,33 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
             images_per_s = (done - logged) * images_per_step / (time.perf_counter() - clock)
             bar.set_postfix_str(f"loss {losses['loss']:.3f}")
             report(run, step, losses, images_per_s)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value * (done - logged)
+            mean.add(losses, done - logged)
             clock, logged = time.perf_counter(), done
     bar.close()
-    return {name: value / run.steps_per_epoch for name, value in sums.items()}
+    return mean.read()
 
 
 def report(run: Run, step: int, losses: dict[str, float], images_per_s: float) -> None:
-    """Writes a log line, and stops the run if the loss is not a number any more."""
+    """Writes a log line, and stops the run if too many steps in a row were left out."""
+    skipped, in_a_row = run.step.guard.read()
     if run.log:
         epoch = step // run.steps_per_epoch + 1
         rates = {"lr": run.lr(step), "images_per_s": round(images_per_s, 1)}
-        run.log.step(step + 1, epoch=epoch, **losses, **rates)
-    if not math.isfinite(losses["loss"]):
+        run.log.step(step + 1, epoch=epoch, **losses, skipped=skipped, **rates)
+        if skipped:
+            _LOG.warning(
+                "step %d: %d steps since the last line were left out, %d in a row: their loss or "
+                "gradients were not finite",
+                step + 1,
+                skipped,
+                in_a_row,
+            )
+    if in_a_row >= run.cfg.max_skipped:
         last = run.folder / "last.pt"
         saved = f"the last good checkpoint is {last}" if last.exists() else "nothing is saved yet"
         raise FloatingPointError(
-            f"the loss is {losses['loss']} at step {step + 1}; {saved}; "
-            f"a lower --lr or some --warmup-epochs may help"
+            f"the loss or its gradients were not finite at {in_a_row} steps in a row up to step "
+            f"{step + 1}; {saved}; a lower --lr or some --warmup-epochs may help"
         )
 
 
@@ -141,6 +151,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("rsfast.train: interrupted; --resume auto continues", file=sys.stderr)
         return 130
     return 0
+
+
+class _Mean:
+    """Mean of log lines, each as heavy as it has steps; lines without a finite step count not."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weight = 0
+
+    def add(self, values: dict[str, float], weight: int) -> None:
+        finite = math.isfinite(values["loss"])
+        self._weight += weight if finite else 0
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + (value * weight if finite else 0.0)
+
+    def read(self) -> dict[str, float]:
+        return {n: v / self._weight if self._weight else math.nan for n, v in self._sums.items()}
 
 
 def _progress_bar(run: Run, epoch: int, images_per_step: int) -> tqdm:

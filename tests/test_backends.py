@@ -159,3 +159,29 @@ def test_an_unknown_backend_is_refused() -> None:
         create_model("resnet18", RESOLUTIONS, 4, backend="cuda")
     with pytest.raises(ValueError, match="backend must be one of"):
         MultiResolutionDistillation(2, backend="cuda")
+
+
+def test_an_old_triton_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(ImportError, match=r"needs Triton 3.6 or newer, found 3.5.1: pip install"):
+        choose_backend("auto", torch.device("cuda"))
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git1234")
+    assert choose_backend("triton", torch.device("cpu")) == "triton"
+
+
+def test_an_old_gpu_and_a_missing_compiler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability 8.0 or above, cuda:0 has 7.5: choo"):
+        choose_backend("auto", device)
+    assert choose_backend("torch", device) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert choose_backend("auto", device) == "triton"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ValueError, match=r"needs a C compiler .*: choose torch"):
+        choose_backend("auto", device)
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert choose_backend("auto", device) == "triton"

@@ -59,6 +59,15 @@ half = slice(4 * rank.index, 4 * rank.index + 4)
 batch = Batch(Pyramid.pack([level[half] for level in images]), labels[half], labels[half])
 model.train(sys.argv[1] == "train")
 losses = []
+if sys.argv[1] == "train":  # a NaN on one rank: both leave the step out
+    before = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+    bad = batch.images.rows.clone()
+    bad[0] = float("nan") if rank.index == 1 else 0.0
+    terms = step(Batch(batch.images.with_rows(bad), batch.labels, batch.labels))
+    assert bool(terms.total.isfinite()) == (rank.index == 0)
+    after = (*model.parameters(), *model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert step.guard.read() == (1, 1)
 for _ in range(3):
     losses.append(distributed.sum_over_ranks(torch.stack(step(batch))) / 2)
     params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])

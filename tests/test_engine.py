@@ -7,8 +7,8 @@ import torch
 
 from rsfast import Pyramid, RSNet, create_model
 from rsfast.data import Batch
-from rsfast.engine import TrainStep
-from rsfast.losses import MultiResolutionDistillation
+from rsfast.engine import TrainStep, is_out_of_memory
+from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.optim import build_optimizer
 from rsfast.snapshot import Snapshot
 
@@ -74,6 +74,100 @@ def test_fp16_skips_a_step_whose_gradients_overflow() -> None:
     step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert step.scaler.get_scale() < scale
+
+
+def state_of(model: RSNet, step: TrainStep) -> list[torch.Tensor]:
+    momenta = [state["momentum_buffer"] for state in step._optimizer.state.values()]
+    state = [*step._modules.state_dict().values(), *momenta]
+    return [tensor.detach().clone() for tensor in state]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_nan_in_one_level_leaves_everything_as_it_was(precision: str) -> None:
+    model, step = make_step(precision)
+    good, bad = make_batch(), make_batch()
+    bad.images.level(1)[3] = float("nan")
+    for _ in range(5):
+        step(good)  # in fp16 the first ones overflow
+    step.guard.read()
+    before = state_of(model, step)
+    for _ in range(2):
+        assert not step(bad).total.isfinite()
+    # Momentum, batch-norm statistics and counters of all levels too.
+    for ours, exact in zip(state_of(model, step), before, strict=True):
+        assert torch.equal(ours, exact)
+    assert step.guard.read() == (2, 2)
+    step(good)
+    assert not torch.equal(state_of(model, step)[0], before[0])
+    assert step.guard.read() == (0, 2)
+    step(good)
+    assert step.guard.read() == (0, 0)
+
+
+def test_rows_of_skipped_steps_are_counted_over_reads() -> None:
+    _, step = make_step("fp32")
+    good, bad = make_batch(), make_batch()
+    bad.images.rows.fill_(float("inf"))
+    counts = []
+    for batches in ([bad, bad, good, bad], [bad, bad], [good, bad]):
+        for batch in batches:
+            step(batch)
+        counts.append(step.guard.read())
+    assert counts == [(3, 2), (2, 3), (1, 3)]
+
+
+class InfiniteLoss(MultiResolutionDistillation):
+    """One that is infinite while its gradients are not."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> LossTerms:
+        terms = super().forward(logits, labels)
+        return terms._replace(ce=terms.ce + float("inf"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_infinite_loss_with_finite_gradients_is_left_out_too(fused: bool) -> None:
+    model, loss = create_model("resnet18", RESOLUTIONS, 4), InfiniteLoss(2)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1, fused=fused)
+    step = TrainStep(model, loss, optimizer, precision="fp32")
+    before = state_of(model, step)
+    step(make_batch())
+    for ours, exact in zip(state_of(model, step), before, strict=True):
+        assert torch.equal(ours, exact)
+    assert step.guard.read() == (1, 1)
+
+
+def test_a_batch_that_does_not_fit_is_named_with_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, step = make_step("fp32")
+    forward = model.forward
+
+    def full_above_three_images(images: Pyramid) -> torch.Tensor:
+        if images.num_images > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(model, "forward", full_above_three_images)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        step(make_batch(12))
+    assert str(caught.value) == (
+        "batch_size 12 does not fit into the memory of cpu at 64 pixels and below: 3 does (tried)"
+    )
+    assert all(param.grad is None for param in model.parameters())
+    step(make_batch(3))
+
+
+def test_leaving_a_capture_does_not_hide_that_memory_ran_out() -> None:
+    def capture() -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError, match="operation failed") as caught:
+        capture()
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("something else"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

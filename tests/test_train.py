@@ -148,11 +148,17 @@ def test_the_other_loaders_train(folder: Path, tmp_path: Path, loader: str) -> N
 def test_a_loss_that_explodes_stops_the_run_with_a_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(folder, tmp_path / "run", "--epochs", "1", "--lr", "1e30") == 1
+    flags = ["--epochs", "2", "--lr", "1e30", "--max-skipped", "3"]
+    assert run(folder, tmp_path / "run", *flags) == 1
     error = capsys.readouterr().err
-    assert "the loss is" in error
-    assert "nothing is saved yet" in error
+    assert "not finite at 3 steps in a row up to step 4; the last good checkpoint is" in error
+    assert "run/last.pt; a lower --lr" in error
     assert "Traceback" not in error
+    lines = log_lines(tmp_path / "run", "step")
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
+    assert lines[0]["loss"] > 0
+    assert lines[1]["loss"] is None
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 def test_a_finished_or_foreign_run_folder_is_not_overwritten(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -34,6 +36,17 @@ def test_loss_meter_averages_since_the_last_read() -> None:
     assert meter.read() == {"loss": 222.0, "ce": 2.0, "ensemble": 20.0, "distill": 200.0}
     meter.add(LossTerms(*(torch.tensor(5.0) for _ in range(3))))
     assert meter.read()["ce"] == 5.0
+
+
+def test_loss_meter_leaves_out_what_is_not_finite() -> None:
+    meter = LossMeter(torch.device("cpu"))
+    for ensemble in (1.0, math.nan, 3.0, math.inf):
+        meter.add(LossTerms(torch.tensor(4.0), torch.tensor(ensemble), torch.tensor(0.0)))
+    assert meter.read() == {"loss": 6.0, "ce": 4.0, "ensemble": 2.0, "distill": 0.0}
+    meter.add(LossTerms(*(torch.tensor(math.nan) for _ in range(3))))
+    assert all(math.isnan(value) for value in meter.read().values())
+    meter.add(LossTerms(*(torch.tensor(1.0) for _ in range(3))))
+    assert meter.read()["loss"] == 3.0
 
 
 def test_validation_counts_levels_and_ensemble_and_restores_the_mode() -> None:

@@ -1,0 +1,99 @@
+"""Steps whose loss or gradients are not finite are left out, without the host."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rsfast.losses import LossTerms
+from rsfast.models.layers import SwitchableBatchNorm2d
+
+__all__ = ["StepGuard"]
+
+
+class StepGuard:
+    """The optimiser's step, taken only if every gradient is finite; decided on the device.
+
+    A step that is left out changes nothing: weights, momentum, and the batch-norm statistics and
+    counters that its forward has already moved are as they were before it. All ranks decide alike:
+    they look at the averaged gradients, and a rank whose loss is not finite makes its own NaN.
+
+    Args:
+        modules: network and loss.
+        optimizer: PyTorch's fused ones skip on the device; for any other the host waits.
+        scaler: of the gradients, for fp16; asks for the same skips.
+
+    Attributes:
+        counts: [3] int64 on the device: steps left out since `read`, in a row up to the last step,
+            and in a row at most since `read`.
+    """
+
+    def __init__(
+        self, modules: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        self._params = list(modules.parameters())
+        self._optimizer: Any = optimizer
+        self._scaler = scaler
+        norms = [m for m in modules.modules() if isinstance(m, SwitchableBatchNorm2d)]
+        # Kept by type: each is copied as one vector, in a few launches.
+        statistics = [list(chain(*((n.running_mean, n.running_var) for n in norms)))]
+        self._buffers = [b for b in (*statistics, [n.num_batches_tracked for n in norms]) if b]
+        self._before: list[Tensor] = []
+        self.counts = torch.zeros(3, dtype=torch.int64, device=self._params[0].device)
+
+    def begin(self) -> None:
+        """To be called before the forward."""
+        self._before = [_as_vector(buffers) for buffers in self._buffers]
+
+    def loss_of(self, terms: LossTerms) -> Tensor:
+        """What to run the backward of: the scaled total, or NaN where it is not finite."""
+        total = terms.total
+        # An infinite loss may have finite gradients; this one has none, on any rank.
+        seal = torch.where(total.detach().isfinite(), 1.0, torch.nan)
+        return self._scaler.scale(total * seal)
+
+    def step(self) -> None:
+        """Steps, or puts everything back."""
+        grads = [param.grad for param in self._params if param.grad is not None]
+        largest = torch.nn.utils.get_total_norm(grads, float("inf"))  # NaN if any is
+        finite = largest.isfinite()
+        if self._scaler.is_enabled():
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        elif skips_on_device(self._optimizer):
+            self._optimizer.found_inf = (~finite).float()
+            self._optimizer.step()
+            del self._optimizer.found_inf
+        elif bool(finite):
+            self._optimizer.step()
+        for buffers, before in zip(self._buffers, self._before, strict=True):
+            kept = torch.where(finite, _as_vector(buffers), before)
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            views = [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
+            torch._foreach_copy_(buffers, views)
+        self._before = []
+        self._count(finite)
+
+    def read(self) -> tuple[int, int]:
+        """Steps left out since the last call, and how many of them in a row at most; waits."""
+        skipped, in_a_row, longest = self.counts.tolist()
+        self.counts.copy_(torch.tensor([0, in_a_row, in_a_row]))
+        return skipped, longest
+
+    def _count(self, finite: Tensor) -> None:
+        skipped, in_a_row, longest = self.counts.unbind()
+        skipped += ~finite
+        in_a_row.copy_(torch.where(finite, 0, in_a_row + 1))
+        longest.copy_(torch.maximum(longest, in_a_row))
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser looks at a flag on the device by itself."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _as_vector(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
