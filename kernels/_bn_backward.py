@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -262,8 +262,12 @@ def backward(
     activation: str | None,
     batch_statistics: bool,
     eps: float,
+    join: Callable[[Tensor], object] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills `dx`, and with a mask `dresidual`; dweight and dbias [B, C]. Three launches."""
+    """Fills `dx`, and with a mask `dresidual`; dweight and dbias [B, C]. Three launches.
+
+    `join` makes the sums of each level, [2, L, C], those of all ranks before dx is computed.
+    """
     num_channels = x.shape[1]
     chunks = share_out(level_rows, banks, num_channels)
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
@@ -289,6 +293,8 @@ def backward(
             **final,
             **FINALIZE_OPTIONS,
         )
+        if join is not None:
+            join(sums)
         _bn_bwd_apply_kernel[chunks.grid](
             dy,
             x,

@@ -35,16 +35,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsfast.kernels._checks import (
-    check_backend,
-    check_companion,
-    check_kernel_dtype,
-    check_levels,
-    load_kernels,
+from rsfast.kernels._bn_checks import check_batch_norm, check_batch_norm_for_triton
+from rsfast.kernels._checks import check_backend, load_kernels
+from rsfast.kernels._ranks import (
+    average_over_ranks,
+    joint_batch_norm,
+    joint_moments,
+    move_running_statistics,
 )
 
 __all__ = ["ACTIVATIONS", "switchable_bn_act", "switchable_bn_act_reference"]
 
+_SAVE_MASK = 9  # where it comes among the arguments of the forward op, after x
 ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -63,41 +65,55 @@ def switchable_bn_act_reference(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    synced: bool = False,
 ) -> Tensor:
     """Plain PyTorch, one `torch.batch_norm` per level; see :func:`switchable_bn_act`."""
-    levels = []
-    for rows, bank in zip(torch.split(x, list(level_rows)), banks, strict=True):
-        # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order; as
-        # [m, C] it would walk every channel through all of memory. Made by view and permute: an
-        # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
-        # backward then takes the gradient for NCHW and returns a wrong one.
-        image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
-        mean, var = running_mean[bank], running_var[bank]
-        if training:
-            # Levels may share a set: batch_norm keeps what it is given for the backward, so each
-            # level works on copies of its own.
-            mean, var = mean.clone(), var.clone()
-        y = torch.batch_norm(
-            image,
-            weight[bank],
-            bias[bank],
-            mean,
-            var,
-            training,
-            momentum,
-            eps,
-            False,  # not cuDNN: its statistics are not those of the native kernels
-        )
-        if training:
-            running_mean[bank] = mean
-            # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
-            running_var[bank] = var if len(rows) > 1 else (1.0 - momentum) * running_var[bank]
-            num_batches_tracked[bank] += 1
-        levels.append(y.permute(0, 2, 3, 1).reshape(rows.shape))
-    y = torch.cat(levels) if len(levels) > 1 else levels[0]
+    levels = torch.split(x, list(level_rows))
+    norm = weight, bias, running_mean, running_var, num_batches_tracked
+    if training and synced:
+        outputs = joint_batch_norm(levels, *norm, banks, momentum, eps)
+    else:
+        settings = training, momentum, eps
+        outputs = [
+            _batch_norm(rows, *norm, bank, *settings)
+            for rows, bank in zip(levels, banks, strict=True)
+        ]
+    y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     if residual is not None:
         y = y + residual
     return ACTIVATIONS[activation](y)
+
+
+def _batch_norm(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    bank: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order; as
+    # [m, C] it would walk every channel through all of memory. Made by view and permute: an
+    # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
+    # backward then takes the gradient for NCHW and returns a wrong one.
+    image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
+    mean, var = running_mean[bank], running_var[bank]
+    if training:
+        # Levels may share a set: batch_norm keeps what it is given for the backward, so each
+        # level works on copies of its own.
+        mean, var = mean.clone(), var.clone()
+    # Not cuDNN: its statistics are not those of the native kernels.
+    y = torch.batch_norm(image, weight[bank], bias[bank], mean, var, training, momentum, eps, False)
+    if training:
+        running_mean[bank] = mean
+        # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
+        running_var[bank] = var if len(rows) > 1 else (1.0 - momentum) * running_var[bank]
+        num_batches_tracked[bank] += 1
+    return y.permute(0, 2, 3, 1).reshape(rows.shape)
 
 
 @torch.library.custom_op(
@@ -112,11 +128,16 @@ def _stats(
     level_rows: Sequence[int],
     banks: Sequence[int],
     momentum: float,
+    synced: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [L, C] float32 of each level; moves the running statistics."""
-    return load_kernels("_bn_forward").batch_statistics(
-        x, running_mean, running_var, num_batches_tracked, level_rows, banks, momentum
-    )
+    counted = running_mean, running_var, num_batches_tracked, level_rows, banks
+    own = load_kernels("_bn_forward").batch_statistics(x, *counted, 0.0 if synced else momentum)
+    if not synced:
+        return own
+    mean, var = joint_moments(*own)
+    move_running_statistics(running_mean, running_var, mean, var, level_rows, banks, momentum)
+    return mean, var
 
 
 @_stats.register_fake
@@ -141,11 +162,13 @@ def _fwd(
     batch_statistics: bool,
     save_mask: bool,
     eps: float,
+    synced: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y, and the bits of the mask [M, ceil(C / 8)] uint8 (no rows without `save_mask`).
 
     `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
     The backward of an activation after a residual needs the mask; of others it does without.
+    `synced` is for the backward.
     """
     y, mask = torch.empty_like(x), _empty_mask(x, save_mask)
     load_kernels("_bn_forward").apply(
@@ -168,8 +191,7 @@ def _fwd(
 
 @_fwd.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, save_mask, _ = arguments
-    return torch.empty_like(x), _empty_mask(x, save_mask)
+    return torch.empty_like(x), _empty_mask(x, arguments[_SAVE_MASK])
 
 
 def _empty_mask(x: Tensor, save_mask: bool) -> Tensor:
@@ -191,6 +213,7 @@ def _bwd(
     activation: str | None,
     batch_statistics: bool,
     eps: float,
+    synced: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual (no rows where `mask` has none), dweight and dbias."""
     dx, dresidual = torch.empty_like(x), x.new_empty(mask.shape[0], x.shape[1])
@@ -209,6 +232,7 @@ def _bwd(
         activation=activation,
         batch_statistics=batch_statistics,
         eps=eps,
+        join=average_over_ranks if synced else None,
     )
     return dx, dresidual, dweight, dbias
 
@@ -220,7 +244,8 @@ def _(dy: Tensor, x: Tensor, mask: Tensor, weight: Tensor, *_: Any) -> tuple[Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, bias, mean, var, *ctx.settings, _, ctx.eps = inputs
+    x, residual, weight, bias, mean, var, *ctx.settings, _, eps, synced = inputs
+    ctx.last_settings = eps, synced
     ctx.has_residual = residual is not None
     if ctx.has_residual and ctx.settings[-2] is not None and not len(output[1]):
         raise ValueError("save_mask must be True for gradients of an activation after a residual")
@@ -231,13 +256,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
-    dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, *ctx.settings, ctx.eps)
+        return (None,) * 13
+    dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, *ctx.settings, *ctx.last_settings)
     if not ctx.has_residual:
         dresidual = None
     elif not len(dresidual):  # without an activation
         dresidual = dy
-    return dx, dresidual, dweight, dbias, *(None,) * 8
+    return dx, dresidual, dweight, dbias, *(None,) * 9
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -258,6 +283,7 @@ def switchable_bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    synced: bool = False,
     backend: str = "torch",
 ) -> Tensor:
     """Batch norm per level, optional residual add, optional activation.
@@ -278,6 +304,9 @@ def switchable_bn_act(
         training: use (and track) batch statistics instead of running ones.
         momentum: weight of the batch in the running statistics, as in PyTorch.
         eps: added to the variance.
+        synced: batch statistics are those of all ranks of the default process group, each with the
+            same `level_rows`, and so are their gradients. Gradients of weight and bias stay
+            this rank's share.
         backend: "torch" for the reference, "triton" for the fused kernels.
 
     Returns:
@@ -294,10 +323,13 @@ def switchable_bn_act(
         "running_var": running_var,
         "num_batches_tracked": num_batches_tracked,
     }
-    _check(x, norm, level_rows, banks, residual, activation)
+    check_batch_norm(x, norm, level_rows, banks, residual)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     if check_backend(backend) == "triton":
-        _check_for_triton(x, norm, level_rows, residual)
+        check_batch_norm_for_triton(x, norm, level_rows, residual)
         mean, var = running_mean, running_var
+        synced = synced and training
         if training:
             mean, var = _stats(
                 x.detach(),
@@ -307,6 +339,7 @@ def switchable_bn_act(
                 level_rows,
                 banks,
                 momentum,
+                synced,
             )
         save_mask = activation is not None and residual is not None and torch.is_grad_enabled()
         y, _ = _fwd(
@@ -322,6 +355,7 @@ def switchable_bn_act(
             training,
             save_mask,
             eps,
+            synced,
         )
         return y
     return switchable_bn_act_reference(
@@ -338,55 +372,5 @@ def switchable_bn_act(
         training=training,
         momentum=momentum,
         eps=eps,
+        synced=synced,
     )
-
-
-def _check(
-    x: Tensor,
-    norm: dict[str, Tensor],
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    residual: Tensor | None,
-    activation: str | None,
-) -> None:
-    if x.dim() != 2 or not x.is_contiguous() or not x.is_floating_point():
-        raise ValueError(
-            f"x must be contiguous floating point [M, C], got {x.dtype} of shape {tuple(x.shape)}, "
-            f"strides {x.stride()}"
-        )
-    num_banks = len(norm["weight"])
-    for name, tensor in norm.items():
-        shape = (num_banks,) if name == "num_batches_tracked" else (num_banks, x.shape[1])
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)}: B sets as in weight, C channels as in x, "
-                f"got shape {tuple(tensor.shape)}"
-            )
-    if sum(level_rows) != x.shape[0]:
-        raise ValueError(
-            f"level_rows must add up to the {x.shape[0]} rows of x, got {tuple(level_rows)}"
-        )
-    if len(banks) != len(level_rows) or not all(0 <= bank < num_banks for bank in banks):
-        raise ValueError(
-            f"banks must name one of {num_banks} sets for each of {len(level_rows)} levels, "
-            f"got {tuple(banks)}"
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual must be {tuple(x.shape)} {x.dtype} like x, "
-            f"got {tuple(residual.shape)} {residual.dtype}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-
-
-def _check_for_triton(
-    x: Tensor, norm: dict[str, Tensor], level_rows: Sequence[int], residual: Tensor | None
-) -> None:
-    check_kernel_dtype("x", x)
-    check_levels(level_rows)
-    if residual is not None:
-        check_companion("residual", residual, x.dtype, x.device)
-    for name, tensor in norm.items():
-        dtype = torch.int64 if name == "num_batches_tracked" else torch.float32
-        check_companion(name, tensor, dtype, x.device)

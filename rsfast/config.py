@@ -66,6 +66,8 @@ class TrainConfig:
     """which resolutions teach which"""
     bn: str = "private"
     """one batch-norm set per resolution, or one for all"""
+    sync_bn: bool = False
+    """batch statistics over all ranks, set by set, instead of each rank's own"""
     label_smoothing: float = 0.0
     """of the cross entropies, in [0, 1)"""
     crop: str = "single"

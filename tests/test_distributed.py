@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers import make_image_folder
+from kernel_helpers import skip_unless_it_runs_on
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
+from rsfast.kernels import switchable_bn_act_reference
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.optim import build_optimizer
 
@@ -53,11 +56,12 @@ torch.manual_seed(rank.index)  # different weights at first: they must become th
 model, loss = create_model("resnet18", (48, 32), 4), MultiResolutionDistillation(2)
 if rank.is_main:
     model.load_state_dict(torch.load("start.pt"))
+model, loss = model.double(), loss.double()
 step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
 images, labels = torch.load("batch.pt")
 half = slice(4 * rank.index, 4 * rank.index + 4)
 batch = Batch(Pyramid.pack([level[half] for level in images]), labels[half], labels[half])
-model.train(sys.argv[1] == "train")
+model.train(sys.argv[1] != "eval").sync_batch_norm(sys.argv[1] == "synced")
 losses = []
 if sys.argv[1] == "train":  # a NaN on one rank: both leave the step out
     before = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
@@ -88,14 +92,14 @@ distributed.leave()
 """
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", ["train", "eval", "synced"])
 def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     tmp_path: Path, mode: str
 ) -> None:
-    """In eval mode batch norm does not see the batch, so that two halves are the whole."""
+    """In eval mode batch norm does not see the batch, and synced it sees the whole one."""
     torch.manual_seed(0)
     model, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
-    images = [torch.randn(8, 3, r, r) for r in RESOLUTIONS]
+    images = [torch.randn(8, 3, r, r, dtype=torch.float64) for r in RESOLUTIONS]
     labels = torch.arange(8) % 4
     torch.save(model.state_dict(), tmp_path / "start.pt")
     torch.save((images, labels), tmp_path / "batch.pt")
@@ -105,15 +109,102 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     if mode == "train":
         return
 
+    model, loss = model.double(), loss.double()
     step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
-    model.eval()
+    model.train(mode == "synced")
     batch = Batch(Pyramid.pack(images), labels, labels)
     losses = torch.stack([torch.stack(step(batch)) for _ in range(3)])
     params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
-    torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=1e-4)
-    # Three steps of float32 sums in another order; a missing or doubled gradient would move
-    # parameters by the size of a step, hundreds of times more.
-    torch.testing.assert_close(result["params"], params, rtol=1e-3, atol=1e-4)
+    close = {"rtol": 1e-9, "atol": 1e-9}  # sums in another order
+    torch.testing.assert_close(result["losses"], losses, **close)
+    torch.testing.assert_close(result["params"], params, **close)
+
+
+SYNCED = """
+import sys
+import torch
+from rsfast import distributed
+from rsfast.kernels import switchable_bn_act
+
+rank = distributed.join("cpu")
+backend, training = sys.argv[1], sys.argv[2] == "train"
+inputs = torch.load("inputs.pt")
+own = [level[rank.index] for level in inputs.pop("levels")]
+rows, norm = torch.cat(own).requires_grad_(), inputs.pop("norm")
+residual = torch.cat([level[rank.index] for level in inputs.pop("residuals")]).requires_grad_()
+dy = torch.cat([level[rank.index] for level in inputs.pop("dys")])
+leaves = rows, residual, norm["weight"].requires_grad_(), norm["bias"].requires_grad_()
+y = switchable_bn_act(rows, **norm, **inputs, level_rows=[len(level) for level in own],
+                      residual=residual, training=training, synced=True, backend=backend)
+grads = torch.autograd.grad(y, leaves, dy)
+torch.save({"y": y.detach(), "grads": grads, "norm": norm}, f"result{rank.index}.pt")
+distributed.leave()
+"""
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_synced_batch_norm_is_that_of_the_whole_batch(
+    tmp_path: Path, backend: str, mode: str
+) -> None:
+    if backend == "triton":
+        skip_unless_it_runs_on("cpu")
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    counts = (40, 6, 1)  # rows of each level on each of the two ranks
+    # Ranks that differ much: statistics of one alone would be far off.
+    levels = [normal(2, m, 8) + torch.tensor([0.0, 50.0]).view(2, 1, 1) for m in counts]
+    residuals, dys = ([normal(2, m, 8) for m in counts] for _ in range(2))
+    norm = {
+        "weight": 1 + 0.3 * normal(2, 8),
+        "bias": normal(2, 8),
+        "running_mean": normal(2, 8),
+        "running_var": 1 + normal(2, 8).square(),
+        "num_batches_tracked": torch.zeros(2, dtype=torch.int64),
+    }
+    inputs = {"norm": norm, "banks": (1, 0, 1), "activation": "relu"}
+    inputs |= {"levels": levels, "residuals": residuals, "dys": dys}
+    torch.save(inputs, tmp_path / "inputs.pt")
+    (tmp_path / "synced.py").write_text(SYNCED)
+    torchrun("synced.py", backend, mode, folder=tmp_path)
+    results = [torch.load(tmp_path / f"result{rank}.pt") for rank in range(2)]
+
+    exact = {k: v.double() if v.is_floating_point() else v.clone() for k, v in norm.items()}
+    whole = [torch.cat([v.flatten(0, 1) for v in part]).double() for part in (levels, residuals)]
+    leaves = [t.requires_grad_() for t in (*whole, exact["weight"], exact["bias"])]
+    y = switchable_bn_act_reference(
+        leaves[0],
+        **exact,
+        level_rows=[2 * m for m in counts],
+        banks=(1, 0, 1),
+        residual=leaves[1],
+        activation="relu",
+        training=mode == "train",
+    )
+    dy = torch.cat([v.flatten(0, 1) for v in dys]).double()
+    grads = torch.autograd.grad(y, leaves, dy)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        """Rows of both ranks, level by level."""
+        ranks = [part.split(counts) for part in parts]
+        return torch.cat([part for pair in zip(*ranks, strict=True) for part in pair]).double()
+
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(joined([r["y"] for r in results]), y.detach(), **close)
+    for index in (0, 1):
+        torch.testing.assert_close(
+            joined([r["grads"][index] for r in results]), grads[index], **close
+        )
+    for index in (2, 3):  # each rank's share: DDP adds them up
+        total = sum(r["grads"][index].double() for r in results)
+        torch.testing.assert_close(total, grads[index], **close)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        for result in results:
+            found = result["norm"][name].to(exact[name].dtype)
+            torch.testing.assert_close(found, exact[name], **close)
 
 
 @pytest.mark.parametrize("loader", ["pil", "dali"])

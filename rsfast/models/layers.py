@@ -86,6 +86,7 @@ class SwitchableBatchNorm2d(nn.Module):
         banks_in_use: the sets of the last training forward. An optimiser step must leave all
             others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
         backend: what computes it, "torch" or "triton".
+        synced: whether training statistics are those of all ranks.
     """
 
     running_mean: Tensor
@@ -103,6 +104,7 @@ class SwitchableBatchNorm2d(nn.Module):
         self.momentum = 0.1
         self.banks_in_use = tuple(range(num_banks))
         self.backend = "torch"
+        self.synced = False
         self.weight = nn.Parameter(torch.ones(num_banks, num_features))
         self.bias = nn.Parameter(torch.zeros(num_banks, num_features))
         self.register_buffer("running_mean", torch.zeros(num_banks, num_features))
@@ -127,6 +129,7 @@ class SwitchableBatchNorm2d(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            synced=self.synced,
             backend=self.backend,
         )
         return x.with_rows(rows)

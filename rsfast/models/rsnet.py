@@ -95,6 +95,17 @@ class RSNet(nn.Module):
             norm.backend = self.backend
         return self
 
+    def sync_batch_norm(self, synced: bool = True) -> RSNet:
+        """Chooses whose statistics normalise in training, and returns the network.
+
+        Args:
+            synced: those of all ranks of the default process group, set by set, instead of this
+                rank's (the paper's way). For batches too small to have good ones of their own.
+        """
+        for norm in self.batch_norms():
+            norm.synced = synced
+        return self
+
     def at(self, resolution: int, between: str = "interpolate") -> deploy.SingleResolutionNet:
         """A plain, single-resolution copy of the network in eval mode.
 

@@ -1,0 +1,87 @@
+"""Batch statistics over all ranks of the default process group.
+
+Every rank has as many rows as this one, so means over ranks are means over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["average_over_ranks", "joint_batch_norm", "joint_moments", "move_running_statistics"]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all ranks, whose gradient is the sum over the gradients of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Sum.forward(ctx, grads[0])
+
+
+def average_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean over all ranks, in place and without gradients."""
+    dist.all_reduce(tensor)
+    return tensor.div_(dist.get_world_size())
+
+
+def joint_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all ranks, of those [L, C] of each. Two collectives."""
+    joint = average_over_ranks(mean.clone())
+    # Within the ranks and between them: nothing cancels.
+    return joint, average_over_ranks(var + (mean - joint).square())
+
+
+def joint_batch_norm(
+    levels: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    banks: Sequence[int],
+    momentum: float,
+    eps: float,
+) -> list[Tensor]:
+    """Training batch norm of every level [m, C], in plain differentiable PyTorch."""
+    share = 1.0 / dist.get_world_size()
+    wide = [rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in levels]
+    mean = share * _Sum.apply(torch.stack([rows.mean(0) for rows in wide]))
+    centered = [rows - m for rows, m in zip(wide, mean, strict=True)]
+    var = share * _Sum.apply(torch.stack([rows.square().mean(0) for rows in centered]))
+    level_rows = [len(rows) for rows in levels]
+    joint = mean.detach(), var.detach()
+    move_running_statistics(running_mean, running_var, *joint, level_rows, banks, momentum)
+    for bank in banks:
+        num_batches_tracked[bank] += 1
+    return [
+        (rows * (v + eps).rsqrt() * weight[bank] + bias[bank]).to(levels[0].dtype)
+        for rows, v, bank in zip(centered, var, banks, strict=True)
+    ]
+
+
+def move_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    momentum: float,
+) -> None:
+    """Towards joint statistics [L, C], level by level, with the unbiased variance."""
+    for level, (rows, bank) in enumerate(zip(level_rows, banks, strict=True)):
+        total = rows * dist.get_world_size()
+        unbiased = var[level] * (total / max(total - 1, 1))
+        running_mean[bank].lerp_(mean[level].to(running_mean.dtype), momentum)
+        running_var[bank].lerp_(unbiased.to(running_var.dtype), momentum)
