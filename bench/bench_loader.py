@@ -1,14 +1,14 @@
 """Images per second of the loaders, from JPEG files to packed pyramids, on the built-in set.
 
-One round is a number of batches with the loader already running. The rate stands in the JSON per
-core and in all, to be held against what `bench.train_step` says the step takes.
+One round is a number of batches with the loader already running. The rate is given per core and in
+all; `python -m bench.train_step` sets what a training step takes beside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 
 import pytest
@@ -26,23 +26,22 @@ CASES = [("pil", "cpu")] + ([("dali", "cpu")] if HAS_DALI else [])
 CASES += [("dali", "cuda")] if HAS_DALI and ON_GPU else []
 
 
-def make_loader(backend: str, device: str) -> Loader:
-    return train_loader(
-        builtin_root(),
-        PAPER_RESOLUTIONS,
-        BATCH,
-        backend=backend,
-        workers=CORES,
-        device=device,
-    )
+def make_loader(
+    backend: str,
+    device: str,
+    batch: int = BATCH,
+    resolutions: tuple[int, ...] = PAPER_RESOLUTIONS,
+) -> Loader:
+    root = None if backend == "synthetic" else builtin_root()
+    return train_loader(root, resolutions, batch, backend=backend, workers=CORES, device=device)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
     return chain.from_iterable(repeat(loader))
 
 
-@pytest.mark.parametrize(("backend", "device"), CASES, ids=lambda value: value)
-def test_loader(benchmark, backend: str, device: str) -> None:
+def make_run(backend: str, device: str) -> Callable[[], None]:
+    """Takes a round's batches from a loader that runs already."""
     batches = endless(make_loader(backend, device))
     assert next(batches).images.num_images == BATCH
 
@@ -50,12 +49,19 @@ def test_loader(benchmark, backend: str, device: str) -> None:
         for _ in range(BATCHES):
             next(batches)
 
+    return take
+
+
+def rates(seconds: float) -> dict[str, float]:
+    """Of a round that took so long."""
+    rate = BATCH * BATCHES / seconds
+    return {"images_per_s": rate, "images_per_s_per_core": rate / CORES, "cores": CORES}
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES, ids=lambda value: value)
+def test_loader(benchmark, backend: str, device: str) -> None:
+    take = make_run(backend, device)
     benchmark.group = "loader"
     benchmark.pedantic(take, rounds=5 if ON_GPU else 3, warmup_rounds=1)
     if benchmark.stats:
-        rate = BATCH * BATCHES / benchmark.stats.stats.median
-        benchmark.extra_info |= {
-            "images_per_s": rate,
-            "images_per_s_per_core": rate / CORES,
-            "cores": CORES,
-        }
+        benchmark.extra_info |= rates(benchmark.stats.stats.median)

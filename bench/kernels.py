@@ -1,4 +1,4 @@
-"""All operations against their rivals, interleaved: `python -m bench.kernels --output FOLDER`.
+"""All operations against their rivals, interleaved: `python -m bench.kernels`.
 
 Correctness is asserted on the timed inputs first. Times of the layers of a network are added up,
 each as often as the network has it. Rows are written as they come.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import operator
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,20 +37,27 @@ Times = dict[str, list[float]]
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--rounds", type=int, default=30, help="of each implementation (30)")
     parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     args = parser.parse_args(argv)
     missing = left_out() if ON_GPU else f"rsfast, compiled (no GPU), {left_out()}"
     print(f"left out: {', '.join([missing, *args.without])}")
-    bench = Bench(args.rounds, Results(args.output, DEVICE), args.without)
+    results = Results(args.output, "kernels", DEVICE)
+    bench = Bench(args.rounds, results, args.without)
     bench.losses()
     bench.normalization()
     for arch in args.archs:
         bench.pooling(arch)
         bench.layers(conv, "conv2d", conv_layers(arch, conv.RESOLUTIONS), arch)
         bench.layers(norm, "switchable_bn_act", batch_norm_layers(arch, norm.RESOLUTIONS), arch)
+    results.finish(
+        ["bench.kernels", *(sys.argv[1:] if argv is None else argv)],
+        "Each operation on the shapes of the networks, implementations interleaved, device time. "
+        "Rows named after a network add up its layers, each as often as it has it. "
+        f"Left out: {', '.join([missing, *args.without])}.",
+    )
     return 0
 
 

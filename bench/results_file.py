@@ -1,9 +1,11 @@
-"""summary.json and samples.json: the rows of a benchmark and what they were measured on."""
+"""The folder of a benchmark's result: rows, samples, plots, and what they were measured on."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +13,34 @@ from typing import Any
 
 import torch
 
+from bench import plots
 from rsfast.environment import describe
 
 __all__ = ["Results"]
+
+_RESULTS = Path(__file__).parent / "results"
 
 
 class Results:
     """Rows as they come, on disk after each.
 
     Args:
-        folder: is created; holds summary.json (medians, quartiles, versions, date, device) and
-            samples.json (every single measurement by row name).
+        folder: is created; by default bench/results/<date>_<topic>_<gpu>. It gets summary.json
+            (medians, quartiles, versions, date, device), samples.json (every single measurement by
+            row name) and, at the end, plots.png and README.md.
+        topic: of the default folder.
         device: that is measured.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+    def __init__(self, folder: Path | None, topic: str, device: torch.device) -> None:
+        facts = describe(device)
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        place = re.sub(r"\W+", "-", str(facts.get("gpu", "cpu"))).lower()
+        self.folder = folder or _RESULTS / f"{today}_{topic}_{place}"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._about = {
-            **describe(device),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            **facts,
+            "date": today,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         self.rows: list[dict[str, Any]] = []
@@ -49,5 +59,29 @@ class Results:
         shown = "" if share is None else f"{share:7.1%} of a copy"
         print(f"{name:80s} {value:12.1f} {unit:8s} {shown}", flush=True)
 
+    def finish(self, command: Sequence[str], about: str) -> None:
+        """Draws plots.png and writes README.md.
+
+        Args:
+            command: that made the rows, after `python -m`.
+            about: what was measured, in a paragraph.
+        """
+        plots.draw(self.rows, self.folder / "plots.png")
+        lines = [
+            f"# {self.folder.name}\n",
+            f"`python -m {shlex.join(command)}`\n",
+            f"{about}\n",
+            "Medians, quartiles and versions: `summary.json`; every sample: `samples.json`.\n",
+        ]
+        if (self.folder / "plots.png").exists():
+            lines.append("![Medians and quartiles](plots.png)\n")
+        lines.append("| row | median | quartiles | unit | n |\n|---|---|---|---|---|")
+        lines += [
+            f"| {r['name']} | {r['value']:.4g} | {r['p25']:.4g} to {r['p75']:.4g} | {r['unit']} | "
+            f"{r['n']} |"
+            for r in self.rows
+        ]
+        (self.folder / "README.md").write_text("\n".join(lines) + "\n")
+
     def _write(self, name: str, content: Any) -> None:
-        (self._folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,6 @@
-"""The training step against its rivals, interleaved: `python -m bench.train_step --output FOLDER`.
+"""The training step against its rivals, interleaved, and whether the loader keeps up with it.
+
+    python -m bench.train_step
 
 Implementations that train the same thing must lose the same at their first step. Times are of
 the wall clock over several steps, so that what the host costs is in them. Rows are written as they
@@ -8,27 +10,43 @@ come.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import gc
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench import bench_loader as loader
 from bench import bench_train_step as bench
 from bench import roofline
 from bench.results_file import Results
 from bench.shapes import ARCHITECTURES
 from bench.timing import DEVICE, ON_GPU, time_steps
+from rsfast.data.prefetch import prefetch
 from rsfast.engine import PRECISIONS
+from rsfast.kernels import choose_backend
 
 __all__ = ["main"]
+
+_ABOUT = """\
+Steps of the same network and loss on the same images, implementations interleaved, wall clock; an
+image counts once for all its resolutions. authors_* is a list of tensors through every layer, eager
+and compiled; separate_amp five trainings of one resolution each. card/floor_* is what the measured
+matrix rate or copy bandwidth alone would allow. loader/* is from JPEG files to packed pyramids;
+its demand_images_per_s is what the fastest step takes. end_to_end/* trains from a loader."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.train_step", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser = argparse.ArgumentParser(prog="bench.train_step", description=_ABOUT)
+    batches = [32, 64, 128, 256] if ON_GPU else [bench.BATCH]
+    parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--batches", nargs="+", type=int, default=[bench.BATCH])
+    parser.add_argument("--batches", nargs="+", type=int, default=batches)
     parser.add_argument("--resolutions", nargs="+", type=int, default=bench.RESOLUTIONS)
     parser.add_argument("--precision", choices=list(PRECISIONS), default=bench.PRECISION)
     parser.add_argument(
@@ -36,52 +54,118 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=10, help="of each implementation (10)")
     parser.add_argument("--steps", type=int, default=5, help="in a round (5)")
+    parser.add_argument("--loaders", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
-    results = Results(args.output, DEVICE)
+    results = Results(args.output, "train_step", DEVICE)
     copy, rate = roofline.measure_card(results)
+    resolutions = tuple(args.resolutions)
     for arch in args.archs:
-        floors = roofline.step_floors(arch, tuple(args.resolutions))
+        floors = roofline.step_floors(arch, resolutions)
         results.add(f"card/floor_flops/{arch}", [rate / floors.flops], "images/s")
         results.add(f"card/floor_bytes/{arch}", [copy / floors.bytes_16_bit], "images/s")
         for batch in args.batches:
-            setting = bench.Setting(arch, batch, args.precision, tuple(args.resolutions))
+            setting = bench.Setting(arch, batch, args.precision, resolutions)
             _race(setting, args.impls, args.rounds, args.steps, results)
+    if args.loaders:
+        largest = bench.Setting(args.archs[0], max(args.batches), args.precision, resolutions)
+        _race_loaders(args.rounds, results)
+        _train_from_loaders(largest, args.rounds, args.steps, results)
+    results.finish(["bench.train_step", *(sys.argv[1:] if argv is None else argv)], _ABOUT)
     return 0
 
 
 def _race(
     setting: bench.Setting, impls: Sequence[str], rounds: int, steps: int, results: Results
 ) -> None:
+    """Interleaves all that fit into memory at once; the rest races rsfast again, later."""
+    anchor, waiting = impls[-1], list(impls)
+    while waiting:
+        runs, peaks = _build(setting, [anchor, *(i for i in waiting if i != anchor)])
+        new = [impl for impl in waiting if impl in runs]
+        if not new:
+            print(f"left out, do not fit into memory: {', '.join(waiting)} of {setting}")
+            return
+        times = time_steps(runs, rounds=rounds, steps=steps)
+        rates = {i: [setting.batch / second for second in times[i]] for i in runs}
+        for impl in new:
+            precision = "fp32" if impl.endswith("fp32") else setting.precision
+            results.add(
+                f"train_step/{setting.arch}/{precision}/b{setting.batch}/{impl}",
+                rates[impl],
+                "images/s",
+                peak_mem_gib=peaks[impl],
+                **{f"{anchor}_in_this_race": statistics.median(rates.get(anchor, [math.nan]))},
+            )
+        waiting = [impl for impl in waiting if impl not in runs]
+        del runs
+
+
+def _build(
+    setting: bench.Setting, impls: Sequence[str]
+) -> tuple[dict[str, bench.Step], dict[str, float | None]]:
+    """What fits into memory beside each other, and the memory that each takes at most, in GiB."""
     runs, losses, peaks = {}, {}, {}
     for impl in impls:
+        before = _reset_peak()
         try:
-            _forget_peak()
             run = bench.make_step(setting, impl)
             losses[impl] = float(run())
             run()
         except torch.OutOfMemoryError:
-            print(f"left out: {impl} of {setting} does not fit into memory")
             continue
-        runs[impl], peaks[impl] = run, _peak_gib()
+        runs[impl] = run
+        peaks[impl] = (torch.cuda.max_memory_allocated() - before) / 2**30 if ON_GPU else None
     bench.check_losses(losses)
-    for impl, seconds in time_steps(runs, rounds=rounds, steps=steps).items():
-        precision = "fp32" if impl.endswith("fp32") else setting.precision
+    return runs, peaks
+
+
+def _race_loaders(rounds: int, results: Results) -> None:
+    """Each loader by itself: they would take each other's cores."""
+    demand = max(
+        (r["value"] for r in results.rows if r["name"].split("/")[-1].startswith("rsfast")),
+        default=None,
+    )
+    for backend, device in loader.CASES:
+        run = loader.make_run(backend, device)
+        seconds = time_steps({backend: run}, rounds=max(2, rounds // 2), steps=1)[backend]
         results.add(
-            f"train_step/{setting.arch}/{precision}/b{setting.batch}/{impl}",
-            [setting.batch / second for second in seconds],
+            f"loader/{backend}/{device}",
+            [loader.rates(second)["images_per_s"] for second in seconds],
             "images/s",
-            peak_mem_gib=peaks[impl],
+            cores=loader.CORES,
+            demand_images_per_s=demand,
         )
 
 
-def _forget_peak() -> None:
-    if ON_GPU:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def _train_from_loaders(setting: bench.Setting, rounds: int, steps: int, results: Results) -> None:
+    """The same step fed with one random batch, and with JPEG files."""
+    step = bench.rsfast_step(setting, graph=ON_GPU)
+    files = "dali" if loader.HAS_DALI else "pil"
+    runs = {name: _fed(step, setting, name) for name in ("synthetic", files)}
+    for name, seconds in time_steps(runs, rounds=rounds, steps=steps).items():
+        results.add(
+            f"end_to_end/{setting.arch}/{setting.precision}/b{setting.batch}/{name}",
+            [setting.batch / second for second in seconds],
+            "images/s",
+        )
 
 
-def _peak_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
+def _fed(step: Callable[..., Any], setting: bench.Setting, backend: str) -> Callable[[], Any]:
+    source = loader.make_loader(backend, DEVICE.type, setting.batch, setting.resolutions)
+    dtype = PRECISIONS[setting.precision] or torch.float32
+    source.feed(dtype, 4 if ON_GPU else 3, choose_backend("auto", DEVICE))
+    batches = (batch for _ in iter(int, 1) for batch in prefetch(source, DEVICE))
+    return lambda: step(next(batches))
+
+
+def _reset_peak() -> int:
+    """Bytes that are taken now."""
+    if not ON_GPU:
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 if __name__ == "__main__":

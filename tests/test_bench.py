@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench import bench_switchable_bn_act as norm
-from bench import bench_train_step, kernels, roofline, train_step
+from bench import bench_train_step, kernels, plots, roofline, train_step
 from bench.record import check_alike
+from bench.results_file import Results
 from bench.shapes import batch_norm_layers, pooled_map
 
 
@@ -58,6 +59,69 @@ def test_the_step_race_writes_images_per_second(tmp_path: Path) -> None:
         assert row["unit"] == "images/s"
         assert row["n"] == 2
         assert row["value"] > 0
+    fastest = rows["train_step/resnet18/fp32/b2/rsfast_eager"]["value"]
+    if not torch.cuda.is_available():
+        assert rows["loader/pil/cpu"]["demand_images_per_s"] == fastest
+    assert {"end_to_end/resnet18/fp32/b2/synthetic", "card/floor_flops/resnet18"} <= set(rows)
+    assert (tmp_path / "plots.png").read_bytes().startswith(b"\x89PNG")
+    readme = (tmp_path / "README.md").read_text()
+    assert "`python -m bench.train_step --archs resnet18 --batches 2" in readme
+    assert "| train_step/resnet18/fp32/b2/rsfast_eager |" in readme
+
+
+def test_what_does_not_fit_beside_the_others_races_rsfast_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[str] = []
+
+    class Run:
+        """Memory for two at a time; the greedy one never fits."""
+
+        def __init__(self, impl: str) -> None:
+            if len(alive) == 2 or impl == "greedy":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.impl = impl
+            alive.append(impl)
+
+        def __call__(self) -> torch.Tensor:
+            return torch.ones(())
+
+        def __del__(self) -> None:
+            if hasattr(self, "impl"):
+                alive.remove(self.impl)
+
+    monkeypatch.setattr(bench_train_step, "make_step", lambda _, impl: Run(impl))
+    results = Results(tmp_path, "race", torch.device("cpu"))
+    impls = ["authors_fp32", "authors_amp", "greedy", "rsfast_graph"]
+    train_step._race(bench_train_step.Setting("resnet18"), impls, 2, 1, results)
+    names = [row["name"].split("/")[-1] for row in results.rows]
+    assert names == ["authors_fp32", "rsfast_graph", "authors_amp"]
+    assert all(row["rsfast_graph_in_this_race"] > 0 for row in results.rows)
+    assert not alive
+
+
+def test_plots_show_what_competes(tmp_path: Path) -> None:
+    def row(name: str, value: float) -> dict:
+        return {"name": name, "value": value, "unit": "us", "p25": value, "p75": value, "n": 3}
+
+    rows = [
+        row("card/copy_bandwidth", 4300.0),
+        row("train_step/resnet50/fp32/b256/authors_fp32", 900.0),
+        row("train_step/resnet50/bf16/b256/rsfast_graph", 2310.0),
+        row("kernel/conv2d/resnet18/bf16/forward/rsfast", 9.0),
+        row("kernel/conv2d/resnet18/bf16/forward/separate", 9.0),
+        row("kernel/conv2d/56px-C64-C64-k3s1/bf16/forward/rsfast", 1.0),
+        row("kernel/conv2d/56px-C64-C64-k3s1/bf16/forward/separate", 1.0),
+        row("loader/pil/cpu", 100.0),
+    ]
+    panels = {title: set(bars) for title, bars in plots._panels(rows).items()}
+    assert panels == {
+        "train_step/resnet50/b256": {"authors_fp32 fp32", "rsfast_graph bf16"},
+        "kernel/conv2d/resnet18/bf16/forward": {"rsfast", "separate"},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
+    assert plots.main([str(tmp_path)]) == 0
+    assert (tmp_path / "plots.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rivals_that_lose_differently_are_not_raced() -> None:
