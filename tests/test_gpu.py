@@ -114,6 +114,45 @@ def test_an_overflow_at_the_first_step_spoils_nothing(graph: bool) -> None:
     assert all(param.isfinite().all() for param in model.parameters())
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_nan_in_one_level_leaves_everything_as_it_was(precision: str, graph: bool) -> None:
+    model, step = make_step("resnet18", "cuda", precision, graph=graph)
+    good, bad = make_batch("cuda"), make_batch("cuda")
+    bad.images.level(1)[3] = float("nan")
+    for _ in range(10):
+        step(good)  # in fp16 the first ones overflow
+    step.guard.read()
+    before = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+    with host_must_not_wait():
+        for _ in range(2):
+            step(bad)
+    for ours, exact in zip((*model.parameters(), *model.buffers()), before, strict=True):
+        assert torch.equal(ours, exact)
+    assert step.guard.read() == (2, 2)
+    assert step(good).total.isfinite()
+    assert step.guard.read() == (0, 2)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_batch_that_does_not_fit_is_named_with_one_that_does(graph: bool) -> None:
+    model, step = make_step("resnet50", "cuda", "bf16", graph=graph)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(4 * 2**30 / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"batch_size 512 does not fit") as caught:
+            step(make_batch("cuda", num_images=512))
+        words = str(caught.value).split()
+        fits = int(words[words.index("does", words.index("below:")) - 1])
+        assert 1 <= fits < 512
+        # The words must not hold on to the memory that they speak of.
+        del model, step, caught
+        _, step = make_step("resnet50", "cuda", "bf16")
+        assert step(make_batch("cuda", num_images=fits)).total.isfinite()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_a_captured_step_refuses_another_shape_in_words() -> None:
     _, step = make_step("resnet18", "cuda", "bf16", graph=True)
     step(make_batch("cuda"))
