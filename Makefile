@@ -6,7 +6,7 @@ EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check format bench profile clean
+.PHONY: setup demo test soak test-gpu check format bench profile clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Kills a run at random moments, RSFAST_SOAK_KILLS times (100), and compares it with a whole one.
+soak: setup
+	$(BIN)/python -m pytest -s tests/soak.py
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -12,7 +12,8 @@ and writes); the gradients of the weight are added up in float32 and rounded onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 __all__ = ["conv2d", "conv2d_reference"]
 
 _UNIT = [1, 1]
+# Entered around the forward and the backward of each level, with its name; for profilers.
+level_range: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def conv2d_reference(
@@ -54,22 +57,24 @@ def _fwd(
     outputs = _levels(y, _strided(heights, stride), _strided(widths, stride), num_images)
     strides, padding = [stride] * 2, [weight.shape[2] // 2] * 2
     cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     for level, output in zip(inputs, outputs, strict=True):
-        if x.is_cuda and cudnn.enabled:
-            torch.ops.aten.cudnn_convolution.out(
-                level,
-                weight,
-                padding,
-                strides,
-                _UNIT,
-                groups,
-                cudnn.benchmark,
-                cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
-                cudnn.allow_tf32,
-                out=output,
-            )
-        else:  # nothing else in PyTorch writes where it is told to
-            output.copy_(F.conv2d(level, weight, None, strides, padding, _UNIT, groups))
+        with level_range(f"level {level.shape[2]}x{level.shape[3]}"):
+            if x.is_cuda and cudnn.enabled:
+                torch.ops.aten.cudnn_convolution.out(
+                    level,
+                    weight,
+                    padding,
+                    strides,
+                    _UNIT,
+                    groups,
+                    cudnn.benchmark,
+                    deterministic,
+                    cudnn.allow_tf32,
+                    out=output,
+                )
+            else:  # nothing else in PyTorch writes where it is told to
+                output.copy_(F.conv2d(level, weight, None, strides, padding, _UNIT, groups))
     return y
 
 
@@ -110,23 +115,24 @@ def _bwd(
     sums = torch.promote_types(weight.dtype, torch.float32)
     total = None
     for level, target, output in zip(inputs, targets, outputs, strict=True):
-        level_dx, level_dweight, _ = torch.ops.aten.convolution_backward(
-            output,
-            level,
-            weight,
-            None,
-            strides,
-            padding,
-            _UNIT,
-            False,
-            [0, 0],
-            groups,
-            [wants_dx, wants_dweight, False],
-        )
-        if wants_dx:
-            target.copy_(level_dx)
-        if wants_dweight:
-            total = level_dweight.to(sums) if total is None else total.add_(level_dweight)
+        with level_range(f"level {level.shape[2]}x{level.shape[3]}"):
+            level_dx, level_dweight, _ = torch.ops.aten.convolution_backward(
+                output,
+                level,
+                weight,
+                None,
+                strides,
+                padding,
+                _UNIT,
+                False,
+                [0, 0],
+                groups,
+                [wants_dx, wants_dweight, False],
+            )
+            if wants_dx:
+                target.copy_(level_dx)
+            if wants_dweight:
+                total = level_dweight.to(sums) if total is None else total.add_(level_dweight)
     if total is not None:
         # A copy of the strides too: gradients are to lie in memory as their weights do.
         dweight = torch.empty_like(weight).copy_(total)

@@ -28,7 +28,7 @@ from rsfast.models.rsnet import ARCHITECTURES, BN_MODES
 from rsfast.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.pyramid import check_resolutions
 
-__all__ = ["TrainConfig", "parse_args", "profiled_steps", "recipe_names"]
+__all__ = ["TrainConfig", "checkpoint_interval", "parse_args", "profiled_steps", "recipe_names"]
 
 _CHOICES: dict[str, Sequence[str]] = {
     "arch": ARCHITECTURES,
@@ -108,6 +108,8 @@ class TrainConfig:
     """autocast type; by default bf16 on a GPU and fp32 on a CPU"""
     loader: str = "dali"
     """data loader; synthetic repeats one random batch"""
+    strict: bool = False
+    """refuse a data set with unreadable images instead of leaving them out"""
     workers: int = 2
     """loader threads (dali) or processes (pil) per rank"""
     device: str = "auto"
@@ -117,9 +119,15 @@ class TrainConfig:
     on a GPU"""
     graph: bool = True
     """replay the whole step as one CUDA graph; without effect on a CPU"""
+    deterministic: bool = False
+    """the same bits in every run on the same machine, at some cost in speed"""
     profile: str | None = None
     """steps A:B (from A up to, but not including, B) that a profiler is told to record, and names
     of layers and phases for it"""
+    checkpoint_every: str | None = None
+    """steps ("500") or minutes ("10m") between checkpoints, besides those after every epoch"""
+    keep: int = 2
+    """checkpoints to keep: last.pt, last-1.pt, ..."""
     max_skipped: int = 20
     """steps in a row that may be left out because loss or gradients are not finite"""
     seed: int = 0
@@ -127,7 +135,10 @@ class TrainConfig:
     log_every: int = 50
     """steps between log lines; the only moments that wait for the device"""
     resume: str | None = None
-    """checkpoint to continue, or auto for the run folder's last one if it is there"""
+    """checkpoint to continue, or auto for the run folder's last whole one if it is there"""
+    restart_epoch: bool = False
+    """continue from the start of the checkpoint's epoch, which allows another number of processes,
+    batch size, loader or set of images"""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -135,7 +146,7 @@ class TrainConfig:
             if value not in choices and not (name == "precision" and value is None):
                 raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
         check_resolutions(self.resolutions)
-        for name in ("batch_size", "epochs", "log_every", "max_skipped"):
+        for name in ("batch_size", "epochs", "log_every", "max_skipped", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("steps_per_epoch", "workers", "lr", "weight_decay", "warmup_epochs", "seed"):
@@ -158,6 +169,9 @@ class TrainConfig:
             )
         if self.profile is not None:
             profiled_steps(self.profile)
+        checkpoint_interval(self.checkpoint_every)
+        if self.restart_epoch and self.resume is None:
+            raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
 
@@ -179,6 +193,22 @@ def profiled_steps(text: str) -> tuple[int, int]:
             f"profile must look like 100:110, the second above the first, got {text!r}"
         )
     return int(first), int(last)
+
+
+def checkpoint_interval(text: str | None) -> tuple[int, float]:
+    """The steps and seconds of "500" or "10m"; 0 for what it is not.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    if text is None:
+        return 0, 0.0
+    number = text.removesuffix("m")
+    if not number.isdecimal() or not number.isascii() or int(number) < 1:
+        raise ValueError(
+            f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {text!r}"
+        )
+    return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from rsfast.models import RSNet
 
-__all__ = ["Rank", "average_bn_statistics", "first_rank_first", "join", "leave", "sum_over_ranks"]
+__all__ = [
+    "Rank",
+    "agree",
+    "average_bn_statistics",
+    "first_rank_first",
+    "join",
+    "leave",
+    "sum_over_ranks",
+]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +37,13 @@ class Rank:
         index: from 0; rank 0 writes files and talks.
         world_size: number of processes.
         device: the one this process trains on.
+        host_group: of gloo, for what the hosts agree on; None for one process.
     """
 
     index: int
     world_size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -57,8 +71,19 @@ def join(device: str = "auto") -> Rank:
         torch.cuda.set_device(place)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
-    return Rank(int(os.environ.get("RANK", 0)), world_size, place)
+        # torchrun keeps one store over its restarts, and what the processes of the start before
+        # have left there makes new ones wait for the dead: each start gets a part of its own.
+        store, number, _ = next(rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore(f"rsfast/{attempt}", store),
+            rank=number,
+            world_size=world_size,
+            device_id=place if cuda else None,
+        )
+    group = dist.new_group(backend="gloo") if world_size > 1 else None
+    return Rank(int(os.environ.get("RANK", 0)), world_size, place, group)
 
 
 def leave() -> None:
@@ -81,6 +106,22 @@ def first_rank_first(rank: Rank) -> Iterator[None]:
         # Also when rank 0 fails: the others then meet the same error instead of waiting.
         if rank.world_size > 1 and rank.is_main:
             dist.barrier()
+
+
+def agree(rank: Rank, find: Callable[[], T]) -> T:
+    """What `find` returns on rank 0, or the ValueError that it raises there, on all ranks."""
+    if rank.world_size == 1:
+        return find()
+    box: list[Any] = [None, None]
+    if rank.is_main:
+        try:
+            box[0] = find()
+        except ValueError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, group=rank.host_group)
+    if box[1] is not None:
+        raise ValueError(box[1])
+    return box[0]
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rsfast.data import Batch
 from rsfast.guard import StepGuard, skips_on_device
 from rsfast.losses import LossTerms
-from rsfast.nvtx import nvtx_range
+from rsfast.nvtx import name_all_reduces, nvtx_range
 from rsfast.pyramid import Pyramid
 from rsfast.snapshot import Snapshot
 
@@ -112,12 +112,13 @@ class TrainStep:
             if self._stream:  # DDP reads the weights there
                 self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._objective = DistributedDataParallel(
+                self._objective = ddp = DistributedDataParallel(
                     self._modules,
                     device_ids=[self._device] if self._device.type == "cuda" else None,
                     gradient_as_bucket_view=True,
                     **_KEEP_BUFFERS,  # batch-norm statistics stay per rank
                 )
+            name_all_reduces(ddp)
             if self._stream:
                 torch.cuda.current_stream().wait_stream(self._stream)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")

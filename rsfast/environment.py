@@ -30,7 +30,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "rsfast": rsfast.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of its own, which checkpoints do not hold
     }
     for package in _PACKAGES:
         try:

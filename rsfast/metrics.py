@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,28 +11,31 @@ from torch import Tensor
 from rsfast.distributed import sum_over_ranks
 from rsfast.losses import LossTerms
 
-__all__ = ["LossMeter", "TopK", "top_k_hits"]
+__all__ = ["EpochMean", "LossMeter", "TopK", "top_k_hits"]
 
 
 class LossMeter:
-    """Mean of the loss terms since it was last read, over the steps at which they were finite."""
+    """Mean of the loss terms since it was last read, over the steps at which they were finite.
+
+    Attributes:
+        sums: [4] float64 on the device: of the three terms, and the steps they are of.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        # Of each term, and the steps they are of.
-        self._sums = torch.zeros(len(LossTerms._fields) + 1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(LossTerms._fields) + 1, dtype=torch.float64, device=device)
 
     def add(self, terms: LossTerms) -> None:
         """Counts one step; no synchronisation."""
         values = torch.stack([*terms, torch.ones_like(terms.ce)])
-        self._sums += torch.where(values.isfinite().all(), values, 0.0)
+        self.sums += torch.where(values.isfinite().all(), values, 0.0)
 
     def read(self) -> dict[str, float]:
         """Mean over steps and ranks of each term and of their total, in nats; starts anew.
 
         NaN if there was no step at which they were finite.
         """
-        *sums, steps = sum_over_ranks(self._sums.clone()).tolist()
-        self._sums.zero_()
+        *sums, steps = sum_over_ranks(self.sums.clone()).tolist()
+        self.sums.zero_()
         means = [value / steps if steps else math.nan for value in sums]
         return {"loss": sum(means), **dict(zip(LossTerms._fields, means, strict=True))}
 
@@ -49,6 +53,30 @@ def top_k_hits(logits: Tensor, labels: Tensor) -> Tensor:
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [L, N, <=5]
     hits = best == labels[None, :, None]
     return torch.stack([hits[..., 0].sum(-1), hits.any(-1).sum(-1)], dim=1)
+
+
+@dataclass
+class EpochMean:
+    """Mean of log lines, each as heavy as it has steps; lines without a finite step count not.
+
+    Attributes:
+        sums: of each figure.
+        weight: steps in all.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    weight: int = 0
+
+    def add(self, values: dict[str, float], weight: int) -> None:
+        """Counts one line."""
+        finite = math.isfinite(values["loss"])
+        self.weight += weight if finite else 0
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + (value * weight if finite else 0.0)
+
+    def read(self) -> dict[str, float]:
+        """NaN if nothing was finite."""
+        return {n: v / self.weight if self.weight else math.nan for n, v in self.sums.items()}
 
 
 class TopK:

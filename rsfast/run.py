@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import random
+import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rsfast import checkpoint, environment
 from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
-from rsfast.distributed import Rank, first_rank_first
+from rsfast.distributed import Rank, agree, first_rank_first
 from rsfast.engine import PRECISIONS, TrainStep
+from rsfast.interrupt import Vote
 from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
 from rsfast.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.optim import build_optimizer, lr_at
+from rsfast.resume import Progress, config_hash, find_checkpoint, restore
 from rsfast.runlog import RunLog
-from rsfast.unpickle import load_dict
 
-__all__ = ["Run", "build", "save"]
+__all__ = ["Run", "build"]
 
 _LOG = logging.getLogger("rsfast")
 _PADDED_CHANNELS = 4
 _RECIPE_BATCH = 256  # that the learning rates of the recipes belong to
-# Settings that may differ between a run and its continuation.
-_FREE_TO_CHANGE = {
-    "data",
-    "output",
-    "resume",
-    "workers",
-    "log_every",
-    "device",
-    "loader",
-    "graph",
-    "profile",
-    "max_skipped",
-}
 
 
 @dataclass(kw_only=True)
@@ -59,9 +52,12 @@ class Run:
         ema: averaged weights, if asked for.
         profile: which steps a profiler records, if any.
         log: writer of the run's files, on rank 0.
-        first_epoch: where training starts; above 0 when resumed.
+        at: where the run is.
         best: score of the best epoch so far.
         meter: losses since the last log line.
+        vote: what all ranks agree on after a step.
+        saved: when the last checkpoint was written or the run began, in seconds of
+            `time.monotonic`.
     """
 
     cfg: TrainConfig
@@ -76,17 +72,25 @@ class Run:
     ema: AveragedModel | None
     profile: ProfileWindow | None = None
     log: RunLog | None = None
-    first_epoch: int = 0
+    at: Progress = field(default_factory=Progress)
     best: tuple[float, float] = (-1.0, -1.0)
     meter: LossMeter = field(init=False)
+    vote: Vote = field(init=False)
+    saved: float = field(default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(self.rank.device)
+        self.vote = Vote(self.rank.host_group)
 
     @property
     def steps_per_epoch(self) -> int:
         """The same on all ranks."""
         return len(self.train_loader)
+
+    @property
+    def steps_done(self) -> int:
+        """Since the beginning of the run."""
+        return self.at.epoch * self.steps_per_epoch + self.at.step
 
     @property
     def averaged_model(self) -> RSNet:
@@ -113,11 +117,8 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     """
     cfg = _resolve(cfg, rank)
     folder = Path(cfg.output or "")
-    resume_from = _resume_path(cfg, folder)
-    torch.manual_seed(cfg.seed)
-    torch.backends.cudnn.benchmark = True  # sizes never change within a run
-    # Gradients of a run that diverges are denormal, which x86 computes a hundred times slower.
-    torch.set_flush_denormal(True)
+    resume_from = agree(rank, lambda: find_checkpoint(cfg, folder))
+    _prepare_process(cfg)
     loaders = _loaders(cfg, rank)
     if rank.device.type == "cuda":
         # What autocast would cast to, and the channels that tensor cores take.
@@ -147,6 +148,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     if cfg.ema_decay:
         average = get_ema_multi_avg_fn(cfg.ema_decay)
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    profile = _profile(cfg, model, rank)  # first: the step asks whether it has names to give
     run = Run(
         cfg=cfg,
         rank=rank,
@@ -158,39 +160,13 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         optimizer=optimizer,
         step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=cfg.graph),
         ema=ema,
-        profile=_profile(cfg, model, rank),
+        profile=profile,
     )
     if resume_from:
-        _restore(run, resume_from)
+        restore(run, resume_from)
     if rank.is_main:
         _open_folder(run)
     return run
-
-
-def save(run: Run, next_epoch: int, is_best: bool) -> None:
-    """Writes last.pt, and model_best.pt when this epoch is the best one."""
-    last = run.folder / "last.pt"
-    optimizer = run.optimizer.state_dict()
-    for group in optimizer["param_groups"]:
-        group["lr"] = float(group["lr"])  # a captured step has made a tensor of it
-    payload = {
-        **checkpoint.model_payload(run.model),
-        "loss": run.loss.state_dict(),
-        "optimizer": optimizer,
-        "scaler": run.step.scaler.state_dict(),
-        "skipped": run.step.guard.counts.tolist(),
-        "epoch": next_epoch,
-        "best": run.best,
-        "rng": torch.get_rng_state(),
-        "config": dataclasses.asdict(run.cfg),
-        "world_size": run.rank.world_size,
-    }
-    if run.ema:
-        payload["ema"] = run.ema.module.state_dict()
-        payload["ema_updates"] = int(run.ema.n_averaged)
-    checkpoint.save(payload, last)
-    if is_best:
-        checkpoint.copy(last, run.folder / "model_best.pt")
 
 
 def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
@@ -199,6 +175,18 @@ def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     output = cfg.output or f"runs/{cfg.arch}"
     kernels = choose_backend(cfg.kernels, rank.device)
     return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
+
+
+def _prepare_process(cfg: TrainConfig) -> None:
+    torch.manual_seed(cfg.seed)
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # sizes never change within a run
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    # Gradients of a run that diverges are denormal, which x86 computes a hundred times slower.
+    torch.set_flush_denormal(True)
 
 
 def _profile(cfg: TrainConfig, model: RSNet, rank: Rank) -> ProfileWindow | None:
@@ -211,26 +199,13 @@ def _profile(cfg: TrainConfig, model: RSNet, rank: Rank) -> ProfileWindow | None
     return ProfileWindow(*profiled_steps(cfg.profile))
 
 
-def _resume_path(cfg: TrainConfig, folder: Path) -> Path | None:
-    last = folder / "last.pt"
-    if cfg.resume == "auto":
-        return last if last.exists() else None
-    if cfg.resume:
-        return Path(cfg.resume)
-    if last.exists():
-        raise ValueError(
-            f"output folder {folder} holds a run already: continue it with --resume auto, "
-            f"or name another --output"
-        )
-    return None
-
-
 def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     common: dict[str, Any] = {
         "backend": cfg.loader,
         "rank": rank.index,
         "world_size": rank.world_size,
         "workers": cfg.workers,
+        "strict": cfg.strict,
         "device": rank.device,
     }
     with first_rank_first(rank):
@@ -270,38 +245,6 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     return training, validation
 
 
-def _restore(run: Run, path: Path) -> None:
-    """Continues from a checkpoint that rsfast wrote at the end of an epoch."""
-    content = load_dict(path)
-    if "optimizer" not in content or "config" not in content:
-        raise ValueError(f"checkpoint {path} holds no training state to resume from")
-    before, now = content["config"], dataclasses.asdict(run.cfg)
-    for name in sorted(set(now) - _FREE_TO_CHANGE):
-        if before.get(name) != now[name]:
-            raise ValueError(
-                f"checkpoint {path} was trained with {name} = {before.get(name)!r}, this run has "
-                f"{now[name]!r}: resume with the same settings, or start another --output"
-            )
-    if content["world_size"] != run.rank.world_size:
-        raise ValueError(
-            f"checkpoint {path} was trained by {content['world_size']} processes, this run has "
-            f"{run.rank.world_size}: the batch and its order would change"
-        )
-    if content["class_names"] != run.model.class_names:
-        raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
-    run.model.load_state_dict(content["model"])
-    run.loss.load_state_dict(content["loss"])
-    run.optimizer.load_state_dict(content["optimizer"])
-    run.step.scaler.load_state_dict(content["scaler"])
-    run.step.guard.counts.copy_(torch.tensor(content["skipped"]))
-    if run.ema:
-        run.ema.module.load_state_dict(content["ema"])
-        run.ema.n_averaged.fill_(content["ema_updates"])
-    run.first_epoch = content["epoch"]
-    run.best = tuple(content["best"])
-    torch.set_rng_state(content["rng"])
-
-
 def _open_folder(run: Run) -> None:
     """Creates the run folder and its log, and says what is about to happen."""
     try:
@@ -309,8 +252,9 @@ def _open_folder(run: Run) -> None:
         (run.folder / "config.toml").write_text(run.cfg.to_toml())
     except OSError as error:
         raise ValueError(f"output folder {run.folder} cannot be written: {error}") from error
-    first_step = run.first_epoch * run.steps_per_epoch
-    run.log = RunLog(run.folder, run.cfg.resolutions, run.first_epoch, first_step)
+    checkpoint.clean(run.folder)
+    _check_space(run)
+    run.log = RunLog(run.folder, run.cfg.resolutions, run.at.epoch, run.steps_done)
     norms = sum(p.numel() for norm in run.model.batch_norms() for p in norm.parameters())
     facts = {
         **environment.describe(run.rank.device),
@@ -318,6 +262,7 @@ def _open_folder(run: Run) -> None:
         "total_batch": run.rank.world_size * run.cfg.batch_size,
         "device": str(run.rank.device),
         "kernels": run.cfg.kernels,
+        "config_hash": config_hash(run.cfg),
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
         "classes": len(run.train_loader.class_names),
@@ -325,12 +270,26 @@ def _open_folder(run: Run) -> None:
         "parameters_shared": _count(run.model) - norms,
         "parameters_batch_norm": norms,
     }
-    start = run.first_epoch * run.steps_per_epoch
-    run.log.write("start", step=start, **facts, config=dataclasses.asdict(run.cfg))
+    run.log.write("start", step=run.steps_done, **facts, config=dataclasses.asdict(run.cfg))
     for name, value in facts.items():
         _LOG.info("%-22s %s", name, f"{value:,}" if isinstance(value, int) else value)
-    if run.first_epoch:
-        _LOG.info("resumed after epoch %d of %d", run.first_epoch, run.cfg.epochs)
+    if run.steps_done:
+        within = f" and {run.at.step} of {run.steps_per_epoch} steps" if run.at.step else ""
+        _LOG.info("resumed after epoch %d of %d%s", run.at.epoch, run.cfg.epochs, within)
+
+
+def _check_space(run: Run) -> None:
+    """Refuses a disk that does not hold the run's checkpoints."""
+    tensors = [*run.model.state_dict().values()] * (2 if run.ema else 1)
+    tensors += [buffer for state in run.optimizer.state.values() for buffer in state.values()]
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    # Those kept, the best one twice (as safetensors too), and the one that is being written.
+    needed, free = (run.cfg.keep + 3) * size, shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise ValueError(
+            f"output folder {run.folder} must have room for {run.cfg.keep + 3} checkpoints, "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        )
 
 
 def _count(module: nn.Module) -> int:

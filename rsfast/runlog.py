@@ -25,27 +25,27 @@ class RunLog:
     Args:
         folder: of the run; exists.
         resolutions: trained ones, for the columns of the summary.
-        first_epoch: epochs before this one are kept from an earlier start.
-        first_step: as above, in steps since the beginning of the run.
+        epochs_done: so many whole epochs are kept from an earlier start.
+        steps_done: and so many steps, since the beginning of the run.
     """
 
     def __init__(
-        self, folder: Path, resolutions: Sequence[int], first_epoch: int, first_step: int
+        self, folder: Path, resolutions: Sequence[int], epochs_done: int, steps_done: int
     ) -> None:
         self._folder = folder
         self._resolutions = resolutions
         self._rows = [
-            row for row in _read_csv(folder / "summary.csv") if int(row["epoch"]) <= first_epoch
+            row for row in _read_csv(folder / "summary.csv") if int(row["epoch"]) <= epochs_done
         ]
         kept = [
             line
             for line in _read_lines(folder / "log.jsonl")
-            if json.loads(line).get("step", 0) <= first_step
+            if _was_before(json.loads(line), epochs_done, steps_done)
         ]
         self._lines = open(folder / "log.jsonl", "w", buffering=1)  # noqa: SIM115 (kept open)
         self._lines.writelines(kept)
         # Only a resumed run has events to purge; a purge step in a fresh one would hide step 0.
-        purge = first_step if first_step else None
+        purge = steps_done + 1 if steps_done else None
         self._board = SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, event: str, **values: Any) -> None:
@@ -78,6 +78,13 @@ class RunLog:
         """Flushes and closes the files."""
         self._board.close()
         self._lines.close()
+
+
+def _was_before(line: dict[str, Any], epochs_done: int, steps_done: int) -> bool:
+    # At the end of an epoch, its last step may be done and its validation not.
+    if line["event"] == "epoch":
+        return line["epoch"] <= epochs_done
+    return line.get("step", 0) <= steps_done
 
 
 def _is_infinite(value: Any) -> bool:

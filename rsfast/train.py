@@ -10,16 +10,18 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
 from rsfast import distributed
-from rsfast.config import TrainConfig, parse_args
-from rsfast.data import prefetch
+from rsfast.config import TrainConfig, checkpoint_interval, parse_args
+from rsfast.data import Batch, prefetch
 from rsfast.engine import PRECISIONS
+from rsfast.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.optim import set_lr
-from rsfast.run import Run, build, save
+from rsfast.resume import Progress, save
+from rsfast.run import Run, build
 from rsfast.validation import Accuracy, validate
 
 __all__ = ["main", "train"]
@@ -36,21 +38,25 @@ def train(cfg: TrainConfig) -> Accuracy | None:
     Raises:
         ValueError: naming the setting, the rule and the value.
         FloatingPointError: if too many steps in a row had to be left out.
+        Stopped: after SIGTERM or SIGUSR1, once the step is done and saved.
     """
-    rank = distributed.join(cfg.device)
-    try:
-        return train_epochs(build(cfg, rank))
-    finally:
-        distributed.leave()
+    with Interrupt() as interrupt:
+        try:
+            rank = distributed.join(cfg.device)
+            return train_epochs(build(cfg, rank), interrupt)
+        finally:
+            distributed.leave()
 
 
-def train_epochs(run: Run) -> Accuracy | None:
+def train_epochs(run: Run, interrupt: Interrupt) -> Accuracy | None:
     """All epochs that are left; returns the accuracy after the last one."""
     accuracy = None
+    interrupt.defer()
     try:
-        for epoch in range(run.first_epoch, run.cfg.epochs):
-            losses = train_epoch(run, epoch)
-            accuracy = finish_epoch(run, epoch, losses)
+        while run.at.epoch < run.cfg.epochs:
+            if not run.at.validating:
+                train_epoch(run, interrupt)
+            accuracy = finish_epoch(run, interrupt)
     finally:
         if run.profile:
             run.profile.close()
@@ -59,32 +65,48 @@ def train_epochs(run: Run) -> Accuracy | None:
     return accuracy
 
 
-def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """One pass over the data; returns the mean losses in nats."""
+def train_epoch(run: Run, interrupt: Interrupt) -> None:
+    """One pass over the data, or what is left of it."""
     run.model.train()
-    run.train_loader.epoch = epoch
-    mean = _Mean()
+    at, loader = run.at, run.train_loader
+    loader.epoch, loader.first_step = at.epoch, at.step
     images_per_step = run.cfg.batch_size * run.rank.world_size
-    bar = _progress_bar(run, epoch, images_per_step)
-    clock, logged = time.perf_counter(), 0
-    for done, batch in enumerate(prefetch(run.train_loader, run.rank.device), start=1):
-        step = epoch * run.steps_per_epoch + done - 1
+    bar = _progress_bar(run, images_per_step)
+    clock, timed = time.perf_counter(), at.step
+    for batch in prefetch(loader, run.rank.device):
+        step = run.steps_done
         if run.profile:
             run.profile.before(step)
         set_lr(run.optimizer, run.lr(step))
         run.meter.add(run.step(batch))  # tensors stay on the device
         if run.ema:
             run.ema.update_parameters(run.model)
+        at.step += 1
         bar.update(images_per_step)
-        if done % run.cfg.log_every == 0 or done == run.steps_per_epoch:
+        if at.step % run.cfg.log_every == 0 or at.step == run.steps_per_epoch:
             losses = run.meter.read()  # the only host synchronisation
-            images_per_s = (done - logged) * images_per_step / (time.perf_counter() - clock)
+            images_per_s = (at.step - timed) * images_per_step / (time.perf_counter() - clock)
             bar.set_postfix_str(f"loss {losses['loss']:.3f}")
+            at.mean.add(losses, at.step - at.logged)
+            at.logged = at.step
             report(run, step, losses, images_per_s)
-            mean.add(losses, done - logged)
-            clock, logged = time.perf_counter(), done
+            clock, timed = time.perf_counter(), at.step
+        save_if_due(run, interrupt)
     bar.close()
-    return mean.read()
+
+
+def save_if_due(run: Run, interrupt: Interrupt) -> None:
+    """Writes a checkpoint where all ranks agree that it is time, or that a signal asked for it."""
+    steps, seconds = checkpoint_interval(run.cfg.checkpoint_every)
+    due = bool(steps) and run.steps_done % steps == 0
+    if seconds and run.rank.is_main:
+        due = time.monotonic() - run.saved >= seconds
+    stop, due = run.vote(interrupt.requested, due)
+    if stop or (due and run.at.step < run.steps_per_epoch):
+        save(run)
+        run.saved = time.monotonic()
+    if stop:
+        raise Stopped(f"saved after step {run.steps_done}")
 
 
 def report(run: Run, step: int, losses: dict[str, float], images_per_s: float) -> None:
@@ -111,18 +133,21 @@ def report(run: Run, step: int, losses: dict[str, float], images_per_s: float) -
         )
 
 
-def finish_epoch(run: Run, epoch: int, losses: dict[str, float]) -> Accuracy:
+def finish_epoch(run: Run, interrupt: Interrupt) -> Accuracy:
     """Validates, saves and logs."""
-    model = run.averaged_model
-    distributed.average_bn_statistics(model)
+    model, at = run.averaged_model, run.at
+    if not at.validating:
+        distributed.average_bn_statistics(model)
+        at.validating = True
     weights = run.loss.ensemble_weights
     dtype = PRECISIONS[run.cfg.precision or "fp32"]
-    accuracy = validate(model, weights, run.val_loader, dtype)
+    accuracy = validate(model, weights, _stoppable(run, interrupt), dtype)
     is_best = accuracy.score > run.best
     run.best = max(run.best, accuracy.score)
+    losses, step = at.mean.read(), run.steps_done
+    run.at = Progress(at.epoch + 1)
     if run.log:
-        step = (epoch + 1) * run.steps_per_epoch
-        row: dict[str, float] = {"epoch": epoch + 1, "lr": run.lr(step - 1), **losses}
+        row: dict[str, float] = {"epoch": run.at.epoch, "lr": run.lr(step - 1), **losses}
         for r, (top1, top5) in zip(run.cfg.resolutions, accuracy.levels, strict=True):
             row |= {f"top1_{r}": top1, f"top5_{r}": top5}
         row |= {"top1_ensemble": accuracy.ensemble[0], "top5_ensemble": accuracy.ensemble[1]}
@@ -130,13 +155,29 @@ def finish_epoch(run: Run, epoch: int, losses: dict[str, float]) -> Accuracy:
             row[f"alpha_{r}"] = weight
         # Logged first: a resumed run drops what is newer than its checkpoint, and misses nothing.
         run.log.epoch(step, row)
-        save(run, epoch + 1, is_best)
-        _print_epoch(run, epoch, losses["loss"], accuracy, is_best)
+        _print_epoch(run, losses["loss"], accuracy, is_best)
+    save(run, is_best=is_best)
+    run.saved = time.monotonic()
     return accuracy
 
 
+def _stoppable(run: Run, interrupt: Interrupt) -> Iterator[Batch]:
+    """Validation batches; a signal ends the run between two of them."""
+    # Ranks may differ by a batch, and only those that all have can be voted on.
+    shared = math.ceil(run.val_loader.num_images // run.rank.world_size / run.cfg.batch_size)
+    for number, batch in enumerate(run.val_loader):
+        yield batch
+        if number < shared and run.vote(interrupt.requested)[0]:
+            save(run)
+            raise Stopped(f"saved after step {run.steps_done}, in its validation")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 bad input, 1 training failed, 130 interrupted."""
+    """The command.
+
+    Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGUSR1 and saved,
+    130 interrupted from the keyboard.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     cfg = parse_args(argv)
     try:
@@ -144,36 +185,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"rsfast.train: error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, RuntimeError) as error:
+    except (FloatingPointError, RuntimeError, OSError) as error:
         print(f"rsfast.train: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as reason:
+        print(f"rsfast.train: stopped, {reason}; --resume auto continues", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("rsfast.train: interrupted; --resume auto continues", file=sys.stderr)
         return 130
     return 0
 
 
-class _Mean:
-    """Mean of log lines, each as heavy as it has steps; lines without a finite step count not."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weight = 0
-
-    def add(self, values: dict[str, float], weight: int) -> None:
-        finite = math.isfinite(values["loss"])
-        self._weight += weight if finite else 0
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + (value * weight if finite else 0.0)
-
-    def read(self) -> dict[str, float]:
-        return {n: v / self._weight if self._weight else math.nan for n, v in self._sums.items()}
-
-
-def _progress_bar(run: Run, epoch: int, images_per_step: int) -> tqdm:
+def _progress_bar(run: Run, images_per_step: int) -> tqdm:
     return tqdm(
         total=run.steps_per_epoch * images_per_step,
-        desc=f"epoch {epoch + 1}/{run.cfg.epochs}",
+        initial=run.at.step * images_per_step,
+        desc=f"epoch {run.at.epoch + 1}/{run.cfg.epochs}",
         unit="img",
         unit_scale=True,
         disable=run.log is None,
@@ -181,11 +209,11 @@ def _progress_bar(run: Run, epoch: int, images_per_step: int) -> tqdm:
     )
 
 
-def _print_epoch(run: Run, epoch: int, loss: float, accuracy: Accuracy, is_best: bool) -> None:
+def _print_epoch(run: Run, loss: float, accuracy: Accuracy, is_best: bool) -> None:
     levels = zip(run.cfg.resolutions, accuracy.levels, strict=True)
     top1 = "  ".join(f"{r}: {values[0]:.1f}" for r, values in levels)
     print(
-        f"epoch {epoch + 1}/{run.cfg.epochs}  loss {loss:.3f}  top-1 {top1}  "
+        f"epoch {run.at.epoch}/{run.cfg.epochs}  loss {loss:.3f}  top-1 {top1}  "
         f"ensemble: {accuracy.ensemble[0]:.1f}{'  (best)' if is_best else ''}",
         flush=True,
     )

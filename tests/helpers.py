@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["make_image_folder", "smooth_image"]
+__all__ = ["make_image_folder", "smooth_image", "environment", "torchrun"]
 
 
 def smooth_image(height: int, width: int, rng: np.random.Generator) -> Image.Image:
@@ -56,3 +59,30 @@ def make_image_folder(
                 image = smooth_image(int(height), int(width), rng)
                 image.save(folder / f"{number:04d}.jpg", quality=90)
     return root
+
+
+def torchrun(*arguments: str, folder: Path, expect: int = 0, restarts: int = 0) -> str:
+    """Runs a script or module in two processes; returns what they print, errors included.
+
+    Args:
+        arguments: of torchrun: the script, or -m and the module, and its arguments.
+        folder: to run in.
+        expect: torchrun's exit code.
+        restarts: how often both are started again when one has failed.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, f"--max-restarts={restarts}", *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def environment() -> dict[str, str]:
+    """Of processes that share two cores: one thread each."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import make_image_folder
+from helpers import make_image_folder, torchrun
 from kernel_helpers import skip_unless_it_runs_on
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
@@ -24,21 +21,6 @@ from rsfast.losses import MultiResolutionDistillation
 from rsfast.optim import build_optimizer
 
 RESOLUTIONS = (48, 32)
-
-
-def torchrun(*arguments: str, folder: Path) -> str:
-    """Runs a script or module in two processes; returns what they print."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 STEPS = """

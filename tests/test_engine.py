@@ -33,7 +33,7 @@ def test_a_step_is_forward_backward_and_sgd() -> None:
     twin, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
     twin.load_state_dict(model.state_dict())
     params = [*twin.parameters(), *loss.parameters()]
-    optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
     batch = make_batch()
     for _ in range(2):
         terms = step(batch)

@@ -18,6 +18,7 @@ from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet
 from rsfast.optim import build_optimizer, set_lr
+from run_helpers import assert_same_run, stop_when
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,3 +194,23 @@ def test_the_command_trains_on_the_gpu_in_bf16_by_default(tmp_path: Path) -> Non
     start = json.loads((output / "log.jsonl").read_text().splitlines()[0])
     assert start["config"]["precision"] == "bf16"
     assert start["gpu"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize("graph", ["--graph", "--no-graph"])
+@pytest.mark.parametrize("arch", ["mobilenetv2", "resnet18"])
+def test_a_run_stopped_after_a_step_continues_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, graph: str
+) -> None:
+    root = make_image_folder(tmp_path / "images", train=12)
+    flags = f"--arch {arch} --resolutions 64 48 --batch-size 4 --epochs 2 --loader pil --workers 0"
+    common = [*flags.split(), graph, "--deterministic", "--log-every", "2", "--data", str(root)]
+    outputs = tmp_path / "whole", tmp_path / "parts"
+    try:
+        assert train.main([*common, "--output", str(outputs[0])]) == 0
+        with monkeypatch.context() as patch:
+            stop_when(patch, lambda run: run.steps_done == 9)
+            assert train.main([*common, "--output", str(outputs[1])]) == 75
+        assert train.main([*common, "--output", str(outputs[1]), "--resume", "auto"]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(outputs[1], outputs[0])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from rsfast import create_model, nvtx
+
+CONV2D = importlib.import_module("rsfast.kernels.conv2d")  # not the function of that name
 
 
 @pytest.fixture
@@ -18,6 +24,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: made.append("stop"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append("synchronize"))
     monkeypatch.setattr(nvtx, "_enabled", False)
+    monkeypatch.setattr(CONV2D, "level_range", CONV2D.level_range)
     return made
 
 
@@ -47,6 +54,30 @@ def test_every_layer_has_a_range_with_its_name(calls: list[str]) -> None:
     assert calls[2] == "push SwitchableBatchNorm2d backbone.bn1"
     assert calls[-2:] == ["push Linear classifier", "pop"]
     assert calls.count("pop") == len(calls) / 2 == 20 + 20 + 1 + 1
+
+
+def test_every_level_of_a_convolution_has_a_range(calls: list[str]) -> None:
+    nvtx.enable_ranges()
+    rows = torch.randn(16 + 4, 2, requires_grad=True)
+    weight = torch.randn(2, 2, 3, 3, requires_grad=True)
+    y = CONV2D.conv2d(rows, weight, ((4, 4), (2, 2)), 1)
+    assert calls == ["push level 4x4", "pop", "push level 2x2", "pop"]
+    y.sum().backward()
+    assert calls == 2 * ["push level 4x4", "pop", "push level 2x2", "pop"]
+
+
+def test_the_reductions_of_ddp_have_ranges(calls: list[str], tmp_path: Path) -> None:
+    nvtx.enable_ranges()
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+        nvtx.name_all_reduces(ddp)
+        ddp(torch.randn(4, 3)).sum().backward()
+        del ddp
+    finally:
+        dist.destroy_process_group()
+    assert calls == ["push all-reduce of bucket 0", "pop"]
 
 
 def test_the_window_opens_and_closes_once(calls: list[str]) -> None:

@@ -190,7 +190,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(
     other = make_image_folder(tmp_path / "other", classes=("ant", "bee"))
     assert run(other, output, "--epochs", "1", "--resume", "auto") == 2
     assert "was trained on other classes" in capsys.readouterr().err
-    checkpoint.save({**content, "world_size": 8}, output / "last.pt")
+    content = {**content, "ranks": content["ranks"] * 8}
+    checkpoint.save(content, output / "last.pt")
     assert run(folder, output, "--epochs", "1", "--resume", "auto") == 2
     assert "was trained by 8 processes, this run has 1" in capsys.readouterr().err
     (output / "last.pt").write_bytes((output / "last.pt").read_bytes()[:1000])

@@ -1,11 +1,33 @@
-"""Where generated and derived data are kept between runs."""
+"""Where generated and derived data are kept between runs, and the record of checked files."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cache_root"]
+import numpy as np
+
+__all__ = [
+    "Record",
+    "cache_root",
+    "file_stat",
+    "load_arrays",
+    "load_bad",
+    "load_excluded",
+    "load_record",
+    "save_arrays",
+    "save_excluded",
+    "save_record",
+]
+
+_LOG = logging.getLogger(__name__)
+_INT64_MAX = 2**63 - 1
 
 
 def cache_root() -> Path:
@@ -18,3 +40,156 @@ def cache_root() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "rsfast"
     return Path.home() / ".cache" / "rsfast"
+
+
+def save_arrays(file: Path, **arrays: Any) -> None:
+    """Writes a compressed archive, which appears under its name only once it is complete.
+
+    Raises:
+        OSError: if the cache folder cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.stem}.partial-{os.getpid()}-{secrets.token_hex(4)}.npz")
+    try:
+        np.savez_compressed(partial, **arrays)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_arrays(file: Path, *names: str) -> tuple[np.ndarray, ...] | None:
+    """Some arrays of an archive; None if it is absent or damaged."""
+    try:
+        # np.load leaves a file it cannot read open when it is given the path.
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            return tuple(stored[name] for name in names)
+    except Exception:  # zip, zlib and npy readers raise a dozen kinds on a damaged file
+        return None
+
+
+def file_stat(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of modification in ns; (-1, -1) if the system does not say."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return -1, -1
+    return stat.st_size, min(stat.st_mtime_ns, _INT64_MAX)  # a broken clock's year may be 2300
+
+
+@dataclass(slots=True)
+class Record:
+    """What a check found out about the files of one split.
+
+    Attributes:
+        paths: n paths relative to the split's folder.
+        stats: [n, 2] int64, `file_stat` of each just before it was looked at.
+        sizes: [n, 2] int32 height and width in pixels; 0 where no decoder could tell.
+        findings: path to (kind, reason), of the files about which there is something to say.
+    """
+
+    paths: list[str]
+    stats: np.ndarray
+    sizes: np.ndarray
+    findings: dict[str, tuple[str, str]]
+
+
+def load_record(root: Path) -> Record | None:
+    """The record of a split; None if there is none, or a damaged one."""
+    names = ("paths", "stats", "sizes", "found_paths", "found_kinds", "found_reasons")
+    arrays = load_arrays(_record_file(root), *names)
+    if arrays is None:
+        return None
+    stats, sizes = arrays[1:3]
+    try:
+        paths, found, kinds, reasons = (_unpack(arrays[part]) for part in (0, 3, 4, 5))
+        findings = dict(zip(found, zip(kinds, reasons, strict=True), strict=True))
+    except ValueError:
+        return None
+    if not stats.shape == sizes.shape == (len(paths), 2) or not findings.keys() <= set(paths):
+        return None
+    return Record(paths, stats.astype(np.int64), sizes.astype(np.int32), findings)
+
+
+def save_record(root: Path, record: Record) -> None:
+    """Keeps the record of a split.
+
+    Raises:
+        OSError: if the cache folder cannot be written.
+    """
+    row_of = {path: row for row, path in enumerate(record.paths) if path in record.findings}
+    save_arrays(
+        _record_file(root),
+        paths=_pack(record.paths),
+        stats=record.stats,
+        sizes=record.sizes,
+        # Repeated apart from the others, because every start of a training reads only these.
+        found_paths=_pack(record.findings),
+        found_stats=record.stats[[row_of[path] for path in record.findings]],
+        found_kinds=_pack(kind for kind, _ in record.findings.values()),
+        found_reasons=_pack(reason for _, reason in record.findings.values()),
+    )
+
+
+def load_bad(root: Path) -> dict[str, tuple[int, int]]:
+    """Paths of the bad files of the last check, and what `file_stat` said of each then."""
+    file = _record_file(root)
+    arrays = load_arrays(file, "found_paths", "found_stats", "found_kinds")
+    try:
+        if arrays is not None:
+            parts = (_unpack(arrays[0]), arrays[1].tolist(), _unpack(arrays[2]))
+            found = list(zip(*parts, strict=True))
+            return {path: (size, time) for path, (size, time), kind in found if kind == "bad"}
+    except (ValueError, TypeError):
+        pass  # damaged in a way that only its contents show
+    if file.exists():
+        _LOG.warning(
+            "record of the last check %s is damaged and not used: run the check again", file
+        )
+    return {}
+
+
+def load_excluded(root: Path) -> list[str]:
+    """Paths of the files of a split that are left out by hand, sorted."""
+    file = _excluded_file(root)
+    arrays = load_arrays(file, "paths")
+    try:
+        if arrays is not None:
+            return _unpack(arrays[0])
+    except ValueError:
+        pass
+    if file.exists():
+        _LOG.warning("list of excluded files %s is damaged and not used: exclude them again", file)
+    return []
+
+
+def save_excluded(root: Path, paths: Iterable[str]) -> None:
+    """Keeps the paths of the files of a split that are left out by hand.
+
+    Raises:
+        OSError: if the cache folder cannot be written.
+    """
+    save_arrays(_excluded_file(root), paths=_pack(sorted(paths)))
+
+
+def _record_file(root: Path) -> Path:
+    return cache_root() / "check" / f"{_key(root)}.npz"
+
+
+def _excluded_file(root: Path) -> Path:
+    return cache_root() / "check" / f"{_key(root)}-excluded.npz"
+
+
+def _key(root: Path) -> str:
+    """The same however the path of a split is spelt."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+
+
+def _pack(texts: Iterable[str]) -> np.ndarray:
+    """Bytes of the texts, each with a zero behind it; numpy's own strings are as long as the
+    longest one."""
+    joined = "".join(text.replace("\0", "") + "\0" for text in texts)
+    return np.frombuffer(joined.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+
+
+def _unpack(packed: np.ndarray) -> list[str]:
+    return packed.tobytes().decode("utf-8", "surrogatepass").split("\0")[:-1]

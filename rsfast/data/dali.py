@@ -9,12 +9,14 @@ costs nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rsfast.data.folder import exclude_command
 from rsfast.data.pil import render
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
@@ -193,13 +195,14 @@ class DaliDecoder:
         for batch in batches:
             render(self._plan.index, batch, self._resolutions)
         # Pillow reads them all: the file is one that only DALI refuses.
-        paths = iter([self._plan.index.path(i) for batch in batches for i in batch.images])
+        index = self._plan.index
+        paths = iter([index.paths[i] for batch in batches for i in batch.images])
         current = ""
 
         def next_path() -> list[np.ndarray]:
             nonlocal current
             current = next(paths)
-            return [np.frombuffer(current.encode(), dtype=np.uint8)]
+            return [np.frombuffer(os.path.join(index.root, current).encode(), dtype=np.uint8)]
 
         pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
         with pipeline:
@@ -211,11 +214,19 @@ class DaliDecoder:
         except StopIteration:
             return
         except RuntimeError as error:
-            raise RuntimeError(f"cannot decode {current}: {error}") from error
+            raise RuntimeError(
+                f"DALI cannot decode {os.path.join(index.root, current)}: {_cause(error)}; to "
+                f"leave it out: {exclude_command(index.root, current)}"
+            ) from error
 
 
 def _take(fields: Iterator, count: int) -> list:
     return [next(fields) for _ in range(count)]
+
+
+def _cause(error: RuntimeError) -> str:
+    """What DALI says behind the story of where in the pipeline it happened, in one line."""
+    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
 
 
 def _as_tensor(level) -> Tensor:

@@ -2,6 +2,7 @@
 
 The index holds what every loader needs before it decodes anything: path, label and size of each
 image. It reads file headers only, and is cached, so that a later start costs a directory listing.
+What `python -m rsfast.data check` found bad, and what was excluded by hand, is left out of it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,38 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rsfast.data.cache import cache_root
+from rsfast.data.cache import (
+    cache_root,
+    file_stat,
+    load_arrays,
+    load_bad,
+    load_excluded,
+    save_arrays,
+    save_excluded,
+)
 
-__all__ = ["EXTENSIONS", "FolderIndex", "index_folder"]
+__all__ = [
+    "EXTENSIONS",
+    "FORMAT_OF",
+    "SPLITS",
+    "FolderIndex",
+    "Listing",
+    "check_command",
+    "exclude",
+    "exclude_command",
+    "index_folder",
+    "is_supported",
+    "list_split",
+    "printable",
+    "save_sizes",
+    "split_folders",
+]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Pillow's names of what every loader can decode, whatever the file is called (MPO is JPEG).
-_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
+# Pillow's names of what every loader can decode, by the extension it usually has.
+FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+EXTENSIONS = tuple(FORMAT_OF)
+SPLITS = ("train", "val")
+_FORMATS = {*FORMAT_OF.values(), "MPO"}  # whatever the file is called; MPO is JPEG
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1  # of the cache file; raise it when its contents change
 
@@ -58,20 +82,73 @@ class FolderIndex:
         return os.path.join(self.root, self.paths[index])
 
 
-def index_folder(root: str | Path, *, workers: int = 8, cache: bool = True) -> FolderIndex:
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files in the class folders of one split.
+
+    Attributes:
+        root: the split's folder, absolute.
+        class_names: sub-folder names, sorted.
+        paths: of the files that are images by name, relative to root, sorted within each folder.
+        others: of all other files.
+        digest: changes with root, with the paths and with the folders' modification times.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: list[str]
+    others: list[str]
+    digest: str
+
+
+def index_folder(
+    root: str | Path, *, workers: int = 8, cache: bool = True, strict: bool = False
+) -> FolderIndex:
     """Lists the images below `root` and reads the size of each.
 
-    Files whose header no decoder can read are left out, with a warning that names the first ones.
-    An image that is overwritten in place by one of another size needs its folder touched.
+    Left out, with a warning that names the first ones, are files whose header no decoder can read,
+    those which the last `python -m rsfast.data check` found bad and which have not changed since
+    (by size and modification time), and those which were excluded by hand. Every process that sees
+    the same files and the same cache folder gets the same index.
+
+    An image that is overwritten in place by one of another size needs its folder touched, unless
+    it was a bad one.
 
     Args:
         root: a folder with one sub-folder per class.
         workers: threads that read headers.
-        cache: keep the result under the cache folder; it is used again while the listing and the
+        cache: keep the sizes under the cache folder; they are used again while the listing and the
             folders' modification times stay the same.
+        strict: take bad files, other than those excluded by hand, for an error. Truncated ones are
+            known only after a check.
 
     Raises:
-        ValueError: if the folder does not exist, has no class folders, or a class has no image.
+        ValueError: if the folder does not exist, has no class folders, or a class has no image; if
+            strict, also if there is a bad file.
+    """
+    listing = list_split(root)
+    root, paths = listing.root, listing.paths
+    sizes = _load_sizes(listing) if cache else None
+    if sizes is None:
+        sizes = _read_sizes(root, paths, workers)
+        if cache:
+            save_sizes(listing, sizes)
+    bad, excluded = _left_out(root, paths, sizes)
+    if strict and bad.any():
+        first = printable(paths[int(np.flatnonzero(bad)[0])])
+        raise ValueError(
+            f"data folder {root} must hold no bad image when strict, found {bad.sum()}, the first "
+            f"is {first}; to list them: {check_command(root)}"
+        )
+    _warn_of_left_out(root, paths, bad, excluded)
+    return _usable(listing, sizes, ~(bad | excluded))
+
+
+def list_split(root: str | Path) -> Listing:
+    """The files of all class folders, with those in sub-folders of them and behind links.
+
+    Raises:
+        ValueError: if the folder does not exist, has no class folders, or one cannot be read.
     """
     root = Path(root).absolute()
     if not root.is_dir():
@@ -79,45 +156,149 @@ def index_folder(root: str | Path, *, workers: int = 8, cache: bool = True) -> F
     class_names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
     if not class_names:
         raise ValueError(f"data folder {root} must have one sub-folder per class, found none")
-    paths, digest = _list_images(root, class_names)
-    file = cache_root() / "index" / f"{digest}.npz"
-    sizes = _load_sizes(file, len(paths)) if cache else None
-    if sizes is None:
-        sizes = _read_sizes(root, paths, workers)
-        if cache:
-            _save_sizes(file, sizes)
-    return _without_unreadable(root, paths, sizes, class_names)
-
-
-def _list_images(root: Path, class_names: Sequence[str]) -> tuple[list[str], str]:
-    """Relative paths in order, and a digest of the listing."""
     paths: list[str] = []
-    digest = hashlib.sha256(f"{_FORMAT}:{root}".encode())
+    others: list[str] = []
+    digest = hashlib.sha256(os.fsencode(f"{_FORMAT}:{root}"))
     for name in class_names:
-        for folder, subfolders, files in os.walk(root / name, followlinks=True):
+        for folder, subfolders, files in os.walk(root / name, onerror=_refuse, followlinks=True):
             subfolders.sort()
-            digest.update(f"{folder}:{os.stat(folder).st_mtime_ns}".encode())
+            digest.update(os.fsencode(f"{folder}:{os.stat(folder).st_mtime_ns}"))
             relative = os.path.relpath(folder, root)
-            paths += (
-                os.path.join(relative, file)
-                for file in sorted(files)
-                if file.lower().endswith(EXTENSIONS)
-            )
-    digest.update("\0".join(paths).encode())
-    return paths, digest.hexdigest()[:32]
+            for file in sorted(files):
+                is_image = file.lower().endswith(EXTENSIONS)
+                (paths if is_image else others).append(os.path.join(relative, file))
+    digest.update(os.fsencode("\0".join(paths)))
+    return Listing(root, class_names, paths, others, digest.hexdigest()[:32])
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be read would otherwise be one without images."""
+    raise ValueError(f"folder {error.filename} must be readable: {error.strerror}") from error
+
+
+def printable(path: str) -> str:
+    """A path without line breaks and bytes that are no text."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+
+
+def is_supported(image: Image.Image) -> bool:
+    """Whether every loader can decode images of this format."""
+    return image.format in _FORMATS
+
+
+def split_folders(folder: str | Path) -> list[Path]:
+    """The splits below a folder: its train/ and val/, or the folder itself.
+
+    A folder called train or val is a split if it holds class folders, so that a class may be
+    called so, too.
+
+    Raises:
+        ValueError: if the folder does not exist.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise ValueError(f"data folder {folder} does not exist")
+    splits = [folder / name for name in SPLITS if (folder / name).is_dir()]
+    found = [split for split in splits if any(entry.is_dir() for entry in split.iterdir())]
+    return found or [folder]
+
+
+def exclude(folder: str | Path, files: Sequence[str], *, undo: bool = False) -> dict[Path, int]:
+    """Leaves files out of a data set, or no longer.
+
+    Args:
+        folder: of the data set or of one split.
+        files: paths, from the working folder or from `folder`.
+        undo: take them in again.
+
+    Returns:
+        How many files are left out of each split that was changed.
+
+    Raises:
+        ValueError: naming the file that is no image of the data set, or is not excluded; if the
+            cache folder cannot be written.
+    """
+    splits = split_folders(folder)
+    excluded = {split: set(load_excluded(split)) for split in splits}
+    changed = set()
+    for file in files:
+        places = [place for split in splits for place in _places(split, Path(folder), file)]
+        if undo:
+            places = [(split, path) for split, path in places if path in excluded[split]]
+        else:
+            places = [(split, path) for split, path in places if os.path.lexists(split / path)]
+        if not places:
+            rule = "a file that is excluded" if undo else f"an image in a class folder of {folder}"
+            raise ValueError(f"file must be {rule}, got {file}")
+        split, path = places[0]
+        (excluded[split].discard if undo else excluded[split].add)(path)
+        changed.add(split)
+    try:
+        for split in changed:
+            save_excluded(split, excluded[split])
+    except OSError as error:
+        raise ValueError(f"cache folder {cache_root()} must be writable: {error}") from error
+    return {split: len(excluded[split]) for split in splits if split in changed}
+
+
+def _places(split: Path, folder: Path, file: str) -> Iterator[tuple[Path, str]]:
+    """Where in a split a file may be meant to lie, as the index would call it."""
+    for absolute in (os.path.abspath(file), os.path.abspath(folder / file)):
+        for base, path in (
+            (str(split), absolute),
+            (os.path.realpath(split), os.path.realpath(absolute)),
+        ):
+            relative = os.path.relpath(path, base)
+            in_class_folder = os.sep in relative and not relative.startswith(os.pardir + os.sep)
+            if in_class_folder and relative.lower().endswith(EXTENSIONS):
+                yield split, relative
+
+
+def check_command(root: Path) -> str:
+    """What to type for the list of the bad files of a split."""
+    return f"python -m rsfast.data check {shlex.quote(_named(root))}"
+
+
+def exclude_command(root: Path, path: str) -> str:
+    """What to type to have one file of a split left out."""
+    file = os.path.join(root, path)
+    return f"python -m rsfast.data exclude {shlex.quote(_named(root))} {shlex.quote(file)}"
+
+
+def _named(root: Path) -> str:
+    """The folder by which the commands know a split: that of the data set where there is one."""
+    return str(root.parent if root.name in SPLITS else root)
+
+
+def save_sizes(listing: Listing, sizes: np.ndarray) -> None:
+    """Keeps the sizes of a listing's images; a read-only home only costs the next start time.
+
+    Args:
+        listing: of the split.
+        sizes: [n, 2] int32 height and width in pixels, 0 where no decoder could tell.
+    """
+    try:
+        save_arrays(_index_file(listing), sizes=sizes)
+    except OSError as error:
+        _LOG.warning("index of the data set not cached: %s", error)
+
+
+def _index_file(listing: Listing) -> Path:
+    return cache_root() / "index" / f"{listing.digest}.npz"
+
+
+def _load_sizes(listing: Listing) -> np.ndarray | None:
+    stored = load_arrays(_index_file(listing), "sizes")
+    if stored is None:
+        return None
+    (sizes,) = stored
+    return sizes if sizes.shape == (len(listing.paths), 2) and sizes.dtype == np.int32 else None
 
 
 def _read_sizes(root: Path, paths: Sequence[str], workers: int) -> np.ndarray:
-    def size_of(path: str) -> tuple[int, int]:
-        try:
-            with Image.open(root / path) as image:
-                return (image.height, image.width) if image.format in _FORMATS else (0, 0)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return 0, 0  # unreadable
-
     with ThreadPoolExecutor(workers) as pool:
         sizes = tqdm(
-            pool.map(size_of, paths),
+            pool.map(lambda path: _header_size(root / path), paths),
             total=len(paths),
             desc=f"indexing {root.name}",
             unit="img",
@@ -126,42 +307,56 @@ def _read_sizes(root: Path, paths: Sequence[str], workers: int) -> np.ndarray:
         return np.array(list(sizes), dtype=np.int32).reshape(-1, 2)
 
 
-def _load_sizes(file: Path, count: int) -> np.ndarray | None:
+def _header_size(file: Path) -> tuple[int, int]:
+    """Height and width in pixels; zeros if no loader can decode a file with this header."""
+    if not file.is_file():
+        return 0, 0  # to open a pipe would be to wait for ever
     try:
-        # np.load leaves a file it cannot read open when it is given the path.
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            sizes = stored["sizes"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    return sizes if sizes.shape == (count, 2) else None
+        with Image.open(file) as image:
+            return (image.height, image.width) if is_supported(image) else (0, 0)
+    except Exception:  # Pillow's readers raise nearly anything on a damaged header
+        return 0, 0
 
 
-def _save_sizes(file: Path, sizes: np.ndarray) -> None:
-    """Best effort: a read-only home only costs the next start some time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as stream:
-            np.savez_compressed(stream, sizes=sizes)
-        os.replace(stream.name, file)
-    except OSError as error:
-        _LOG.warning("index of the data set not cached: %s", error)
+def _left_out(root: Path, paths: Sequence[str], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] bool each: the bad images, and those excluded by hand.
+
+    Puts the sizes of images right that have changed since they were found bad.
+    """
+    found_bad, by_hand = load_bad(root), set(load_excluded(root))
+    bad = sizes.min(axis=1, initial=1 << 30) <= 0
+    excluded = np.array([path in by_hand for path in paths], dtype=bool)
+    for row, path in enumerate(paths) if found_bad else ():
+        if path in found_bad:
+            bad[row] = file_stat(root / path) == found_bad[path]
+            if not bad[row]:
+                sizes[row] = _header_size(root / path)
+                bad[row] = not sizes[row].all()
+    return bad & ~excluded, excluded
 
 
-def _without_unreadable(
-    root: Path, paths: list[str], sizes: np.ndarray, class_names: tuple[str, ...]
-) -> FolderIndex:
-    good = sizes.min(axis=1, initial=1 << 30) > 0
-    if not good.all():
-        bad = [paths[index] for index in np.flatnonzero(~good)]
+def _warn_of_left_out(
+    root: Path, paths: Sequence[str], bad: np.ndarray, excluded: np.ndarray
+) -> None:
+    rows = np.flatnonzero(bad | excluded)
+    if len(rows):
         _LOG.warning(
-            "%d of %d files in %s are not readable images and are left out: %s%s",
-            len(bad),
+            "%d of %d files in %s are left out (%d bad, %d excluded by hand; to list them: %s): "
+            "%s%s",
+            len(rows),
             len(paths),
             root,
-            ", ".join(bad[:5]),
-            ", ..." if len(bad) > 5 else "",
+            bad.sum(),
+            excluded.sum(),
+            check_command(root),
+            ", ".join(printable(paths[row]) for row in rows[:5]),
+            ", ..." if len(rows) > 5 else "",
         )
-    kept = tuple(path for path, ok in zip(paths, good, strict=True) if ok)
+
+
+def _usable(listing: Listing, sizes: np.ndarray, good: np.ndarray) -> FolderIndex:
+    root, class_names = listing.root, listing.class_names
+    kept = tuple(path for path, ok in zip(listing.paths, good, strict=True) if ok)
     number_of = {name: label for label, name in enumerate(class_names)}
     labels = np.array([number_of[path.split(os.sep, 1)[0]] for path in kept], dtype=np.int64)
     counts = np.bincount(labels, minlength=len(class_names))

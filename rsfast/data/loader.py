@@ -60,6 +60,7 @@ class Loader:
         class_names: names of the labels.
         mean, std: the normalisation applied.
         epoch: the epoch that the next iteration yields; set it to jump.
+        first_step: where in that epoch it starts, by default at 0; set it to continue one.
         dtype: of the images.
         channels: of the images; above 3, zeros follow the colours.
         backend: what normalises them, "torch" or "triton".
@@ -79,6 +80,7 @@ class Loader:
         self.class_names = plan.index.class_names
         self.mean, self.std = (tuple(part) for part in normalization)
         self.epoch = 0
+        self.first_step = 0
         self.dtype = torch.float32
         self.channels = 3
         self.backend = "torch"
@@ -111,8 +113,11 @@ class Loader:
         return self
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, steps = self.epoch, range(len(self))
-        for step, rows in zip(steps, self._decoder.rows(epoch, steps), strict=True):
+        epoch, steps = self.epoch, range(self.first_step, len(self))
+        self.first_step = 0
+        for step, rows in zip(
+            steps, self._decoder.rows(epoch, steps) if steps else (), strict=True
+        ):
             indices = self.plan.images(epoch, step)
             labels = torch.from_numpy(self.plan.index.labels[indices])
             yield Batch(
@@ -152,6 +157,7 @@ def train_loader(
     max_steps: int = 0,
     num_images: int = 1_281_167,
     num_classes: int = 1000,
+    strict: bool = False,
 ) -> Loader:
     """Shuffled training batches: one decode, one window and one flip per image, R resizes.
 
@@ -170,6 +176,7 @@ def train_loader(
         device: where batches are wanted; on a GPU, DALI decodes there.
         max_steps: end epochs after so many batches; 0 for whole epochs.
         num_images, num_classes: size of the synthetic data set.
+        strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -179,7 +186,7 @@ def train_loader(
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
-        index=_index(root, "train", backend, num_images, num_classes),
+        index=_index(root, "train", backend, num_images, num_classes, strict),
         num_levels=len(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -207,6 +214,7 @@ def val_loader(
     device: torch.device | str = "cpu",
     num_images: int = 50_000,
     num_classes: int = 1000,
+    strict: bool = False,
 ) -> Loader:
     """Validation batches: every image exactly once over all ranks, the last batch may be smaller.
 
@@ -219,13 +227,14 @@ def val_loader(
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
         rank, world_size, workers, device: as in :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
+        strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
         ImportError: with the install command, if DALI is asked for and absent.
     """
     plan = ValPlan(
-        index=_index(root, "val", backend, num_images, num_classes),
+        index=_index(root, "val", backend, num_images, num_classes, strict),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -236,14 +245,19 @@ def val_loader(
 
 
 def _index(
-    root: str | Path | None, split: str, backend: str, num_images: int, num_classes: int
+    root: str | Path | None,
+    split: str,
+    backend: str,
+    num_images: int,
+    num_classes: int,
+    strict: bool,
 ) -> FolderIndex:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        return index_folder(Path(root) / split)
+        return index_folder(Path(root) / split, strict=strict)
     return FolderIndex(
         root=Path("synthetic"),
         paths=("",) * num_images,

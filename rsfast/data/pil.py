@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rsfast.data.folder import FolderIndex
+from rsfast.data.folder import FolderIndex, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.interrupt import ignore_in_worker
 
 __all__ = ["PillowDecoder", "render"]
 
@@ -33,7 +34,7 @@ def render(
         [M, 3] uint8, the rows of a Pyramid with these levels.
 
     Raises:
-        RuntimeError: naming the file that cannot be decoded.
+        RuntimeError: naming the file that cannot be decoded, and how to leave it out.
     """
     count = len(batch.images)
     levels = [np.empty((count, r, r, 3), dtype=np.uint8) for r in resolutions]
@@ -42,8 +43,11 @@ def render(
         try:
             with Image.open(path) as file:
                 image = _as_rgb(file)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise RuntimeError(f"cannot decode {path}: {error}") from error
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+            raise RuntimeError(
+                f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
+                f"{exclude_command(index.root, index.paths[position])}"
+            ) from error
         if isinstance(batch, TrainBatch):
             pictures = _train_levels(image, batch, n, resolutions)
         else:
@@ -82,15 +86,21 @@ def _val_levels(
 
 
 class _Batches(Dataset):
-    """(epoch, step) to the uint8 rows of that batch; one worker renders a whole batch."""
+    """(epoch, step) to the uint8 rows of that batch; one worker renders a whole batch.
+
+    An error about a file is an item, too: torch would hide its sentence in a worker's traceback.
+    """
 
     def __init__(self, plan: TrainPlan | ValPlan, resolutions: Sequence[int]) -> None:
         self.plan = plan
         self.resolutions = resolutions
 
-    def __getitem__(self, at: tuple[int, int]) -> Tensor:
+    def __getitem__(self, at: tuple[int, int]) -> Tensor | RuntimeError:
         batch = self.plan.batch(*at)
-        return torch.from_numpy(render(self.plan.index, batch, self.resolutions))
+        try:
+            return torch.from_numpy(render(self.plan.index, batch, self.resolutions))
+        except RuntimeError as error:
+            return error
 
 
 class PillowDecoder:
@@ -123,6 +133,10 @@ class PillowDecoder:
             sampler=[(epoch, step) for step in steps],
             num_workers=min(self._workers, len(steps)),
             pin_memory=self._device.type == "cuda",
+            worker_init_fn=ignore_in_worker,
+            generator=torch.Generator(),  # it draws a seed, which nobody uses, from here
         )
         for rows in loader:
+            if isinstance(rows, RuntimeError):
+                raise rows
             yield rows.to(self._device, non_blocking=True)

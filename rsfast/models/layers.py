@@ -172,7 +172,27 @@ class MaxPool2d(nn.MaxPool2d):
     """Max pooling of every level."""
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
-        return Pyramid.pack([super(MaxPool2d, self).forward(v) for v in x.levels()], x.banks)
+        # PyTorch's CUDA backward adds in any order.
+        by_parts = x.rows.is_cuda and torch.are_deterministic_algorithms_enabled()
+        pool = self._pool_by_parts if by_parts else super().forward
+        return Pyramid.pack([pool(level) for level in x.levels()], x.banks)
+
+    def _pool_by_parts(self, level: Tensor) -> Tensor:
+        """The largest of the k x k pixels of each window, from as many strided copies."""
+        k, step, edge = self.kernel_size, self.stride, self.padding
+        assert isinstance(k, int)
+        assert isinstance(step, int)
+        assert isinstance(edge, int)
+        height, width = (
+            (length + 2 * edge - k) // step + 1 for length in (level.shape[2], level.shape[3])
+        )
+        padded = F.pad(level, (edge,) * 4, value=-torch.inf)
+        parts = [
+            padded[:, :, y : y + step * height : step, x : x + step * width : step]
+            for y in range(k)
+            for x in range(k)
+        ]
+        return torch.stack(parts).max(0).values
 
     def single(self) -> nn.MaxPool2d:
         """Plain max pooling."""

@@ -25,10 +25,10 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_header_is_read(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    def refuse(path: Path) -> None:
-        raise AssertionError(f"{path} was opened")
+    def refuse(file: Path) -> None:
+        raise AssertionError(f"{file} was opened")
 
-    monkeypatch.setattr(folder.Image, "open", refuse)
+    monkeypatch.setattr(folder, "_header_size", refuse)
     return monkeypatch
 
 

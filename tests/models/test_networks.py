@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench.rivals import AuthorsNet, authors_loss
 from rsfast import Pyramid, create_model
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.models.deploy import multiply_adds
-from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
+from rsfast.models.layers import Conv2d, MaxPool2d, SwitchableBatchNorm2d
 
 RESOLUTIONS = (64, 48, 32)
 
@@ -230,3 +231,15 @@ def test_bad_images_are_named(images: Pyramid | list[torch.Tensor], message: str
     model = create_model("resnet18", RESOLUTIONS, 7)
     with pytest.raises(ValueError, match=message):
         model(images)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1)], ids=str)
+def test_max_pooling_by_parts_is_max_pooling(size: tuple[int, int]) -> None:
+    pool = MaxPool2d(3, 2, 1)
+    generator = torch.Generator().manual_seed(0)
+    level = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64).requires_grad_()
+    ours, exact = pool._pool_by_parts(level), F.max_pool2d(level, 3, 2, 1)
+    assert torch.equal(ours, exact)
+    dy = torch.randn(exact.shape, generator=generator, dtype=torch.float64)
+    grads = [torch.autograd.grad(y, level, dy)[0] for y in (ours, exact)]
+    torch.testing.assert_close(*grads)

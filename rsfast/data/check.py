@@ -1,0 +1,380 @@
+"""Decodes every image of a data set once, before a training run stumbles over a broken one.
+
+What it finds out is recorded in the cache folder per split. `index_folder` leaves the bad images
+out, and the next check looks only at files that are new or have changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import stat
+import time
+import warnings
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+from tqdm import tqdm
+
+from rsfast.data import cache
+from rsfast.data.folder import (
+    EXTENSIONS,
+    FORMAT_OF,
+    Listing,
+    is_supported,
+    list_split,
+    save_sizes,
+)
+
+__all__ = ["KINDS", "Finding", "Report", "check_split"]
+
+_LOG = logging.getLogger(__name__)
+# bad: left out of the index; odd: used all the same; unused: no part of the data set as it is;
+# excluded: left out by hand.
+KINDS = ("bad", "odd", "unused", "excluded")
+TINY_PX = 8  # a shorter side below this is odd
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")  # how files of the used formats begin
+_UNREAD = "cannot be read"  # such files are looked at again by every check
+_CHUNK = 32  # files per message to a worker
+_BLOCK = 1024  # messages under way at once; many more may deadlock (CPython issue 105829)
+_NEW = -2  # in place of the size of a file that no check has seen
+
+
+class Finding(NamedTuple):
+    """Something to say about a file or class folder; the path is relative to the split."""
+
+    kind: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check of one split has found.
+
+    Attributes:
+        findings: about files and class folders, in the order of KINDS, then of the listing.
+        images: files that are images by name.
+        decoded: those of them that had to be decoded.
+        seconds: that decoding took.
+        is_good: there is no bad file and no class folder without an image to use.
+    """
+
+    findings: list[Finding]
+    images: int
+    decoded: int
+    seconds: float
+    is_good: bool
+
+
+class _Verdict(NamedTuple):
+    """What a worker says of one file; kind and reason are empty where all is well."""
+
+    stat: tuple[int, int]
+    size: tuple[int, int]
+    kind: str
+    reason: str
+
+
+class _Task(NamedTuple):
+    """What workers inherit when they are forked."""
+
+    root: str
+    paths: Sequence[str]
+    known: np.ndarray  # [n, 2] int64, `file_stat` of each file when it was looked at last
+    images: int  # so many of the first paths are images by name
+
+
+def check_split(root: str | Path, *, workers: int | None = None) -> Report:
+    """Decodes the images of one split that are new or have changed since the last check.
+
+    The findings go into the record in the cache folder, and the sizes of the images into the
+    index. A check that is interrupted keeps what it has found out.
+
+    Args:
+        root: a folder with one sub-folder per class.
+        workers: processes; None for one per CPU this process may use.
+
+    Raises:
+        ValueError: if the folder does not exist or has no class folders, or workers is below 1.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    listing = list_split(root)
+    record = _known(listing)
+    task = _Task(str(listing.root), record.paths, _trusted(record), len(listing.paths))
+    start, decoded = time.perf_counter(), 0
+    try:
+        with (
+            contextlib.closing(_examine_all(task, workers)) as verdicts,
+            tqdm(total=task.images, desc=f"checking {listing.root.name}", unit="img") as bar,
+        ):
+            for row, verdict in enumerate(verdicts):
+                bar.update(row < task.images)
+                if verdict is not None:
+                    decoded += row < task.images
+                    _put_down(record, row, verdict)
+    finally:
+        _save(listing.root, record)
+    seconds = time.perf_counter() - start
+    save_sizes(listing, record.sizes[: task.images])
+    return _report(listing, record, decoded, seconds)
+
+
+def _known(listing: Listing) -> cache.Record:
+    """A record of the listed files, with what the last check found out about each."""
+    paths = [*listing.paths, *listing.others]
+    stats = np.full((len(paths), 2), _NEW, dtype=np.int64)
+    sizes = np.zeros((len(paths), 2), dtype=np.int32)
+    old = cache.load_record(listing.root)
+    if old is None:
+        return cache.Record(paths, stats, sizes, {})
+    row_of = {path: row for row, path in enumerate(old.paths)}
+    findings = {}
+    for row, path in enumerate(paths):
+        if (old_row := row_of.get(path)) is None:
+            continue
+        stats[row], sizes[row] = old.stats[old_row], old.sizes[old_row]
+        if path in old.findings:
+            findings[path] = old.findings[path]
+    return cache.Record(paths, stats, sizes, findings)
+
+
+def _trusted(record: cache.Record) -> np.ndarray:
+    """[n, 2] the stats by which a file is known; not those of files that could not be read."""
+    known = record.stats.copy()
+    for row, path in enumerate(record.paths) if record.findings else ():
+        if path in record.findings and record.findings[path][1].startswith(_UNREAD):
+            known[row] = _NEW
+    return known
+
+
+def _put_down(record: cache.Record, row: int, verdict: _Verdict) -> None:
+    record.stats[row], record.sizes[row] = verdict.stat, verdict.size
+    record.findings.pop(record.paths[row], None)
+    if verdict.kind:
+        record.findings[record.paths[row]] = (verdict.kind, verdict.reason)
+
+
+def _save(root: Path, record: cache.Record) -> None:
+    """Keeps the part of a record that some check has come to."""
+    seen = record.stats[:, 0] != _NEW
+    paths = [path for path, was in zip(record.paths, seen, strict=True) if was]
+    part = cache.Record(paths, record.stats[seen], record.sizes[seen], record.findings)
+    try:
+        cache.save_record(root, part)
+    except OSError as error:
+        _LOG.warning("record of the check not kept, bad images will not be left out: %s", error)
+
+
+def _report(listing: Listing, record: cache.Record, decoded: int, seconds: float) -> Report:
+    excluded = set(cache.load_excluded(listing.root))
+    findings = []
+    usable = dict.fromkeys(listing.class_names, 0)
+    for path in listing.paths:
+        kind, reason = record.findings.get(path, ("", ""))
+        if path in excluded:
+            kind, reason = "excluded", f"by hand; {kind}: {reason}" if kind else "by hand"
+        if kind not in ("bad", "excluded"):
+            usable[path.split(os.sep, 1)[0]] += 1
+        if kind:
+            findings.append(Finding(kind, path, reason))
+    for path in listing.others:
+        if path in record.findings:
+            findings.append(Finding(record.findings[path][0], path, record.findings[path][1]))
+    empty = [name for name, count in usable.items() if not count]
+    findings += (Finding("unused", name, "class folder without an image to use") for name in empty)
+    findings.sort(key=lambda finding: KINDS.index(finding.kind))
+    is_good = not empty and not any(finding.kind == "bad" for finding in findings)
+    return Report(findings, len(listing.paths), decoded, seconds, is_good)
+
+
+# Of a worker process, which is forked: paths and stats of a million files need not be sent to it.
+_task: _Task
+
+
+def _start_worker(task: _Task) -> None:
+    global _task
+    _task = task
+    gc.freeze()  # inherited objects, perhaps of threads, are not this process's to clean up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
+
+
+def _pool(task: _Task, workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(task,),
+    )
+
+
+def _examine_all(task: _Task, workers: int) -> Generator[_Verdict | None]:
+    """A verdict on each file in order; None for one that is as it was."""
+    count = len(task.paths)
+    chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    done = 0
+    while done < len(chunks):
+        pool = _pool(task, min(workers, len(chunks) - done))
+        try:
+            blocks = (chunks[first : first + _BLOCK] for first in range(done, len(chunks), _BLOCK))
+            for verdicts in itertools.chain.from_iterable(pool.map(_examine, b) for b in blocks):
+                done += 1
+                yield from verdicts
+        except BrokenProcessPool:
+            # A decoder has crashed, on a file of this chunk or of one that was under way with it.
+            for row in chunks[done]:
+                yield _examine_alone(task, row)
+            done += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _examine_alone(task: _Task, row: int) -> _Verdict | None:
+    """Takes a file that kills its process for a bad one."""
+    with _pool(task, 1) as pool:
+        try:
+            (verdict,) = pool.submit(_examine, range(row, row + 1)).result()
+        except BrokenProcessPool:
+            now = cache.file_stat(os.path.join(task.root, task.paths[row]))
+            return _Verdict(now, (0, 0), "bad", "crashes its decoder, or needs too much memory")
+    return verdict
+
+
+def _examine(rows: range) -> list[_Verdict | None]:
+    verdicts: list[_Verdict | None] = []
+    for row in rows:
+        path = os.path.join(_task.root, _task.paths[row])
+        now = cache.file_stat(path)  # before it is read: a change while it is must not be missed
+        if now == tuple(_task.known[row].tolist()):
+            verdicts.append(None)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the verdict says it
+            judge = _judge_image if row < _task.images else _judge_other
+            verdicts.append(_Verdict(now, *judge(path)))
+    return verdicts
+
+
+def _judge_image(path: str) -> tuple[tuple[int, int], str, str]:
+    """Size in pixels, kind and reason of a file that is an image by name."""
+    size = (0, 0)
+    try:
+        mode = os.stat(path)
+        if not stat.S_ISREG(mode.st_mode):
+            return size, "bad", "no regular file"
+        if mode.st_size == 0:
+            return size, "bad", "empty file"
+        with open(path, "rb") as stream:
+            with Image.open(stream) as image:
+                if not is_supported(image):
+                    return size, "bad", f"{image.format} image, which the loaders do not decode"
+                size = (image.height, image.width)
+                odd = _oddities(path, image)
+                _decode(image)
+            _check_for_dali(stream, path, image.format)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+        return size, "bad", _reason(path, error)
+    return size, "odd" if odd else "", "; ".join(odd)
+
+
+def _decode(image: Image.Image) -> None:
+    image.load()
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("palette image without a palette")
+    if image.mode != "RGB":
+        image.convert("RGB")
+
+
+def _oddities(path: str, image: Image.Image) -> list[str]:
+    extension = next(end for end in EXTENSIONS if path.lower().endswith(end))
+    known_as = "JPEG" if image.format == "MPO" else image.format
+    limit = Image.MAX_IMAGE_PIXELS or image.width * image.height
+    odd = {
+        "CMYK image": image.mode == "CMYK",
+        f"{known_as} image under the extension {extension}": FORMAT_OF[extension] != known_as,
+        f"tiny image of {image.width} x {image.height} pixels": min(image.size) < TINY_PX,
+        f"huge image of {image.width} x {image.height} pixels": image.width * image.height > limit,
+    }
+    return [reason for reason, applies in odd.items() if applies]
+
+
+def _check_for_dali(stream: BinaryIO, path: str, image_format: str | None) -> None:
+    """Raises an error if DALI would refuse a file that Pillow decodes."""
+    path.encode()  # DALI knows no names of other bytes than UTF-8
+    if image_format == "PNG":
+        _check_png_end(stream)
+    elif image_format in ("JPEG", "MPO"):
+        _check_jpeg_segments(stream)
+
+
+def _check_png_end(stream: BinaryIO) -> None:
+    """Pillow passes over checksums and a missing end; libpng does not."""
+    stream.seek(0)
+    with Image.open(stream) as image:
+        image.verify()  # up to and including the name of the last chunk
+    stream.seek(-8, os.SEEK_CUR)
+    end = stream.read(12)  # length, name and checksum
+    if len(end) < 12:
+        raise ValueError("truncated PNG file")
+    if end[:4] != bytes(4):
+        raise ValueError("the last chunk of the PNG file is damaged")
+
+
+def _check_jpeg_segments(stream: BinaryIO) -> None:
+    """Pillow skips bytes between the segments before the picture; nvImageCodec does not."""
+    stream.seek(2)
+    marker = b""
+    while marker != b"\xff\xda":  # start of the picture
+        marker = stream.read(2)
+        while marker == b"\xff\xff":  # padding
+            marker = b"\xff" + stream.read(1)
+        length = int.from_bytes(stream.read(2), "big")
+        if marker[:1] != b"\xff" or marker[1:] < b"\xc0" or length < 2:
+            raise ValueError("stray bytes between the segments of the JPEG file")
+        stream.seek(length - 2, os.SEEK_CUR)
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why a file is bad, in a few words."""
+    if isinstance(error, UnicodeEncodeError):
+        return "path is not UTF-8, as DALI needs it"
+    text = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        with contextlib.suppress(OSError), open(path, "rb") as stream:
+            if stream.read(4).startswith(_MAGIC):
+                return "damaged or cut-off header"
+        return "no image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: {text}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{_UNREAD}: {error.strerror}"
+    return text if "truncated" in text.lower() else f"cannot be decoded: {text}"
+
+
+def _judge_other(path: str) -> tuple[tuple[int, int], str, str]:
+    """Whether a file that is no image by name is one by its first bytes."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return (0, 0), "", ""
+        with Image.open(path) as image:
+            # Stubs stand for scientific formats, which Pillow knows but does not decode.
+            if isinstance(image, ImageFile.StubImageFile):
+                return (0, 0), "", ""
+            reason = f"{image.format} image under another extension than {' '.join(EXTENSIONS)}"
+            return (0, 0), "unused", reason
+    except Exception:  # no image, or none that can be read
+        return (0, 0), "", ""

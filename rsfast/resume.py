@@ -1,0 +1,265 @@
+"""The state of a run between two steps: what a checkpoint holds, and how a run continues from it.
+
+Batch-norm statistics, loss sums and random numbers differ between ranks, so each rank's are kept.
+Loaders draw no random number: epoch and step say all about them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rsfast import checkpoint, environment
+from rsfast.config import TrainConfig
+from rsfast.data import Loader
+from rsfast.distributed import Rank
+from rsfast.metrics import EpochMean
+from rsfast.models import RSNet
+
+if TYPE_CHECKING:
+    from rsfast.run import Run
+
+__all__ = ["Progress", "config_hash", "find_checkpoint", "restore", "save"]
+
+_LOG = logging.getLogger("rsfast")
+# Settings that may differ between a run and its continuation.
+_FREE_TO_CHANGE = {
+    "data",
+    "output",
+    "resume",
+    "restart_epoch",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "device",
+    "graph",
+    "profile",
+    "max_skipped",
+    "strict",
+}
+# And those that may if it goes on from the start of an epoch.
+_FREE_AT_AN_EPOCH = {"loader", "batch_size", "steps_per_epoch"}
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        epoch: under way, from 0.
+        step: steps of it that are done.
+        logged: steps of it that are in the log.
+        validating: all its steps are done and batch-norm statistics are averaged over the ranks.
+        mean: of its log lines.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    logged: int = 0
+    validating: bool = False
+    mean: EpochMean = field(default_factory=EpochMean)
+
+
+def save(run: Run, *, is_best: bool = False) -> None:
+    """Writes last.pt, and before it model_best.pt and .safetensors if asked to; for all ranks.
+
+    Raises:
+        OSError: if they cannot be written; last.pt is then what it was.
+    """
+    ranks = _gather(run.rank, _rank_state(run))
+    if not run.rank.is_main:
+        return
+    optimizer = run.optimizer.state_dict()
+    for group in optimizer["param_groups"]:
+        group["lr"] = float(group["lr"])  # a captured step has made a tensor of it
+    payload = {
+        **checkpoint.model_payload(run.model),
+        "loss": run.loss.state_dict(),
+        "optimizer": optimizer,
+        "scaler": run.step.scaler.state_dict(),
+        "skipped": run.step.guard.counts.tolist(),
+        "epoch": run.at.epoch,
+        "step": run.at.step,
+        "logged": run.at.logged,
+        "validating": run.at.validating,
+        "mean": dataclasses.asdict(run.at.mean),
+        "best": run.best,
+        "ranks": ranks,
+        "config": dataclasses.asdict(run.cfg),
+        "config_hash": config_hash(run.cfg),
+        "data_set": _data_set(run),
+        "versions": environment.describe(run.rank.device),
+    }
+    if run.ema:
+        payload["ema"] = run.ema.module.state_dict()
+        payload["ema_updates"] = int(run.ema.n_averaged)
+    if is_best:  # first: a run that ends between the two does this epoch's end again
+        checkpoint.save(payload, run.folder / "model_best.pt")
+        weights = run.folder / "model_best.safetensors"
+        checkpoint.save_weights(run.averaged_model, run.loss.alpha, weights)
+    checkpoint.save_with_predecessors(payload, run.folder, run.cfg.keep)
+
+
+def find_checkpoint(cfg: TrainConfig, folder: Path) -> Path | None:
+    """What a run continues from; None if it starts.
+
+    Raises:
+        ValueError: if the folder holds a run that nobody asked to continue, or no whole checkpoint.
+    """
+    if cfg.resume == "auto":
+        return checkpoint.newest(folder)
+    if cfg.resume:
+        return Path(cfg.resume)
+    if (folder / "last.pt").exists():
+        raise ValueError(
+            f"output folder {folder} holds a run already: continue it with --resume auto, "
+            f"or name another --output"
+        )
+    return None
+
+
+def restore(run: Run, path: Path) -> None:
+    """Puts a run where a checkpoint says.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or of a run that this one does not continue.
+    """
+    content = checkpoint.load_state(path)
+    if "optimizer" not in content:
+        raise ValueError(f"checkpoint {path} holds no training state to resume from")
+    _check_same_run(run, path, content)
+    run.model.load_state_dict(content["model"])
+    run.loss.load_state_dict(content["loss"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.step.scaler.load_state_dict(content["scaler"])
+    run.step.guard.counts.copy_(torch.tensor(content["skipped"]))
+    if run.ema:
+        run.ema.module.load_state_dict(content["ema"])
+        run.ema.n_averaged.fill_(content["ema_updates"])
+    run.best = tuple(content["best"])
+    run.at = Progress(content["epoch"])
+    same_ranks = len(content["ranks"]) == run.rank.world_size
+    if run.cfg.restart_epoch:
+        if content["step"]:
+            _LOG.warning(
+                "epoch %d starts again, %d of its steps were done",
+                run.at.epoch + 1,
+                content["step"],
+            )
+    else:
+        mean = EpochMean(**content["mean"])
+        place = content["step"], content["logged"], content["validating"]
+        run.at = Progress(content["epoch"], *place, mean)
+    if same_ranks:
+        _restore_rank(run, content["ranks"][run.rank.index])
+    if run.cfg.restart_epoch:
+        run.meter.sums.zero_()
+
+
+def config_hash(cfg: TrainConfig) -> str:
+    """A short name for all settings."""
+    return hashlib.sha256(cfg.to_toml().encode()).hexdigest()[:16]
+
+
+def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
+    before, now = content["config"], dataclasses.asdict(run.cfg)
+    free = _FREE_TO_CHANGE | (_FREE_AT_AN_EPOCH if run.cfg.restart_epoch else set())
+    for name in sorted(set(now) - free):
+        if before.get(name) != now[name]:
+            also = " or continue with --restart-epoch" if name in _FREE_AT_AN_EPOCH else ""
+            raise ValueError(
+                f"checkpoint {path} was trained with {name} = {before.get(name)!r}, this run has "
+                f"{now[name]!r}: resume with the same settings,{also} or start another --output"
+            )
+    if content["class_names"] != run.model.class_names:
+        raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
+    if not run.cfg.restart_epoch:
+        if len(content["ranks"]) != run.rank.world_size:
+            raise ValueError(
+                f"checkpoint {path} was trained by {len(content['ranks'])} processes, this run has "
+                f"{run.rank.world_size}, and the batch and its order would change: use as many, or "
+                f"continue from the start of the epoch with --restart-epoch"
+            )
+        if content["data_set"] != _data_set(run):
+            raise ValueError(
+                f"checkpoint {path} was trained on other images than {run.cfg.data} has, and their "
+                f"order would change: continue from the start of the epoch with --restart-epoch"
+            )
+    versions = environment.describe(run.rank.device)
+    for name in ("rsfast", "torch", "triton", "numpy", "pillow", "gpu"):
+        if content["versions"].get(name) != versions.get(name):
+            _LOG.warning(
+                "resumed with %s %s instead of %s: results may differ in their last digits",
+                name,
+                versions.get(name),
+                content["versions"].get(name),
+            )
+
+
+def _data_set(run: Run) -> dict[str, str]:
+    """A digest of the images of both splits, in order."""
+
+    def digest(loader: Loader) -> str:
+        paths = "\0".join(loader.plan.index.paths)
+        return f"{loader.num_images}:{hashlib.sha256(paths.encode()).hexdigest()[:16]}"
+
+    return {"train": digest(run.train_loader), "val": digest(run.val_loader)}
+
+
+def _statistics(model: RSNet) -> list[Tensor]:
+    norms = model.batch_norms()
+    return [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+
+
+def _rank_state(run: Run) -> dict[str, Any]:
+    models = [run.model, *([run.averaged_model] if run.ema else [])]
+    _, numpy_keys, *numpy_rest = np.random.get_state()
+    version, python_keys, gauss = random.getstate()
+    state = {
+        "statistics": [torch.cat([b.flatten() for b in _statistics(m)]).cpu() for m in models],
+        "meter": run.meter.sums.cpu(),
+        "rng": torch.get_rng_state(),
+        "numpy_rng": [torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest],
+        "python_rng": [version, list(python_keys), gauss],
+    }
+    if run.rank.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(run.rank.device)
+    return state
+
+
+def _restore_rank(run: Run, state: dict[str, Any]) -> None:
+    models = [run.model, *([run.averaged_model] if run.ema else [])]
+    with torch.no_grad():
+        for model, flat in zip(models, state["statistics"], strict=True):
+            buffers = _statistics(model)
+            parts = flat.split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
+    run.meter.sums.copy_(state["meter"])
+    torch.set_rng_state(state["rng"])
+    keys, *rest = state["numpy_rng"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    version, python_keys, gauss = state["python_rng"]
+    random.setstate((version, tuple(python_keys), gauss))
+    if "cuda_rng" in state and run.rank.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], run.rank.device)
+
+
+def _gather(rank: Rank, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all ranks, on rank 0."""
+    if rank.world_size == 1:
+        return [own]
+    everyone: list[Any] = [None] * rank.world_size
+    dist.gather_object(own, everyone if rank.is_main else None, group=rank.host_group)
+    return everyone
