@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 import textwrap
 import tomllib
 import types
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tomli_w
 
@@ -45,6 +46,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "kernels": ("auto", *KERNEL_BACKENDS),
     "optimizer": OPTIMIZERS,
 }
+_LARGEST = 2**31 - 1  # of any count
 # The authors' spelling of two options.
 _ALIASES = {"resolutions": ("--sizes",), "distill": ("--kd-type",)}
 _AUTHORS_KD_TYPES = {"ens_topdown": "full", "ens": "vanilla"}
@@ -141,6 +143,8 @@ class TrainConfig:
     batch size, loader or set of images"""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_range(field.name, getattr(self, field.name))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "precision" and value is None):
@@ -181,6 +185,23 @@ class TrainConfig:
         return tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
 
 
+def _check_range(name: str, value: Any) -> None:
+    """Refuses what a type allows and no setting means."""
+    if isinstance(value, tuple):
+        for part in value:
+            _check_range(name, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST}, got {_cut(str(value))}")
+    elif isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError(f"{name} must be text that is not empty, without null, got {value!r}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 def profiled_steps(text: str) -> tuple[int, int]:
     """The A and B of "A:B".
 
@@ -188,11 +209,16 @@ def profiled_steps(text: str) -> tuple[int, int]:
         ValueError: if the text is something else.
     """
     first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    if not (colon and _is_count(first) and _is_count(last) and int(first) < int(last)):
         raise ValueError(
-            f"profile must look like 100:110, the second above the first, got {text!r}"
+            f"profile must look like 100:110, the second above the first, got {_cut(text)!r}"
         )
     return int(first), int(last)
+
+
+def _is_count(text: str) -> bool:
+    """Whether the text is a number from 0 that a step or minute can have."""
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(_LARGEST))
 
 
 def checkpoint_interval(text: str | None) -> tuple[int, float]:
@@ -204,9 +230,9 @@ def checkpoint_interval(text: str | None) -> tuple[int, float]:
     if text is None:
         return 0, 0.0
     number = text.removesuffix("m")
-    if not number.isdecimal() or not number.isascii() or int(number) < 1:
+    if not _is_count(number) or int(number) < 1:
         raise ValueError(
-            f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {text!r}"
+            f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {_cut(text)!r}"
         )
     return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
 
@@ -229,7 +255,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     flags = vars(parser.parse_args(argv))
     try:
         file = flags.pop("config", None)
-        from_file = _read_toml(Path(file)) if file else {}
+        from_file = _read_toml(Path(file)) if file is not None else {}
         arch = flags.get("arch", from_file.get("arch", TrainConfig().arch))
         values = _read_recipe(arch) if arch in ARCHITECTURES else {}
         given = {**from_file, **flags}
@@ -244,7 +270,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rsfast.train",
         description="Trains a resolution switchable network.",
         argument_default=argparse.SUPPRESS,
@@ -272,6 +298,14 @@ def _build_parser() -> argparse.ArgumentParser:
                 options["metavar"] = "{" + ",".join(_CHOICES[field.name]) + "}"
         parser.add_argument(flag, *_ALIASES.get(field.name, ()), **options)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, whatever the user has typed."""
+
+    def error(self, message: str) -> NoReturn:
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().error("".join(shown))
 
 
 class _Tuple(argparse.Action):
@@ -304,8 +338,10 @@ def _read_recipe(name: str) -> dict[str, Any]:
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # of TOML, of UTF-8, of too long numbers and names
         raise ValueError(f"config file {file} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"config file {file} is nested too deeply") from error
     hints = typing.get_type_hints(TrainConfig)
     for key, value in values.items():
         if key not in hints:
@@ -321,10 +357,11 @@ def _typed(file: Path, key: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         item = typing.get_args(kind)[0]
         return tuple(_typed(file, key, part, item) for part in value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= _LARGEST:
         return float(value)
     if type(value) is not kind:
         raise ValueError(
-            f"config file {file}: {key} must be {getattr(kind, '__name__', kind)}, got {value!r}"
+            f"config file {file}: {key} must be {getattr(kind, '__name__', kind)}, "
+            f"got {_cut(repr(value))}"
         )
     return value

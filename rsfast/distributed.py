@@ -23,6 +23,7 @@ __all__ = [
     "first_rank_first",
     "join",
     "leave",
+    "same_everywhere",
     "sum_over_ranks",
 ]
 
@@ -122,6 +123,15 @@ def agree(rank: Rank, find: Callable[[], T]) -> T:
     if box[1] is not None:
         raise ValueError(box[1])
     return box[0]
+
+
+def same_everywhere(rank: Rank, value: object) -> bool:
+    """Whether all ranks have the same; all of them get to know."""
+    if rank.world_size == 1:
+        return True
+    values: list[object] = [None] * rank.world_size
+    dist.all_gather_object(values, value, group=rank.host_group)
+    return all(other == value for other in values)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME_REQUEST_S = 2.0
 
 
-class Stopped(Exception):  # noqa: N818 (like KeyboardInterrupt, not an error)
+class Stopped(BaseException):
     """A signal has asked for the end; what there is to save is saved."""
 
 

@@ -29,7 +29,7 @@ from rsfast.models import RSNet
 if TYPE_CHECKING:
     from rsfast.run import Run
 
-__all__ = ["Progress", "config_hash", "find_checkpoint", "restore", "save"]
+__all__ = ["Progress", "config_hash", "data_set", "find_checkpoint", "restore", "save"]
 
 _LOG = logging.getLogger("rsfast")
 # Settings that may differ between a run and its continuation.
@@ -98,7 +98,7 @@ def save(run: Run, *, is_best: bool = False) -> None:
         "ranks": ranks,
         "config": dataclasses.asdict(run.cfg),
         "config_hash": config_hash(run.cfg),
-        "data_set": _data_set(run),
+        "data_set": data_set(run),
         "versions": environment.describe(run.rank.device),
     }
     if run.ema:
@@ -191,7 +191,7 @@ def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
                 f"{run.rank.world_size}, and the batch and its order would change: use as many, or "
                 f"continue from the start of the epoch with --restart-epoch"
             )
-        if content["data_set"] != _data_set(run):
+        if content["data_set"] != data_set(run):
             raise ValueError(
                 f"checkpoint {path} was trained on other images than {run.cfg.data} has, and their "
                 f"order would change: continue from the start of the epoch with --restart-epoch"
@@ -207,7 +207,7 @@ def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
             )
 
 
-def _data_set(run: Run) -> dict[str, str]:
+def data_set(run: Run) -> dict[str, str]:
     """A digest of the images of both splits, in order."""
 
     def digest(loader: Loader) -> str:

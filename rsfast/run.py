@@ -21,7 +21,7 @@ from rsfast import checkpoint, environment
 from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
-from rsfast.distributed import Rank, agree, first_rank_first
+from rsfast.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.interrupt import Vote
 from rsfast.kernels import choose_backend
@@ -30,7 +30,7 @@ from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
 from rsfast.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.optim import build_optimizer, lr_at
-from rsfast.resume import Progress, config_hash, find_checkpoint, restore
+from rsfast.resume import Progress, config_hash, data_set, find_checkpoint, restore
 from rsfast.runlog import RunLog
 
 __all__ = ["Run", "build"]
@@ -162,6 +162,11 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         ema=ema,
         profile=profile,
     )
+    if not same_everywhere(rank, data_set(run)):
+        raise ValueError(
+            f"data folder {cfg.data} must show all processes the same images, and does not: run "
+            f"python -m rsfast.data check on every machine, or share one RSFAST_CACHE"
+        )
     if resume_from:
         restore(run, resume_from)
     if rank.is_main:

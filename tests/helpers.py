@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,7 +12,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["make_image_folder", "smooth_image", "environment", "torchrun"]
+__all__ = [
+    "FOR_DALI",
+    "JPEG",
+    "PNG",
+    "SPECIMENS",
+    "cut",
+    "encoded",
+    "make_image_folder",
+    "smooth_image",
+    "environment",
+    "torchrun",
+]
 
 
 def smooth_image(height: int, width: int, rng: np.random.Generator) -> Image.Image:
@@ -86,3 +98,54 @@ def torchrun(*arguments: str, folder: Path, expect: int = 0, restarts: int = 0) 
 def environment() -> dict[str, str]:
     """Of processes that share two cores: one thread each."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The bytes of an image file."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def cut(file: Path) -> Path:
+    """Leaves the end of a JPEG away, but not so much that its header is damaged."""
+    file.write_bytes(file.read_bytes()[:-200])
+    return file
+
+
+PICTURE = smooth_image(60, 80, np.random.default_rng(7))
+JPEG, PNG = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG")
+WEBP, BMP = encoded(PICTURE, "WEBP"), encoded(PICTURE, "BMP")
+TABLE = JPEG.index(b"\xff\xdb")  # a segment before the picture
+DATA = PNG.index(b"IDAT")  # its name, with the length before it
+CHECKSUM = DATA + 4 + int.from_bytes(PNG[DATA - 4 : DATA], "big")
+
+# File name to its content, and kind and reason that the check should give it.
+SPECIMENS: dict[str, tuple[bytes, str, str]] = {
+    "empty.jpg": (b"", "bad", "empty file"),
+    "truncated.jpg": (JPEG[: len(JPEG) // 2], "bad", "truncated"),
+    "without_end.jpg": (JPEG[:-2], "bad", "truncated"),
+    "junk.jpg": (bytes(range(1, 200)), "bad", "no image"),
+    "header_only.jpg": (b"\xff\xd8\xff\xe0", "bad", "header"),
+    "text.jpg": (b"a cat, in words\n", "bad", "no image"),
+    "gif.jpg": (encoded(PICTURE, "GIF"), "bad", "GIF image, which the loaders do not decode"),
+    "truncated.png": (PNG[: len(PNG) // 2], "bad", "truncated"),
+    "damaged.png": (PNG.replace(PNG[DATA + 99 : DATA + 109], bytes(10)), "bad", "decoded"),
+    "truncated.webp": (WEBP[:-50], "bad", "decoded"),
+    "truncated.bmp": (BMP[:-50], "bad", "truncated"),
+    "png.jpg": (PNG, "odd", r"PNG image under the extension \.jpg"),
+    "jpeg.png": (JPEG, "odd", r"JPEG image under the extension \.png"),
+    "cmyk.jpg": (encoded(PICTURE.convert("CMYK"), "JPEG"), "odd", "CMYK"),
+    "pixel.jpg": (encoded(PICTURE.resize((1, 1)), "JPEG"), "odd", "tiny image of 1 x 1 pixels"),
+    "low.png": (encoded(PICTURE.resize((40, 7)), "PNG"), "odd", "tiny image of 40 x 7 pixels"),
+    "jpeg.txt": (JPEG, "unused", "JPEG image under another extension"),
+    "gif.gif": (encoded(PICTURE, "GIF"), "unused", "GIF image under another extension"),
+}
+# Files that Pillow decodes and DALI refuses.
+FOR_DALI: dict[str, tuple[bytes, str]] = {
+    "stray_bytes.jpg": (JPEG[:TABLE] + b"\0" + JPEG[TABLE:], "stray bytes"),
+    "without_end.png": (PNG[:-12], "truncated"),
+    "without_checksum.png": (PNG[:-1], "truncated"),
+    "long_end.png": (PNG[:-9] + b"\1" + PNG[-8:], "last chunk"),
+    "wrong_checksum.png": (PNG[:CHECKSUM] + bytes(4) + PNG[CHECKSUM + 4 :], "checksum in b'IDAT'"),
+}

@@ -18,14 +18,14 @@ from helpers import environment, make_image_folder
 from run_helpers import assert_same_run
 
 KILLS = int(os.environ.get("RSFAST_SOAK_KILLS", "100"))
-# Steps that are lost and found again take the place of those that a kill cuts off.
+# Five epochs of five steps are about what a process trains before it is killed.
 RUN = """-m rsfast.train --arch mobilenetv2 --resolutions 64 48 --batch-size 3 --lr 0.01 --seed 3
     --log-every 3 --loader pil --workers 0 --checkpoint-every 2 --resume auto"""
 LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node=2"
 
 
 def launch(folder: Path, output: Path) -> subprocess.Popen:
-    arguments = f"{LAUNCHER} {RUN} --epochs {KILLS} --data {folder} --output {output}".split()
+    arguments = f"{LAUNCHER} {RUN} --epochs {5 * KILLS} --data {folder} --output {output}".split()
     with open(output.with_suffix(".txt"), "a") as said:
         return subprocess.Popen(
             [sys.executable, *arguments],

@@ -24,7 +24,10 @@ from rsfast.config import TrainConfig, parse_args
 
 SETTINGS = settings(max_examples=250, derandomize=True, deadline=None, database=None)
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
-CHOICES = config._CHOICES
+WITH_CHOICES = (
+    "arch bn distill crop flip val_crop normalize loader precision decay device kernels optimizer"
+)
+CHOICES = {name: config._CHOICES[name] for name in WITH_CHOICES.split()}
 # What a plain test would choose to put around the one bad thing.
 GOOD: dict[str, Any] = {"epochs": 3, "lr": 0.5, "nesterov": True, "val_crop": "none", "data": "x"}
 
@@ -182,7 +185,7 @@ malformed = st.one_of(
     st.tuples(unknown_names, words).map(lambda two: [f"--{two[0]}", two[1]]),
     no_ints.filter(lambda text: text[0] != "-").map(lambda text: ["--epochs", "3", text]),
     words.map(lambda text: ["--config", f"/nowhere/{text}.toml"]),
-    st.sampled_from([["--config", "/"], ["--config", "/dev/null/x"], ["-x"], ["--conf", "x"]]),
+    st.sampled_from([["--config", "/"], ["--config", "/dev/null/x"], ["-x"], ["--epo", "3"]]),
 )
 
 
@@ -273,7 +276,6 @@ def test_a_file_that_is_no_list_of_settings_is_refused(content: bytes) -> None:
     assert "bad.toml" in refusal_of_file(content)
 
 
-@pytest.mark.xfail(strict=True, reason="rsfast.config does not refuse these yet")
 @pytest.mark.parametrize(
     "argv",
     [
@@ -303,7 +305,6 @@ def test_nonsense_that_python_can_read_is_refused_on_the_command_line(argv: list
     assert name.split("\n")[0] in refusal(argv).replace("_", " ").replace("-", " ")
 
 
-@pytest.mark.xfail(strict=True, reason="rsfast.config does not refuse these yet")
 @pytest.mark.parametrize(
     "text",
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
@@ -11,63 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from helpers import make_image_folder, smooth_image
+from helpers import FOR_DALI, JPEG, PNG, SPECIMENS, cut, make_image_folder
 from rsfast.data import check, folder, index_folder, train_loader, val_loader
 from rsfast.data.__main__ import main
-from rsfast.data.cache import cache_root
 from rsfast.data.check import Report, check_split
 
 # Python 3.12 says so of every fork beside a thread; the workers of the check only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-PICTURE = smooth_image(60, 80, np.random.default_rng(7))
-JPEG, PNG = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG")
-WEBP, BMP = encoded(PICTURE, "WEBP"), encoded(PICTURE, "BMP")
-TABLE = JPEG.index(b"\xff\xdb")  # a segment before the picture
-DATA = PNG.index(b"IDAT")  # its name, with the length before it
-CHECKSUM = DATA + 4 + int.from_bytes(PNG[DATA - 4 : DATA], "big")
-
-# File name to its content, and kind and reason that the check should give it.
-SPECIMENS: dict[str, tuple[bytes, str, str]] = {
-    "empty.jpg": (b"", "bad", "empty file"),
-    "truncated.jpg": (JPEG[: len(JPEG) // 2], "bad", "truncated"),
-    "without_end.jpg": (JPEG[:-2], "bad", "truncated"),
-    "junk.jpg": (bytes(range(1, 200)), "bad", "no image"),
-    "header_only.jpg": (b"\xff\xd8\xff\xe0", "bad", "header"),
-    "text.jpg": (b"a cat, in words\n", "bad", "no image"),
-    "gif.jpg": (encoded(PICTURE, "GIF"), "bad", "GIF image, which the loaders do not decode"),
-    "truncated.png": (PNG[: len(PNG) // 2], "bad", "truncated"),
-    "damaged.png": (PNG.replace(PNG[DATA + 99 : DATA + 109], bytes(10)), "bad", "decoded"),
-    "truncated.webp": (WEBP[:-50], "bad", "decoded"),
-    "truncated.bmp": (BMP[:-50], "bad", "truncated"),
-    "png.jpg": (PNG, "odd", r"PNG image under the extension \.jpg"),
-    "jpeg.png": (JPEG, "odd", r"JPEG image under the extension \.png"),
-    "cmyk.jpg": (encoded(PICTURE.convert("CMYK"), "JPEG"), "odd", "CMYK"),
-    "pixel.jpg": (encoded(PICTURE.resize((1, 1)), "JPEG"), "odd", "tiny image of 1 x 1 pixels"),
-    "low.png": (encoded(PICTURE.resize((40, 7)), "PNG"), "odd", "tiny image of 40 x 7 pixels"),
-    "jpeg.txt": (JPEG, "unused", "JPEG image under another extension"),
-    "gif.gif": (encoded(PICTURE, "GIF"), "unused", "GIF image under another extension"),
-}
-# Files that Pillow decodes and DALI refuses.
-FOR_DALI: dict[str, tuple[bytes, str]] = {
-    "stray_bytes.jpg": (JPEG[:TABLE] + b"\0" + JPEG[TABLE:], "stray bytes"),
-    "without_end.png": (PNG[:-12], "truncated"),
-    "without_checksum.png": (PNG[:-1], "truncated"),
-    "long_end.png": (PNG[:-9] + b"\1" + PNG[-8:], "last chunk"),
-    "wrong_checksum.png": (PNG[:CHECKSUM] + bytes(4) + PNG[CHECKSUM + 4 :], "checksum in b'IDAT'"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -106,11 +59,6 @@ def epoch(root: Path, backend: str, make: Callable = train_loader, workers: int 
     return loader.num_images
 
 
-def cut(file: Path) -> Path:
-    file.write_bytes(file.read_bytes()[:-200])
-    return file
-
-
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_kind_of_broken_or_odd_file_is_named(specimens: Path, workers: int) -> None:
     (specimens / "train" / "eel").mkdir()
@@ -123,8 +71,7 @@ def test_every_kind_of_broken_or_odd_file_is_named(specimens: Path, workers: int
     for path, (kind, reason) in expected.items():
         assert findings[path][0] == kind, path
         assert re.search(reason, findings[path][1]), findings[path]
-    images = 6 + len(SPECIMENS) - 2 + len(FOR_DALI)
-    assert (report.images, report.decoded, report.is_good) == (images, images, False)
+    assert report.images == report.decoded == 6 + len(SPECIMENS) - 2 + len(FOR_DALI)
 
 
 def test_a_sound_data_set_has_no_findings(root: Path) -> None:
@@ -219,8 +166,7 @@ def test_a_file_that_kills_its_decoder_is_bad_and_the_others_are_checked(
     report = check_split(root / "train", workers=2)
     findings = told(report)
     assert findings.keys() == {"dog/0000.jpg", "dog/empty.jpg"}
-    assert findings["dog/0000.jpg"][0] == "bad"
-    assert "crashes its decoder" in findings["dog/0000.jpg"][1]
+    assert findings["dog/0000.jpg"] == ("bad", "crashes its decoder, or needs too much memory")
     assert report.decoded == 7
 
 
@@ -229,12 +175,8 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str):
         raise AssertionError(f"{path} was opened")
 
-    for module, name in (
-        (check, "_judge_image"),
-        (check, "_judge_other"),
-        (folder, "_header_size"),
-    ):
-        monkeypatch.setattr(module, name, fail)
+    for name in ("check._judge_image", "check._judge_other", "folder._header_size"):
+        monkeypatch.setattr(f"rsfast.data.{name}", fail)
 
 
 def test_a_second_check_opens_no_file_and_finds_the_same(
@@ -298,122 +240,11 @@ def test_bad_files_are_left_out_with_a_warning_that_says_how_to_list_them(
     check_split(root / "train")
     assert len(index_folder(root / "train")) == 5
     (record,) = caplog.records
-    message = record.getMessage()
-    assert "1 of 6 files" in message
-    assert "cat/0001.jpg" in message
-    command = re.search(r"to list them: (.*)\): ", message)[1]
+    warning = re.search(r"1 of 6 files.* to list them: (.*)\): (.*)$", record.getMessage())
+    command, names = warning.groups()
+    assert names == "cat/0001.jpg"
     assert main(shlex.split(command.removeprefix("python -m rsfast.data "))) == 1
     assert "train/cat/0001.jpg" in capsys.readouterr().out
-
-
-def test_the_record_holds_after_the_listing_has_changed(root: Path) -> None:
-    cut(root / "train" / "cat" / "0001.jpg")
-    check_split(root / "train")
-    (root / "train" / "cat" / "0000.jpg").unlink()
-    (root / "train" / "dog" / "added.png").write_bytes(PNG)
-    assert index_folder(root / "train").paths == (
-        "cat/0002.jpg",
-        "dog/0000.jpg",
-        "dog/0001.jpg",
-        "dog/0002.jpg",
-        "dog/added.png",
-    )
-
-
-def test_the_record_is_found_under_any_spelling_of_the_folder(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut(root / "train" / "cat" / "0001.jpg")
-    (tmp_path / "link").symlink_to(root)
-    monkeypatch.chdir(root)
-    check_split("train")
-    for spelling in ("train", root / "train", tmp_path / "link" / "train", "val/../train"):
-        assert len(index_folder(spelling)) == 5
-
-
-@pytest.mark.parametrize("broken", [b"", JPEG[:-300]], ids=["empty", "truncated"])
-@pytest.mark.parametrize("checked_again", [False, True])
-def test_a_repaired_file_comes_back_with_its_size(
-    root: Path, broken: bytes, checked_again: bool
-) -> None:
-    file = root / "train" / "cat" / "0001.jpg"
-    file.write_bytes(broken)
-    check_split(root / "train")
-    assert "cat/0001.jpg" not in index_folder(root / "train").paths
-    smooth_image(44, 33, np.random.default_rng(0)).save(file)
-    for _ in range(2):
-        index = index_folder(root / "train")
-        assert index.sizes[index.paths.index("cat/0001.jpg")].tolist() == [44, 33]
-        if checked_again:
-            assert check_split(root / "train").findings == []
-
-
-def test_a_bad_file_that_is_replaced_by_another_bad_one_stays_out(root: Path) -> None:
-    file = cut(root / "train" / "cat" / "0001.jpg")
-    check_split(root / "train")
-    file.write_bytes(b"no image either")
-    assert "cat/0001.jpg" not in index_folder(root / "train").paths
-
-
-def test_strict_refuses_bad_files_and_says_how_to_list_them(root: Path) -> None:
-    for make in (train_loader, val_loader):
-        make(root, (32, 16), 2, backend="pil", workers=0, strict=True)
-    for name in ("0001.jpg", "0002.jpg"):
-        cut(root / "train" / "cat" / name)
-    cut(root / "val" / "dog" / "0000.jpg")
-    assert main(["check", str(root)]) == 1
-    for make, count, first in (
-        (train_loader, 2, "cat/0001.jpg"),
-        (val_loader, 1, "dog/0000.jpg"),
-    ):
-        rule = f"no bad image when strict, found {count}, the first is {first}"
-        command = f"python -m rsfast.data check '{root}'"
-        with pytest.raises(ValueError, match=f"{rule}.*{re.escape(command)}$"):
-            make(root, (32, 16), 2, backend="pil", strict=True)
-        make(root, (32, 16), 2, backend="pil")
-    excluded = ["train/cat/0001.jpg", "train/cat/0002.jpg", "val/dog/0000.jpg"]
-    assert main(["exclude", str(root), *excluded]) == 0
-    assert len(index_folder(root / "train", strict=True)) == 4
-
-
-def test_strict_refuses_a_damaged_header_without_a_check(root: Path) -> None:
-    (root / "val" / "dog" / "0000.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"found 1, the first is dog/0000\.jpg"):
-        index_folder(root / "val", strict=True)
-
-
-def test_excluded_files_are_left_out_until_it_is_undone(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(root / "val")
-    files = ["train/cat/0000.jpg", str(root / "train" / "dog" / "0002.jpg"), "dog/0001.jpg"]
-    assert main(["exclude", str(root), *files]) == 0
-    assert "train: files left out by hand: 2" in capsys.readouterr().out
-    left = ("cat/0001.jpg", "cat/0002.jpg", "dog/0000.jpg", "dog/0001.jpg")
-    assert index_folder(root / "train").paths == left
-    assert len(index_folder(root / "val")) == 3
-    (root / "train" / "cat" / "0000.jpg").write_bytes(JPEG)  # a change does not undo it
-    assert index_folder(root / "train").paths == left
-    assert main(["check", str(root)]) == 0
-    out = capsys.readouterr().out
-    assert out.count("excluded  ") == 3
-    assert "excluded  train/cat/0000.jpg  by hand" in out
-    assert main(["exclude", "--undo", str(root / "train"), "cat/0000.jpg"]) == 0
-    assert index_folder(root / "train").paths == ("cat/0000.jpg", *left)
-    assert main(["exclude", "--undo", str(root / "train"), "cat/0000.jpg"]) == 2
-    assert "must be a file that is excluded, got cat/0000.jpg" in capsys.readouterr().err
-
-
-def test_a_bad_file_that_is_excluded_is_settled(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cut(root / "val" / "dog" / "0001.jpg")
-    assert main(["check", str(root)]) == 1
-    assert main(["exclude", str(root), "val/dog/0001.jpg"]) == 0
-    capsys.readouterr()
-    assert main(["check", str(root)]) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"excluded  val/dog/0001.jpg  by hand; bad: .*truncated", out)
 
 
 @pytest.mark.parametrize("make", [train_loader, val_loader], ids=["train", "val"])
@@ -435,9 +266,7 @@ def test_the_error_of_a_file_that_breaks_later_says_how_to_leave_it_out(
 
 
 def test_the_printed_command_works_in_a_shell(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "it's a split").mkdir()
-    (root / "train" / "cat").rename(tmp_path / "it's a split" / "cat")
-    split = tmp_path / "it's a split"
+    split = (root / "train").rename(tmp_path / "it's a split")
     done = subprocess.run(
         f"{folder.check_command(split)} && {folder.exclude_command(split, 'cat/0000.jpg')}",
         shell=True,
@@ -447,8 +276,8 @@ def test_the_printed_command_works_in_a_shell(root: Path, tmp_path: Path) -> Non
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "it's a split: 3 images, 0 bad" in done.stdout
-    assert index_folder(split).paths == ("cat/0001.jpg", "cat/0002.jpg")
+    assert "it's a split: 6 images, 0 bad" in done.stdout
+    assert index_folder(split).paths[:2] == ("cat/0001.jpg", "cat/0002.jpg")
 
 
 def test_the_list_names_every_finding_and_the_screen_twenty_of_a_kind(
@@ -484,7 +313,6 @@ def test_the_list_names_every_finding_and_the_screen_twenty_of_a_kind(
         (["exclude", ".", "train/cat/9.jpg"], "image in a class folder of ., got train/cat/9.jpg$"),
         (["exclude", ".", "train/cat"], "image in a class folder of ., got train/cat$"),
         (["exclude", ".", "../notes.jpg"], r"image in a class folder of ., got \.\./notes.jpg$"),
-        (["exclude", "nowhere", "0.jpg"], "data folder .*nowhere does not exist$"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -515,13 +343,8 @@ def test_odd_and_unused_files_alone_are_no_failure_but_an_empty_class_is(root: P
     assert main(["check", str(root)]) == 1
     (root / "val" / "eel" / "0.jpg").write_bytes(JPEG)
     assert main(["check", str(root)]) == 0
-
-
-def test_a_class_whose_images_are_all_bad_is_named(root: Path) -> None:
-    for number in range(2):
-        cut(root / "val" / "dog" / f"000{number}.jpg")
-    report = check_split(root / "val")
-    assert told(report)["dog"] == ("unused", "class folder without an image to use")
+    cut(root / "val" / "eel" / "0.jpg")
+    assert told(check_split(root / "val"))["eel"][0] == "unused"
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -530,35 +353,15 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert folder.split_folders(tmp_path) == [tmp_path / "train", tmp_path / "val"]
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_class(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("cat"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)  # tests may run as root
-    with pytest.raises(ValueError, match="train/cat must be readable: Permission denied$"):
-        index_folder(root / "train")
-
-
-def record_files() -> list[Path]:
-    return sorted((cache_root() / "check").iterdir())
-
-
 @pytest.mark.parametrize("name", ["record", "excluded"])
 def test_a_damaged_record_is_reported_and_made_again(
-    name: str, root: Path, caplog: pytest.LogCaptureFixture
+    name: str, root: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cut(root / "train" / "cat" / "0000.jpg")
     first = check_split(root / "train")
     assert main(["exclude", str(root), "train/dog/0000.jpg"]) == 0
-    (excluded,) = (file for file in record_files() if "excluded" in file.name)
-    (record,) = (file for file in record_files() if "excluded" not in file.name)
-    file = excluded if name == "excluded" else record
+    files = {"excluded" in file.name: file for file in (cache / "check").iterdir()}
+    file = files[name == "excluded"]
     whole = file.read_bytes()
     damages = [b"", b"no archive", whole[: len(whole) // 2]]
     damages += [

@@ -5,22 +5,34 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import make_image_folder, smooth_image
-from rsfast.data import folder
+from helpers import JPEG, PNG, cut, make_image_folder, smooth_image
+from rsfast.data import folder, train_loader, val_loader
+from rsfast.data.__main__ import main
 from rsfast.data.cache import cache_root
+from rsfast.data.check import check_split
 from rsfast.data.folder import FolderIndex, index_folder
+
+# Python 3.12 says so of every fork beside a thread; the workers of the check only decode.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def data(tmp_path: Path) -> Path:
+    """A data set whose path must be quoted: 6 training and 4 validation images of two classes."""
+    return make_image_folder(tmp_path / "my set", train=3, val=2)
+
+
+@pytest.fixture
+def root(data: Path) -> Path:
     """Six JPEGs of different sizes: three cats, three dogs."""
-    return make_image_folder(tmp_path / "set", train=3, val=0) / "train"
+    return data / "train"
 
 
 @pytest.fixture
@@ -266,3 +278,120 @@ def test_an_image_of_a_kind_that_no_loader_decodes_is_left_out(
     index = index_folder(tmp_path / "val")
     assert len(index) == 3
     assert "dog/0001.jpg" in caplog.text
+
+
+def test_the_record_holds_after_the_listing_has_changed(data: Path) -> None:
+    cut(data / "train" / "cat" / "0001.jpg")
+    check_split(data / "train")
+    (data / "train" / "cat" / "0000.jpg").unlink()
+    (data / "train" / "dog" / "added.png").write_bytes(PNG)
+    paths = index_folder(data / "train").paths
+    assert paths == ("cat/0002.jpg", *(f"dog/000{n}.jpg" for n in range(3)), "dog/added.png")
+
+
+def test_the_record_is_found_under_any_spelling_of_the_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(data / "train" / "cat" / "0001.jpg")
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(data)
+    check_split("train")
+    for spelling in ("train", data / "train", tmp_path / "link" / "train", "val/../train"):
+        assert len(index_folder(spelling)) == 5
+
+
+@pytest.mark.parametrize("broken", [b"", JPEG[:-300]], ids=["empty", "truncated"])
+@pytest.mark.parametrize("checked_again", [False, True])
+def test_a_repaired_file_comes_back_with_its_size(
+    data: Path, broken: bytes, checked_again: bool
+) -> None:
+    file = data / "train" / "cat" / "0001.jpg"
+    file.write_bytes(broken)
+    check_split(data / "train")
+    assert "cat/0001.jpg" not in index_folder(data / "train").paths
+    smooth_image(44, 33, np.random.default_rng(0)).save(file)
+    for _ in range(2):
+        index = index_folder(data / "train")
+        assert index.sizes[index.paths.index("cat/0001.jpg")].tolist() == [44, 33]
+        if checked_again:
+            assert check_split(data / "train").findings == []
+
+
+def test_a_bad_file_that_is_replaced_by_another_bad_one_stays_out(data: Path) -> None:
+    file = cut(data / "train" / "cat" / "0001.jpg")
+    check_split(data / "train")
+    file.write_bytes(b"no image either")
+    assert "cat/0001.jpg" not in index_folder(data / "train").paths
+
+
+def test_strict_refuses_bad_files_and_says_how_to_list_them(data: Path) -> None:
+    for make in (train_loader, val_loader):
+        make(data, (32, 16), 2, backend="pil", workers=0, strict=True)
+    for name in ("0001.jpg", "0002.jpg"):
+        cut(data / "train" / "cat" / name)
+    cut(data / "val" / "dog" / "0000.jpg")
+    assert main(["check", str(data)]) == 1
+    for make, count, first in ((train_loader, 2, "cat/0001.jpg"), (val_loader, 1, "dog/0000.jpg")):
+        rule = f"no bad image when strict, found {count}, the first is {first}"
+        command = f"python -m rsfast.data check '{data}'"
+        with pytest.raises(ValueError, match=f"{rule}.*{re.escape(command)}$"):
+            make(data, (32, 16), 2, backend="pil", strict=True)
+        make(data, (32, 16), 2, backend="pil")
+    excluded = ["train/cat/0001.jpg", "train/cat/0002.jpg", "val/dog/0000.jpg"]
+    assert main(["exclude", str(data), *excluded]) == 0
+    assert len(index_folder(data / "train", strict=True)) == 4
+
+
+def test_strict_refuses_a_damaged_header_without_a_check(data: Path) -> None:
+    (data / "val" / "dog" / "0000.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"found 1, the first is dog/0000\.jpg"):
+        index_folder(data / "val", strict=True)
+
+
+def test_excluded_files_are_left_out_until_it_is_undone(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data / "val")
+    files = ["train/cat/0000.jpg", str(data / "train" / "dog" / "0002.jpg"), "dog/0001.jpg"]
+    assert main(["exclude", str(data), *files]) == 0
+    assert "train: files left out by hand: 2" in capsys.readouterr().out
+    left = ("cat/0001.jpg", "cat/0002.jpg", "dog/0000.jpg", "dog/0001.jpg")
+    assert index_folder(data / "train").paths == left
+    assert len(index_folder(data / "val")) == 3
+    (data / "train" / "cat" / "0000.jpg").write_bytes(JPEG)  # a change does not undo it
+    assert index_folder(data / "train").paths == left
+    assert main(["check", str(data)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("excluded  ") == 3
+    assert "excluded  train/cat/0000.jpg  by hand" in out
+    assert main(["exclude", "--undo", str(data / "train"), "cat/0000.jpg"]) == 0
+    assert index_folder(data / "train").paths == ("cat/0000.jpg", *left)
+    assert main(["exclude", "--undo", str(data / "train"), "cat/0000.jpg"]) == 2
+    assert "must be a file that is excluded, got cat/0000.jpg" in capsys.readouterr().err
+
+
+def test_a_bad_file_that_is_excluded_is_settled(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut(data / "val" / "dog" / "0001.jpg")
+    assert main(["check", str(data)]) == 1
+    assert main(["exclude", str(data), "val/dog/0001.jpg"]) == 0
+    capsys.readouterr()
+    assert main(["check", str(data)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"excluded  val/dog/0001.jpg  by hand; bad: .*truncated", out)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_class(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # tests may run as data
+    with pytest.raises(ValueError, match="train/cat must be readable: Permission denied$"):
+        index_folder(data / "train")
