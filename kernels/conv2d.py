@@ -60,7 +60,7 @@ def _fwd(
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     for level, output in zip(inputs, outputs, strict=True):
         with level_range(f"level {level.shape[2]}x{level.shape[3]}"):
-            if x.is_cuda and cudnn.enabled:
+            if x.is_cuda and cudnn.enabled and x.dtype != torch.float64:  # which has no NHWC
                 torch.ops.aten.cudnn_convolution.out(
                     level,
                     weight,

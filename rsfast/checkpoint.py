@@ -7,6 +7,7 @@ as last-1.pt, last-2.pt, and so on.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -51,7 +52,7 @@ def save(payload: dict[str, Any], *paths: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, **payload}, buffer)
-    archive = bytearray(buffer.getbuffer())
+    archive = buffer.getbuffer()
     seal = seal_zip(archive)
     for path in paths:
         write_whole(path, [archive, seal])
@@ -113,7 +114,7 @@ def newest(folder: Path) -> Path | None:
 def clean(folder: Path) -> None:
     """Removes what a process that was killed while it wrote has left."""
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\.+(last|model_best).*\d", path.name):
+        if re.fullmatch(r"\.+(last|model_best|log|summary).*\d", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -155,7 +156,8 @@ def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
     tensors = {**model.state_dict(), "ensemble.alpha": alpha.detach()}
     # A convolution's channels-last strides are not kept: the file holds values in row-major order.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "rsfast": json.dumps(about)}
+    text = json.dumps(about)
+    metadata = {"format": "pt", "rsfast": text, "sha256": _digest(text, tensors)}
     write_whole(path, [to_safetensors(tensors, metadata)])
 
 
@@ -198,12 +200,25 @@ def _load_weights(path: Path) -> tuple[RSNet, Tensor]:
         raise ValueError(f"checkpoint {path} does not exist")
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["rsfast"])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _digest(metadata["rsfast"], tensors):
+            raise ValueError("its checksum does not match")
+        about = json.loads(metadata["rsfast"])
         alpha = tensors.pop("ensemble.alpha")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged or not of rsfast: {error}") from error
     return _rebuild(path, about, tensors), alpha
+
+
+def _digest(about: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a file of weights says."""
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _rebuild(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> RSNet:
@@ -239,7 +254,9 @@ def _fault(path: Path) -> str | None:
         return f"checkpoint {path} cannot be read: {error}"
     if sealed:
         return None
-    reason = "it has no checksum at its end" if sealed is None else "its checksum does not match"
+    reason = "its checksum does not match"
+    if sealed is None:
+        reason = "it has no checksum at its end, as files of rsfast have"
     return f"checkpoint {path} is damaged: {reason}"
 
 

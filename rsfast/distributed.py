@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +18,11 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from rsfast.models import RSNet
+from rsfast.vector import as_vector, fill_from_vector
 
 __all__ = [
     "Rank",
+    "abandon",
     "agree",
     "average_bn_statistics",
     "first_rank_first",
@@ -27,6 +32,7 @@ __all__ = [
     "sum_over_ranks",
 ]
 
+_PATIENCE_S = 1800  # for the other processes to start
 T = TypeVar("T")
 
 
@@ -75,10 +81,10 @@ def join(device: str = "auto") -> Rank:
         # torchrun keeps one store over its restarts, and what the processes of the start before
         # have left there makes new ones wait for the dead: each start gets a part of its own.
         store, number, _ = next(rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        start = agree_on_start(store, number, world_size)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.PrefixStore(f"rsfast/{attempt}", store),
+            store=dist.PrefixStore(f"rsfast/{start}", store),
             rank=number,
             world_size=world_size,
             device_id=place if cuda else None,
@@ -87,8 +93,53 @@ def join(device: str = "auto") -> Rank:
     return Rank(int(os.environ.get("RANK", 0)), world_size, place, group)
 
 
+def agree_on_start(store: dist.Store, number: int, world_size: int) -> str:
+    """A name for this start of all processes, through a store with leftovers of earlier ones.
+
+    torchrun's own count of restarts will not do: every machine counts for itself. So each process
+    says hello with a name that nobody had before, and rank 0 answers whatever hello it finds until
+    all have said that they got its answer; a leftover hello is answered in vain.
+
+    Raises:
+        RuntimeError: if the others do not come within half an hour.
+    """
+    end = time.monotonic() + _PATIENCE_S
+    own = uuid.uuid4().hex
+    waiting = set(range(1, world_size)) if number == 0 else set()
+    if number:
+        store.set(f"rsfast/hello/{number}", own)
+        while not store.check([f"rsfast/answer/{own}"]):
+            _sleep_until(end)
+        own = store.get(f"rsfast/answer/{own}").decode()
+        store.set(f"rsfast/{own}/got/{number}", "")
+    while waiting:
+        for other in tuple(waiting):
+            if store.check([f"rsfast/{own}/got/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"rsfast/hello/{other}"]):
+                hello = store.get(f"rsfast/hello/{other}").decode()
+                store.set(f"rsfast/answer/{hello}", own)
+        if waiting:
+            _sleep_until(end)
+    return own
+
+
+def _sleep_until(end: float) -> None:
+    if time.monotonic() > end:
+        raise RuntimeError(f"the other processes did not start within {_PATIENCE_S // 60} minutes")
+    time.sleep(0.05)
+
+
+def abandon(code: int) -> None:
+    """Ends this process now if it is in a group: its peers may never come to leave it together."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def leave() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one; all ranks do, or it may wait for them."""
     if dist.is_initialized():
         # DistributedDataParallel holds the group and is full of cycles. What is left of it when the
         # interpreter ends makes gloo's threads end the process with an abort, now and then.
@@ -110,18 +161,18 @@ def first_rank_first(rank: Rank) -> Iterator[None]:
 
 
 def agree(rank: Rank, find: Callable[[], T]) -> T:
-    """What `find` returns on rank 0, or the ValueError that it raises there, on all ranks."""
+    """What `find` returns on rank 0, or the ValueError or OSError that it raises, on all ranks."""
     if rank.world_size == 1:
         return find()
     box: list[Any] = [None, None]
     if rank.is_main:
         try:
             box[0] = find()
-        except ValueError as error:
-            box[1] = str(error)
+        except (ValueError, OSError) as error:
+            box[1] = ValueError(str(error)) if isinstance(error, ValueError) else error
     dist.broadcast_object_list(box, src=0, group=rank.host_group)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise box[1]
     return box[0]
 
 
@@ -147,8 +198,6 @@ def average_bn_statistics(model: RSNet) -> None:
     if not dist.is_initialized():
         return
     buffers = [b for norm in model.batch_norms() for b in (norm.running_mean, norm.running_var)]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = as_vector(buffers)
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    fill_from_vector(buffers, flat / dist.get_world_size())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rsfast.data import Batch
 from rsfast.guard import StepGuard, skips_on_device
 from rsfast.losses import LossTerms
+from rsfast.models.layers import SwitchableBatchNorm2d
 from rsfast.nvtx import name_all_reduces, nvtx_range
 from rsfast.pyramid import Pyramid
 from rsfast.snapshot import Snapshot
@@ -159,7 +161,15 @@ class TrainStep:
             return objective(images, labels)
 
     def _what_fits(self, batch: Batch) -> str:
-        """Says so after an error: halves the batch until its forward and backward go through."""
+        """Says so after an error: halves the batch until its forward and backward go through.
+
+        On this rank alone: without DDP, whose hooks go with it, and with statistics of its own.
+        """
+        self._objective = self._modules
+        gc.collect()
+        for module in self._modules.modules():
+            if isinstance(module, SwitchableBatchNorm2d):
+                module.synced = False
         num_images = batch.images.num_images
         size = num_images // 2
         while size and not self._fits(batch, size):
@@ -174,7 +184,7 @@ class TrainStep:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         images = Pyramid.pack([v[:size] for v in batch.images.levels()], batch.images.banks)
-        try:  # without DDP: other ranks know nothing of it
+        try:
             self._forward(self._modules, images, batch.labels[:size]).total.backward()
         except RuntimeError as error:
             if is_out_of_memory(error):

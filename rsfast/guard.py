@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from rsfast.losses import LossTerms
 from rsfast.models.layers import SwitchableBatchNorm2d
+from rsfast.vector import as_vector, fill_from_vector
 
-__all__ = ["StepGuard"]
+__all__ = ["StepGuard", "skips_on_device"]
 
 
 class StepGuard:
     """The optimiser's step, taken only if every gradient is finite; decided on the device.
 
     A step that is left out changes nothing: weights, momentum, and the batch-norm statistics and
-    counters that its forward has already moved are as they were before it. All ranks decide alike:
+    counters that its forward has already moved are as they were before it (averaged weights, which
+    are not its business, take in the same weights once more). All ranks decide alike:
     they look at the averaged gradients, and a rank whose loss is not finite makes its own NaN.
 
     Args:
@@ -46,7 +48,7 @@ class StepGuard:
 
     def begin(self) -> None:
         """To be called before the forward."""
-        self._before = [_as_vector(buffers) for buffers in self._buffers]
+        self._before = [as_vector(buffers) for buffers in self._buffers]
 
     def loss_of(self, terms: LossTerms) -> Tensor:
         """What to run the backward of: the scaled total, or NaN where it is not finite."""
@@ -70,10 +72,7 @@ class StepGuard:
         elif bool(finite):
             self._optimizer.step()
         for buffers, before in zip(self._buffers, self._before, strict=True):
-            kept = torch.where(finite, _as_vector(buffers), before)
-            parts = kept.split([buffer.numel() for buffer in buffers])
-            views = [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
-            torch._foreach_copy_(buffers, views)
+            fill_from_vector(buffers, torch.where(finite, as_vector(buffers), before))
         self._before = []
         self._count(finite)
 
@@ -93,7 +92,3 @@ class StepGuard:
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimiser looks at a flag on the device by itself."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def _as_vector(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])

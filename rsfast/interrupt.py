@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 __all__ = ["STOPPED", "Interrupt", "Stopped", "Vote", "ignore_in_worker"]
 
@@ -54,10 +55,10 @@ class Interrupt:
 
     def _take(self, number: int, _: FrameType | None) -> None:
         clock = time.monotonic()
-        if not self._deferred:
-            raise Stopped(f"{signal.Signals(number).name} before the first step")
         if not self.requested:
             self.requested, self._first = True, clock
+            if not self._deferred:
+                raise Stopped(f"{signal.Signals(number).name} before the first step")
         elif clock - self._first > _SAME_REQUEST_S:
             os._exit(STOPPED)
 
@@ -65,23 +66,43 @@ class Interrupt:
 class Vote:
     """What all ranks do after the same step; a rank alone decides for itself.
 
+    The hosts count while the next step runs, so that its result is that of the step before.
+
     Args:
         group: of gloo, so that the host asks without waiting for a GPU; None for one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
+        self._votes: Tensor | None = None
+        self._count: dist.Work | None = None
 
-    def __call__(self, *wishes: bool) -> list[bool]:
-        """Each wish, on all ranks if it is one rank's."""
+    def __call__(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Hands in this rank's wishes; returns which of the last ones some rank had."""
         if self._group is None:
-            return list(wishes)
-        votes = torch.tensor(wishes, dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
-        return [bool(vote) for vote in votes.tolist()]
+            return stop, save
+        result = self.result()
+        self._votes = torch.tensor([stop, save], dtype=torch.int32)
+        self._count = dist.all_reduce(
+            self._votes, dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return result
+
+    def result(self) -> tuple[bool, bool]:
+        """Of the vote under way, which is then over."""
+        if self._votes is None or self._count is None:
+            return False, False
+        self._count.wait()
+        stop, save = self._votes.tolist()
+        self._votes = self._count = None
+        return bool(stop), bool(save)
 
 
 def ignore_in_worker(_: int) -> None:
-    """For processes that decode: schedulers signal them too, but the one that trains decides."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For processes that decode: schedulers signal them too, but the one that trains decides.
+
+    It has a minute for it; a worker that is asked to end because its loader has ended, but does
+    not hear of it, is gone then.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -34,7 +34,12 @@ def lr_at(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> floa
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of all groups; a tensor rate keeps its place in memory."""
+    """Sets the rate of all groups; a tensor rate keeps its place in memory.
+
+    Rounded to float32, as a captured step has it: PyTorch's fused SGD would compute with the
+    float64 of an eager one.
+    """
+    lr = _as_float32(lr)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -86,7 +91,7 @@ def build_optimizer(
         {"params": free, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+    settings: dict[str, Any] = {"lr": _as_float32(lr), "momentum": momentum, "nesterov": nesterov}
     optimizer: torch.optim.Optimizer
     if kind == "apex_sgd":
         optimizer = _apex_sgd()(groups, **settings)
@@ -101,6 +106,10 @@ def build_optimizer(
         raise ValueError(f"kind must be one of {OPTIMIZERS}, got {kind!r}")
     _keep_idle_banks(optimizer, model)
     return optimizer
+
+
+def _as_float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def _apex_sgd() -> type[torch.optim.Optimizer]:

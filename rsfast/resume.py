@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsfast import checkpoint, environment
+from rsfast import checkpoint
 from rsfast.config import TrainConfig
 from rsfast.data import Loader
-from rsfast.distributed import Rank
+from rsfast.distributed import Rank, agree
 from rsfast.metrics import EpochMean
 from rsfast.models import RSNet
+from rsfast.vector import as_vector, fill_from_vector
 
 if TYPE_CHECKING:
     from rsfast.run import Run
@@ -62,6 +63,7 @@ class Progress:
         logged: steps of it that are in the log.
         validating: all its steps are done and batch-norm statistics are averaged over the ranks.
         mean: of its log lines.
+        restarted: a part of it was done before, with other batches.
     """
 
     epoch: int = 0
@@ -69,17 +71,22 @@ class Progress:
     logged: int = 0
     validating: bool = False
     mean: EpochMean = field(default_factory=EpochMean)
+    restarted: bool = False
 
 
 def save(run: Run, *, is_best: bool = False) -> None:
-    """Writes last.pt, and before it model_best.pt and .safetensors if asked to; for all ranks.
+    """Writes last.pt, and before it model_best.pt and .safetensors if asked to.
+
+    All ranks come here, and go on when it is written.
 
     Raises:
-        OSError: if they cannot be written; last.pt is then what it was.
+        OSError: on all ranks, if they cannot be written; last.pt is then what it was.
     """
     ranks = _gather(run.rank, _rank_state(run))
-    if not run.rank.is_main:
-        return
+    agree(run.rank, lambda: _write(run, ranks, is_best))
+
+
+def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
     optimizer = run.optimizer.state_dict()
     for group in optimizer["param_groups"]:
         group["lr"] = float(group["lr"])  # a captured step has made a tensor of it
@@ -99,7 +106,7 @@ def save(run: Run, *, is_best: bool = False) -> None:
         "config": dataclasses.asdict(run.cfg),
         "config_hash": config_hash(run.cfg),
         "data_set": data_set(run),
-        "versions": environment.describe(run.rank.device),
+        "versions": run.versions,
     }
     if run.ema:
         payload["ema"] = run.ema.module.state_dict()
@@ -139,6 +146,12 @@ def restore(run: Run, path: Path) -> None:
     if "optimizer" not in content:
         raise ValueError(f"checkpoint {path} holds no training state to resume from")
     _check_same_run(run, path, content)
+    other_batches = _other_batches(run, content)
+    if other_batches and not run.cfg.restart_epoch:
+        raise ValueError(
+            f"checkpoint {path}: {other_batches}, and the batches would change: go back, or "
+            f"continue from the start of the epoch with --restart-epoch"
+        )
     run.model.load_state_dict(content["model"])
     run.loss.load_state_dict(content["loss"])
     run.optimizer.load_state_dict(content["optimizer"])
@@ -148,23 +161,22 @@ def restore(run: Run, path: Path) -> None:
         run.ema.module.load_state_dict(content["ema"])
         run.ema.n_averaged.fill_(content["ema_updates"])
     run.best = tuple(content["best"])
-    run.at = Progress(content["epoch"])
-    same_ranks = len(content["ranks"]) == run.rank.world_size
-    if run.cfg.restart_epoch:
+    if len(content["ranks"]) == run.rank.world_size:
+        _restore_rank(run, content["ranks"][run.rank.index])
+    if other_batches:
+        run.at = Progress(content["epoch"], restarted=True)
+        run.meter.sums.zero_()
         if content["step"]:
             _LOG.warning(
-                "epoch %d starts again, %d of its steps were done",
+                "epoch %d starts again, %d of its steps were done: %s",
                 run.at.epoch + 1,
                 content["step"],
+                other_batches,
             )
     else:
         mean = EpochMean(**content["mean"])
         place = content["step"], content["logged"], content["validating"]
         run.at = Progress(content["epoch"], *place, mean)
-    if same_ranks:
-        _restore_rank(run, content["ranks"][run.rank.index])
-    if run.cfg.restart_epoch:
-        run.meter.sums.zero_()
 
 
 def config_hash(cfg: TrainConfig) -> str:
@@ -174,37 +186,36 @@ def config_hash(cfg: TrainConfig) -> str:
 
 def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
     before, now = content["config"], dataclasses.asdict(run.cfg)
-    free = _FREE_TO_CHANGE | (_FREE_AT_AN_EPOCH if run.cfg.restart_epoch else set())
-    for name in sorted(set(now) - free):
+    for name in sorted(set(now) - _FREE_TO_CHANGE - _FREE_AT_AN_EPOCH):
         if before.get(name) != now[name]:
-            also = " or continue with --restart-epoch" if name in _FREE_AT_AN_EPOCH else ""
             raise ValueError(
                 f"checkpoint {path} was trained with {name} = {before.get(name)!r}, this run has "
-                f"{now[name]!r}: resume with the same settings,{also} or start another --output"
+                f"{now[name]!r}: resume with the same settings, or start another --output"
             )
     if content["class_names"] != run.model.class_names:
         raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
-    if not run.cfg.restart_epoch:
-        if len(content["ranks"]) != run.rank.world_size:
-            raise ValueError(
-                f"checkpoint {path} was trained by {len(content['ranks'])} processes, this run has "
-                f"{run.rank.world_size}, and the batch and its order would change: use as many, or "
-                f"continue from the start of the epoch with --restart-epoch"
-            )
-        if content["data_set"] != data_set(run):
-            raise ValueError(
-                f"checkpoint {path} was trained on other images than {run.cfg.data} has, and their "
-                f"order would change: continue from the start of the epoch with --restart-epoch"
-            )
-    versions = environment.describe(run.rank.device)
-    for name in ("rsfast", "torch", "triton", "numpy", "pillow", "gpu"):
-        if content["versions"].get(name) != versions.get(name):
+    for name, version in run.versions.items():
+        if content["versions"].get(name) != version:
             _LOG.warning(
                 "resumed with %s %s instead of %s: results may differ in their last digits",
                 name,
-                versions.get(name),
+                version,
                 content["versions"].get(name),
             )
+
+
+def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
+    """Why the batches of the checkpoint's epoch would not be those that this run makes."""
+    before, now = content["config"], dataclasses.asdict(run.cfg)
+    for name in sorted(_FREE_AT_AN_EPOCH):
+        if before.get(name) != now[name]:
+            return f"it was trained with {name} = {before.get(name)!r}, this run has {now[name]!r}"
+    if len(content["ranks"]) != run.rank.world_size:
+        processes = len(content["ranks"])
+        return f"it was trained by {processes} processes, this run has {run.rank.world_size}"
+    if content["data_set"] != data_set(run):
+        return f"it was trained on other images than {run.cfg.data} has"
+    return None
 
 
 def data_set(run: Run) -> dict[str, str]:
@@ -227,7 +238,7 @@ def _rank_state(run: Run) -> dict[str, Any]:
     _, numpy_keys, *numpy_rest = np.random.get_state()
     version, python_keys, gauss = random.getstate()
     state = {
-        "statistics": [torch.cat([b.flatten() for b in _statistics(m)]).cpu() for m in models],
+        "statistics": [as_vector(_statistics(m)).cpu() for m in models],
         "meter": run.meter.sums.cpu(),
         "rng": torch.get_rng_state(),
         "numpy_rng": [torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest],
@@ -240,12 +251,8 @@ def _rank_state(run: Run) -> dict[str, Any]:
 
 def _restore_rank(run: Run, state: dict[str, Any]) -> None:
     models = [run.model, *([run.averaged_model] if run.ema else [])]
-    with torch.no_grad():
-        for model, flat in zip(models, state["statistics"], strict=True):
-            buffers = _statistics(model)
-            parts = flat.split([buffer.numel() for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+    for model, vector in zip(models, state["statistics"], strict=True):
+        fill_from_vector(_statistics(model), vector.to(run.rank.device))
     run.meter.sums.copy_(state["meter"])
     torch.set_rng_state(state["rng"])
     keys, *rest = state["numpy_rng"]

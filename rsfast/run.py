@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rsfast import checkpoint, environment
-from rsfast.config import TrainConfig, profiled_steps
+from rsfast.config import TrainConfig, checkpoint_interval, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.distributed import Rank, agree, first_rank_first, same_everywhere
@@ -37,6 +37,7 @@ __all__ = ["Run", "build"]
 
 _LOG = logging.getLogger("rsfast")
 _PADDED_CHANNELS = 4
+_VERSIONED = ("rsfast", "torch", "triton", "numpy", "pillow", "gpu", "cuda", "cudnn")
 _RECIPE_BATCH = 256  # that the learning rates of the recipes belong to
 
 
@@ -56,6 +57,8 @@ class Run:
         best: score of the best epoch so far.
         meter: losses since the last log line.
         vote: what all ranks agree on after a step.
+        checkpoint_interval: steps and seconds between checkpoints; 0 for none.
+        versions: of what the numbers depend on.
         saved: when the last checkpoint was written or the run began, in seconds of
             `time.monotonic`.
     """
@@ -76,11 +79,16 @@ class Run:
     best: tuple[float, float] = (-1.0, -1.0)
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
+    checkpoint_interval: tuple[int, float] = field(init=False)
+    versions: dict[str, Any] = field(init=False)
     saved: float = field(default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(self.rank.device)
         self.vote = Vote(self.rank.host_group)
+        self.checkpoint_interval = checkpoint_interval(self.cfg.checkpoint_every)
+        facts = environment.describe(self.rank.device)
+        self.versions = {name: facts[name] for name in _VERSIONED if name in facts}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -169,8 +177,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         )
     if resume_from:
         restore(run, resume_from)
-    if rank.is_main:
-        _open_folder(run)
+    agree(rank, lambda: _open_folder(run))
     return run
 
 
@@ -259,7 +266,8 @@ def _open_folder(run: Run) -> None:
         raise ValueError(f"output folder {run.folder} cannot be written: {error}") from error
     checkpoint.clean(run.folder)
     _check_space(run)
-    run.log = RunLog(run.folder, run.cfg.resolutions, run.at.epoch, run.steps_done)
+    steps = None if run.at.restarted else run.steps_done
+    run.log = RunLog(run.folder, run.cfg.resolutions, run.at.epoch, steps)
     norms = sum(p.numel() for norm in run.model.batch_norms() for p in norm.parameters())
     facts = {
         **environment.describe(run.rank.device),
@@ -288,12 +296,16 @@ def _check_space(run: Run) -> None:
     tensors = [*run.model.state_dict().values()] * (2 if run.ema else 1)
     tensors += [buffer for state in run.optimizer.state.values() for buffer in state.values()]
     size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    # Those kept, the best one twice (as safetensors too), and the one that is being written.
-    needed, free = (run.cfg.keep + 3) * size, shutil.disk_usage(run.folder).free
+    size += sum(tensor.nbytes for tensor in run.model.buffers()) * run.rank.world_size
+    # Those kept, the best one twice (as safetensors too), and the one that is being written;
+    # less what earlier starts of the run have written.
+    files = [*run.folder.glob("last*.pt"), *run.folder.glob("model_best.*")]
+    needed = (run.cfg.keep + 3) * size - sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(run.folder).free
     if free < needed:
         raise ValueError(
             f"output folder {run.folder} must have room for {run.cfg.keep + 3} checkpoints, "
-            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            f"{needed / 2**30:.2f} GiB more, {free / 2**30:.2f} are free"
         )
 
 

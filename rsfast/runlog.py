@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from rsfast import plots
+from rsfast.seal import write_whole
 
 __all__ = ["RunLog"]
 
@@ -26,11 +28,12 @@ class RunLog:
         folder: of the run; exists.
         resolutions: trained ones, for the columns of the summary.
         epochs_done: so many whole epochs are kept from an earlier start.
-        steps_done: and so many steps, since the beginning of the run.
+        steps_done: and so many steps, since the beginning of the run; None if the epoch under way
+            starts again, perhaps with steps of another size.
     """
 
     def __init__(
-        self, folder: Path, resolutions: Sequence[int], epochs_done: int, steps_done: int
+        self, folder: Path, resolutions: Sequence[int], epochs_done: int, steps_done: int | None
     ) -> None:
         self._folder = folder
         self._resolutions = resolutions
@@ -38,12 +41,12 @@ class RunLog:
             row for row in _read_csv(folder / "summary.csv") if int(row["epoch"]) <= epochs_done
         ]
         kept = [
-            line
-            for line in _read_lines(folder / "log.jsonl")
-            if _was_before(json.loads(line), epochs_done, steps_done)
+            text
+            for text, line in _read_lines(folder / "log.jsonl")
+            if _was_before(line, epochs_done, steps_done)
         ]
-        self._lines = open(folder / "log.jsonl", "w", buffering=1)  # noqa: SIM115 (kept open)
-        self._lines.writelines(kept)
+        write_whole(folder / "log.jsonl", ["".join(kept).encode()])
+        self._lines = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (kept open)
         # Only a resumed run has events to purge; a purge step in a fresh one would hide step 0.
         purge = steps_done + 1 if steps_done else None
         self._board = SummaryWriter(str(folder), purge_step=purge)
@@ -67,11 +70,11 @@ class RunLog:
                 self._board.add_scalar(f"epoch/{name}", value, step)
         self._board.flush()
         self._rows.append(row)
-        path = self._folder / "summary.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(self._rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(row))
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self._folder / "summary.csv", [table.getvalue().encode()])
         plots.accuracy_over_epochs(self._rows, self._resolutions, self._folder / "accuracy.png")
 
     def close(self) -> None:
@@ -80,22 +83,28 @@ class RunLog:
         self._lines.close()
 
 
-def _was_before(line: dict[str, Any], epochs_done: int, steps_done: int) -> bool:
+def _was_before(line: dict[str, Any], epochs_done: int, steps_done: int | None) -> bool:
     # At the end of an epoch, its last step may be done and its validation not.
-    if line["event"] == "epoch":
+    if line["event"] == "epoch" or (steps_done is None and "epoch" in line):
         return line["epoch"] <= epochs_done
-    return line.get("step", 0) <= steps_done
+    return steps_done is None or line.get("step", 0) <= steps_done
 
 
 def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Whole lines only: a killed run may have left half of one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Whole lines only, as text and content: a killed run or machine may have left other things."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "event" in line:
+            found.append((f"{text}\n", line))
+    return found
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

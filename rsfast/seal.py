@@ -18,7 +18,7 @@ _SEAL_LENGTH = len(_MAGIC) + 2 * hashlib.sha256().digest_size
 _CHUNK = 2**24  # bytes
 
 
-def seal_zip(archive: bytearray) -> bytes:
+def seal_zip(archive: bytearray | memoryview) -> bytes:
     """The seal of a zip archive without comment, whose last field is set to the seal's length."""
     archive[-2:] = _SEAL_LENGTH.to_bytes(2, "little")
     return _MAGIC + hashlib.sha256(archive).hexdigest().encode()
@@ -49,7 +49,7 @@ def is_sealed(path: Path) -> bool | None:
     return seal == _MAGIC + digest.hexdigest().encode()
 
 
-def write_whole(path: Path, parts: Sequence[bytes | bytearray]) -> None:
+def write_whole(path: Path, parts: Sequence[bytes | bytearray | memoryview]) -> None:
     """Writes a file beside `path`, makes sure that it is on disk, then gives it that name.
 
     Raises:

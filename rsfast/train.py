@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from tqdm import tqdm
 
 from rsfast import distributed
-from rsfast.config import TrainConfig, checkpoint_interval, parse_args
+from rsfast.config import TrainConfig, parse_args
 from rsfast.data import Batch, prefetch
 from rsfast.engine import PRECISIONS
 from rsfast.interrupt import STOPPED, Interrupt, Stopped
@@ -41,11 +41,14 @@ def train(cfg: TrainConfig) -> Accuracy | None:
         Stopped: after SIGTERM or SIGUSR1, once the step is done and saved.
     """
     with Interrupt() as interrupt:
+        rank = distributed.join(cfg.device)
         try:
-            rank = distributed.join(cfg.device)
-            return train_epochs(build(cfg, rank), interrupt)
-        finally:
+            accuracy = train_epochs(build(cfg, rank), interrupt)
+        except Stopped:
             distributed.leave()
+            raise
+        distributed.leave()
+        return accuracy
 
 
 def train_epochs(run: Run, interrupt: Interrupt) -> Accuracy | None:
@@ -57,6 +60,7 @@ def train_epochs(run: Run, interrupt: Interrupt) -> Accuracy | None:
             if not run.at.validating:
                 train_epoch(run, interrupt)
             accuracy = finish_epoch(run, interrupt)
+        run.vote.result()
     finally:
         if run.profile:
             run.profile.close()
@@ -97,11 +101,10 @@ def train_epoch(run: Run, interrupt: Interrupt) -> None:
 
 def save_if_due(run: Run, interrupt: Interrupt) -> None:
     """Writes a checkpoint where all ranks agree that it is time, or that a signal asked for it."""
-    steps, seconds = checkpoint_interval(run.cfg.checkpoint_every)
-    due = bool(steps) and run.steps_done % steps == 0
-    if seconds and run.rank.is_main:
-        due = time.monotonic() - run.saved >= seconds
-    stop, due = run.vote(interrupt.requested, due)
+    steps, seconds = run.checkpoint_interval
+    late = bool(seconds) and run.rank.is_main and time.monotonic() - run.saved >= seconds
+    stop, late = run.vote(interrupt.requested, late)
+    due = late or (bool(steps) and run.steps_done % steps == 0)
     if stop or (due and run.at.step < run.steps_per_epoch):
         save(run)
         run.saved = time.monotonic()
@@ -167,7 +170,7 @@ def _stoppable(run: Run, interrupt: Interrupt) -> Iterator[Batch]:
     shared = math.ceil(run.val_loader.num_images // run.rank.world_size / run.cfg.batch_size)
     for number, batch in enumerate(run.val_loader):
         yield batch
-        if number < shared and run.vote(interrupt.requested)[0]:
+        if number < shared and run.vote(interrupt.requested, False)[0]:
             save(run)
             raise Stopped(f"saved after step {run.steps_done}, in its validation")
 
@@ -175,11 +178,18 @@ def _stoppable(run: Run, interrupt: Interrupt) -> Iterator[Batch]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
-    Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGUSR1 and saved,
-    130 interrupted from the keyboard.
+    Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGUSR1 (saved,
+    once there was a step to save), 130 interrupted from the keyboard.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    cfg = parse_args(argv)
+    code = _train(parse_args(argv))
+    if code:
+        distributed.abandon(code)
+    return code
+
+
+def _train(cfg: TrainConfig) -> int:
+    """Trains; says what went wrong, and returns the exit code."""
     try:
         train(cfg)
     except (ValueError, ImportError) as error:

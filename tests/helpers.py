@@ -89,7 +89,7 @@ def torchrun(*arguments: str, folder: Path, expect: int = 0, restarts: int = 0) 
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -197,7 +197,7 @@ def test_weights_as_safetensors_hold_all_it_takes_to_use_them(tmp_path: Path) ->
     assert not found.training
 
 
-@pytest.mark.parametrize("damage", ["header", "end", "other"])
+@pytest.mark.parametrize("damage", ["header", "end", "weight", "settings", "other"])
 def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.safetensors"
     model = create_model("resnet18", (48, 32), 3)
@@ -207,6 +207,10 @@ def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
         data[3] ^= 255
     elif damage == "end":
         del data[-10:]
+    elif damage == "weight":
+        data[len(data) // 2] ^= 1
+    elif damage == "settings":
+        data[data.index(b"resnet18")] ^= 1
     else:
         data = bytearray(to_safetensors({"w": torch.zeros(1)}))
     path.write_bytes(data)

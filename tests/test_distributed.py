@@ -102,6 +102,46 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     torch.testing.assert_close(result["params"], params, **close)
 
 
+FULL = """
+import sys
+import torch
+from rsfast import Pyramid, create_model, distributed
+from rsfast.data import Batch
+from rsfast.engine import TrainStep
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.optim import build_optimizer
+
+rank = distributed.join("cpu")
+model, loss = create_model("resnet18", (48, 32), 4), MultiResolutionDistillation(2)
+model.sync_batch_norm()
+step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
+
+def full_in_the_backward(module, inputs, logits):
+    def check(grad):
+        if grad.shape[1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    logits.register_hook(check)
+
+model.classifier.register_forward_hook(full_in_the_backward)
+images = [torch.randn(8, 3, r, r) for r in (48, 32)]
+try:
+    step(Batch(Pyramid.pack(images), torch.arange(8) % 4, torch.arange(8)))
+except torch.OutOfMemoryError as error:
+    print(error, flush=True)
+    distributed.abandon(7)
+"""
+
+
+def test_memory_that_runs_out_in_the_backward_of_ddp_is_named_by_every_rank(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "full.py").write_text(FULL)
+    said = torchrun("full.py", folder=tmp_path, expect=1)
+    named = "batch_size 8 does not fit into the memory of cpu at 48 pixels and below: 2 does"
+    assert named in said
+    assert 'Traceback (most recent call last):\n  File "full.py"' not in said
+
+
 SYNCED = """
 import sys
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,49 @@ def test_twenty_kills_of_two_ranks_leave_the_run_as_it_would_have_been(
         assert sorted(images) == list(range(60)), "each image once"
 
 
+RESTART = """
+import os, sys
+from rsfast import distributed
+rank = distributed.join("cpu")
+first = not os.path.exists("failed")
+print("joined", rank.index, distributed.same_everywhere(rank, 1), flush=True)
+if rank.index == 1 and first:
+    open("failed", "w").close()
+    os._exit(3)
+total = distributed.sum_over_ranks(__import__("torch").ones(1))
+print("sum", float(total), flush=True)
+distributed.leave()
+"""
+
+
+def test_two_machines_that_count_their_restarts_apart_find_each_other(tmp_path: Path) -> None:
+    (tmp_path / "restart.py").write_text(RESTART)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = f"""-m torch.distributed.run --nnodes=2 --nproc-per-node=1 --max-restarts=3
+        --rdzv-backend=c10d --rdzv-id=test --rdzv-endpoint=localhost:{port}"""
+    agents = [
+        subprocess.Popen(
+            [sys.executable, *launcher.split(), "restart.py"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [agent.communicate(timeout=150)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert all("sum 2.0" in text for text in said), said
+
+
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
@@ -114,7 +158,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path, tmp_pa
     }
     arguments = flags(folder, outputs[1], batch=3)
     said = torchrun(FAULTS, json.dumps(faults), *arguments, folder=tmp_path, expect=1)
-    assert said.count("rsfast.train: stopped, saved after step 8") == 2
+    # The hosts count the votes of one step during the next.
+    assert said.count("rsfast.train: stopped, saved after step 9") == 2
     assert f"exitcode  : {STOPPED}" in said
     torchrun(FAULTS, "{}", *arguments, folder=tmp_path)
     assert_same_run(outputs[1], outputs[0])
@@ -145,7 +190,7 @@ def test_a_signal_to_torchrun_saves_the_run(
         process.kill()
         process.wait()
     content = load_dict(output / "last.pt")
-    assert (content["epoch"], content["step"]) == (0, 6)
+    assert (content["epoch"], content["step"]) == (0, 7)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

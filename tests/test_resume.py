@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 import signal
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import checkpoint, resume, train
+from rsfast import run as running
 from rsfast.run import Run
 from rsfast.unpickle import load_dict
 from run_helpers import assert_equal, assert_same_run, log_of, stop_when
@@ -122,7 +124,7 @@ def test_checkpoints_come_every_so_many_minutes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 0.0
-    saved = []
+    saved: list[int] = []
     save = resume.save
 
     def noting(run: Run, **best: bool) -> None:
@@ -134,8 +136,10 @@ def test_checkpoints_come_every_so_many_minutes(
         clock += 25.0
         return clock
 
+    clocks = types.SimpleNamespace(monotonic=passing, perf_counter=time.perf_counter)
     monkeypatch.setattr(train, "save", noting)
-    monkeypatch.setattr(time, "monotonic", passing)
+    monkeypatch.setattr(train, "time", clocks)
+    monkeypatch.setattr(running, "time", clocks)
     assert start(folder, tmp_path / "run", "--checkpoint-every", "1m") == 0
     assert saved == [3, 5, 8, 10]
 
@@ -175,7 +179,7 @@ def test_another_number_of_images_is_refused_or_starts_the_epoch_again(
     assert start(folder, output, "--resume", "auto", "--batch-size", "3") == 2
     error = capsys.readouterr().err
     assert "was trained with batch_size = 4, this run has 3" in error
-    assert "continue with --restart-epoch" in error
+    assert "continue from the start of the epoch with --restart-epoch" in error
     assert start(folder, output, "--resume", "auto", loader="dali") == 2
     assert "was trained with loader = 'pil', this run has 'dali'" in capsys.readouterr().err
     with caplog.at_level(logging.WARNING):
@@ -184,8 +188,12 @@ def test_another_number_of_images_is_refused_or_starts_the_epoch_again(
     assert "epoch 2 starts again, 2 of its steps were done" in caplog.text
     # 22 images in batches of 3: 8 steps in each epoch, of which the second was trained.
     steps = [line["step"] for line in log_of(output) if line["event"] == "step"]
-    assert steps[-8:] == list(range(9, 17))
-    assert len(log_of(output)) == len(set(map(json.dumps, log_of(output))))
+    assert steps == [2, 4, 5, *range(9, 17)]
+    assert [line["epoch"] for line in log_of(output) if line["event"] == "epoch"] == [1, 2]
+    # The command again, unchanged: there is no reason any more to start an epoch again.
+    caplog.clear()
+    assert start(more, output, *flags) == 0
+    assert "starts again" not in caplog.text
 
 
 def test_restarting_an_epoch_needs_a_run_to_continue(
@@ -229,8 +237,28 @@ def test_a_full_disk_is_refused_before_the_first_step(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert start(folder, tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "must have room for 5 checkpoints, 0.1 GiB, 0.0 are free" in error
+    assert "must have room for 5 checkpoints, 0.09 GiB more, 0.01 are free" in error
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_run_whose_checkpoints_fill_the_disk_continues(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    assert start(folder, output, "--keep", "3", "--checkpoint-every", "2") == 0
+    usage = type("Usage", (), {"free": 50 * 2**20})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    flags = ["--keep", "3", "--checkpoint-every", "2", "--resume", "auto"]
+    assert start(folder, output, *flags) == 0
+
+
+def test_a_log_with_other_things_in_it_is_read(folder: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    with open(output / "log.jsonl", "ab") as file:
+        file.write(b'[1, 2]\n\x00\x00\x00\n{"event": "st')
+    assert start(folder, output, "--resume", "auto") == 0
+    assert log_of(output) == log_of(whole)
 
 
 def test_random_numbers_of_every_kind_continue(

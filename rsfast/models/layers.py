@@ -7,6 +7,7 @@ that a network written once serves training (pyramids) and deployment (tensors).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,27 +173,13 @@ class MaxPool2d(nn.MaxPool2d):
     """Max pooling of every level."""
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
-        # PyTorch's CUDA backward adds in any order.
-        by_parts = x.rows.is_cuda and torch.are_deterministic_algorithms_enabled()
-        pool = self._pool_by_parts if by_parts else super().forward
+        in_order = x.rows.is_cuda and torch.are_deterministic_algorithms_enabled()
+        pool = self.in_order if in_order else super().forward
         return Pyramid.pack([pool(level) for level in x.levels()], x.banks)
 
-    def _pool_by_parts(self, level: Tensor) -> Tensor:
-        """The largest of the k x k pixels of each window, from as many strided copies."""
-        k, step, edge = self.kernel_size, self.stride, self.padding
-        assert isinstance(k, int)
-        assert isinstance(step, int)
-        assert isinstance(edge, int)
-        height, width = (
-            (length + 2 * edge - k) // step + 1 for length in (level.shape[2], level.shape[3])
-        )
-        padded = F.pad(level, (edge,) * 4, value=-torch.inf)
-        parts = [
-            padded[:, :, y : y + step * height : step, x : x + step * width : step]
-            for y in range(k)
-            for x in range(k)
-        ]
-        return torch.stack(parts).max(0).values
+    def in_order(self, level: Tensor) -> Tensor:
+        """As ever, with a gradient that is added up in the same order in every run."""
+        return _MaxPool.apply(level, self.kernel_size, self.stride, self.padding)
 
     def single(self) -> nn.MaxPool2d:
         """Plain max pooling."""
@@ -210,3 +197,34 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+
+
+class _MaxPool(torch.autograd.Function):
+    """PyTorch's CUDA kernel adds gradients of overlapping windows in any order; this does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+        y, largest = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
+        ctx.save_for_backward(largest)
+        ctx.shape, ctx.geometry = x.shape, (kernel, stride, padding)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (largest,) = ctx.saved_tensors
+        dy, (kernel, stride, padding) = grads[0], ctx.geometry
+        n, c, height, width = ctx.shape
+        rows, cols = (stride * torch.arange(size, device=dy.device) for size in dy.shape[2:])
+        reach_y, reach_x = (stride * size + kernel for size in dy.shape[2:])
+        padded = dy.new_zeros(n, c, reach_y, reach_x)
+        for y in range(kernel):
+            for x in range(kernel):
+                # Position in the image of the pixel that each window has at (y, x).
+                col = cols + (x - padding)
+                pixel = (rows[:, None] + (y - padding)) * width + col
+                pixel = torch.where((col >= 0) & (col < width), pixel, -1)
+                part = padded[:, :, y : y + stride * dy.shape[2] : stride]
+                part = part[:, :, :, x : x + stride * dy.shape[3] : stride]
+                part += torch.where(largest == pixel, dy, 0.0)
+        dx = padded[:, :, padding : padding + height, padding : padding + width]
+        return F.pad(dx, (0, width - dx.shape[3], 0, height - dx.shape[2])), None, None, None
