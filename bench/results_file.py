@@ -70,6 +70,7 @@ class Results:
         lines = [
             f"# {self.folder.name}\n",
             f"`python -m {shlex.join(command)}`\n",
+            f"On {self._about.get('gpu', 'a CPU')}, torch {self._about['torch']}.\n",
             f"{about}\n",
             "Medians, quartiles and versions: `summary.json`; every sample: `samples.json`.\n",
         ]

@@ -35,9 +35,10 @@ __all__ = ["main"]
 _ABOUT = """\
 Steps of the same network and loss on the same images, implementations interleaved, wall clock; an
 image counts once for all its resolutions. authors_* is a list of tensors through every layer, eager
-and compiled; separate_amp five trainings of one resolution each. card/floor_* is what the measured
+or compiled; separate_amp one training for each resolution. card/floor_* is what the measured
 matrix rate or copy bandwidth alone would allow. loader/* is from JPEG files to packed pyramids;
-its demand_images_per_s is what the fastest step takes. end_to_end/* trains from a loader."""
+its demand_images_per_s, in summary.json, is what the fastest step takes. end_to_end/* trains from
+a loader."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

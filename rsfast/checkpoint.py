@@ -107,7 +107,10 @@ def newest(folder: Path) -> Path | None:
             _LOG.warning("CONTINUING FROM AN OLDER CHECKPOINT, %s: %s", path, reasons)
         return path
     if faults:
-        raise ValueError(f"no checkpoint of {folder} is whole: {'; '.join(faults.values())}")
+        raise ValueError(
+            f"no checkpoint of {folder} is whole (--resume FILE takes an older copy, or "
+            f"model_best.pt): {'; '.join(faults.values())}"
+        )
     return None
 
 
@@ -124,6 +127,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing, damaged, of a newer rsfast, or not a checkpoint.
     """
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"checkpoint {path} holds weights only: continue from last.pt")
     content = load_dict(path)
     if fault := _fault(Path(path)):
         raise ValueError(fault)

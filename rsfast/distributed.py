@@ -26,6 +26,7 @@ __all__ = [
     "agree",
     "average_bn_statistics",
     "first_rank_first",
+    "is_first",
     "join",
     "leave",
     "same_everywhere",
@@ -91,6 +92,11 @@ def join(device: str = "auto") -> Rank:
         )
     group = dist.new_group(backend="gloo") if world_size > 1 else None
     return Rank(int(os.environ.get("RANK", 0)), world_size, place, group)
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process, as torchrun says."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def agree_on_start(store: dist.Store, number: int, world_size: int) -> str:

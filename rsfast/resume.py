@@ -125,7 +125,10 @@ def find_checkpoint(cfg: TrainConfig, folder: Path) -> Path | None:
         ValueError: if the folder holds a run that nobody asked to continue, or no whole checkpoint.
     """
     if cfg.resume == "auto":
-        return checkpoint.newest(folder)
+        path = checkpoint.newest(folder)
+        if path is None and (folder / "log.jsonl").exists():
+            _LOG.warning("%s holds a run without a checkpoint: it starts anew", folder)
+        return path
     if cfg.resume:
         return Path(cfg.resume)
     if (folder / "last.pt").exists():

@@ -33,7 +33,7 @@ from rsfast.optim import build_optimizer, lr_at
 from rsfast.resume import Progress, config_hash, data_set, find_checkpoint, restore
 from rsfast.runlog import RunLog
 
-__all__ = ["Run", "build"]
+__all__ = ["Run", "build", "run_folder"]
 
 _LOG = logging.getLogger("rsfast")
 _PADDED_CHANNELS = 4
@@ -117,6 +117,11 @@ class Run:
         return lr_at(step, total, highest, warmup)
 
 
+def run_folder(cfg: TrainConfig) -> Path:
+    """Where a run with these settings writes."""
+    return Path(cfg.output or f"runs/{cfg.arch}")
+
+
 def build(cfg: TrainConfig, rank: Rank) -> Run:
     """Makes a run out of its settings, continued from a checkpoint if they say so.
 
@@ -124,7 +129,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         ValueError: naming the setting, the rule and the value.
     """
     cfg = _resolve(cfg, rank)
-    folder = Path(cfg.output or "")
+    folder = run_folder(cfg)
     resume_from = agree(rank, lambda: find_checkpoint(cfg, folder))
     _prepare_process(cfg)
     loaders = _loaders(cfg, rank)
@@ -184,7 +189,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
 def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     """Fills in the settings whose default depends on the machine."""
     precision = cfg.precision or ("bf16" if rank.device.type == "cuda" else "fp32")
-    output = cfg.output or f"runs/{cfg.arch}"
+    output = str(run_folder(cfg))
     kernels = choose_backend(cfg.kernels, rank.device)
     return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
 
@@ -289,6 +294,8 @@ def _open_folder(run: Run) -> None:
     if run.steps_done:
         within = f" and {run.at.step} of {run.steps_per_epoch} steps" if run.at.step else ""
         _LOG.info("resumed after epoch %d of %d%s", run.at.epoch, run.cfg.epochs, within)
+        if run.at.epoch == run.cfg.epochs:
+            _LOG.info("nothing is left to do")
 
 
 def _check_space(run: Run) -> None:

@@ -21,7 +21,7 @@ from rsfast.engine import PRECISIONS
 from rsfast.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.optim import set_lr
 from rsfast.resume import Progress, save
-from rsfast.run import Run, build
+from rsfast.run import Run, build, run_folder
 from rsfast.validation import Accuracy, validate
 
 __all__ = ["main", "train"]
@@ -75,28 +75,27 @@ def train_epoch(run: Run, interrupt: Interrupt) -> None:
     at, loader = run.at, run.train_loader
     loader.epoch, loader.first_step = at.epoch, at.step
     images_per_step = run.cfg.batch_size * run.rank.world_size
-    bar = _progress_bar(run, images_per_step)
     clock, timed = time.perf_counter(), at.step
-    for batch in prefetch(loader, run.rank.device):
-        step = run.steps_done
-        if run.profile:
-            run.profile.before(step)
-        set_lr(run.optimizer, run.lr(step))
-        run.meter.add(run.step(batch))  # tensors stay on the device
-        if run.ema:
-            run.ema.update_parameters(run.model)
-        at.step += 1
-        bar.update(images_per_step)
-        if at.step % run.cfg.log_every == 0 or at.step == run.steps_per_epoch:
-            losses = run.meter.read()  # the only host synchronisation
-            images_per_s = (at.step - timed) * images_per_step / (time.perf_counter() - clock)
-            bar.set_postfix_str(f"loss {losses['loss']:.3f}")
-            at.mean.add(losses, at.step - at.logged)
-            at.logged = at.step
-            report(run, step, losses, images_per_s)
-            clock, timed = time.perf_counter(), at.step
-        save_if_due(run, interrupt)
-    bar.close()
+    with _progress_bar(run, images_per_step) as bar:
+        for batch in prefetch(loader, run.rank.device):
+            step = run.steps_done
+            if run.profile:
+                run.profile.before(step)
+            set_lr(run.optimizer, run.lr(step))
+            run.meter.add(run.step(batch))  # tensors stay on the device
+            if run.ema:
+                run.ema.update_parameters(run.model)
+            at.step += 1
+            bar.update(images_per_step)
+            if at.step % run.cfg.log_every == 0 or at.step == run.steps_per_epoch:
+                losses = run.meter.read()  # the only host synchronisation
+                images_per_s = (at.step - timed) * images_per_step / (time.perf_counter() - clock)
+                bar.set_postfix_str(f"loss {losses['loss']:.3f}")
+                at.mean.add(losses, at.step - at.logged)
+                at.logged = at.step
+                report(run, step, losses, images_per_s)
+                clock, timed = time.perf_counter(), at.step
+            save_if_due(run, interrupt)
 
 
 def save_if_due(run: Run, interrupt: Interrupt) -> None:
@@ -181,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGUSR1 (saved,
     once there was a step to save), 130 interrupted from the keyboard.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    level = logging.INFO if distributed.is_first() else logging.ERROR  # once is enough
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     code = _train(parse_args(argv))
     if code:
         distributed.abandon(code)
@@ -199,12 +199,18 @@ def _train(cfg: TrainConfig) -> int:
         print(f"rsfast.train: error: {error}", file=sys.stderr)
         return 1
     except Stopped as reason:
-        print(f"rsfast.train: stopped, {reason}; --resume auto continues", file=sys.stderr)
+        if distributed.is_first():
+            print(f"rsfast.train: stopped, {reason}; {_what_next(cfg)}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("rsfast.train: interrupted; --resume auto continues", file=sys.stderr)
+        print(f"rsfast.train: interrupted; {_what_next(cfg)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _what_next(cfg: TrainConfig) -> str:
+    last = run_folder(cfg) / "last.pt"
+    return f"--resume auto continues from {last}" if last.exists() else "nothing is saved yet"
 
 
 def _progress_bar(run: Run, images_per_step: int) -> tqdm:

@@ -24,8 +24,10 @@ def load_dict(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = _first_sentence(error)
-        raise ValueError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
+        raise ValueError(
+            f"checkpoint {path} is damaged or not a checkpoint: it is no file of tensors and plain "
+            f"values"
+        ) from error
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, struct.error) as error:
         raise ValueError(f"checkpoint {path} is damaged: {_first_sentence(error)}") from error
     if not isinstance(content, dict):

@@ -144,7 +144,7 @@ def test_with_no_whole_checkpoint_left_all_are_named(tmp_path: Path) -> None:
         checkpoint.save_with_predecessors({"epoch": epoch}, tmp_path, keep=2)
     for name in ("last.pt", "last-1.pt"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*last.pt .*last-1.pt"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole .*: .*last.pt .*last-1.pt"):
         checkpoint.newest(tmp_path)
     assert checkpoint.newest(tmp_path / "nothing") is None
 

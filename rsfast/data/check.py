@@ -209,7 +209,6 @@ _task: _Task
 def _start_worker(task: _Task) -> None:
     global _task
     _task = task
-    gc.freeze()  # inherited objects, perhaps of threads, are not this process's to clean up
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
 
 
@@ -226,6 +225,17 @@ def _examine_all(task: _Task, workers: int) -> Generator[_Verdict | None]:
     """A verdict on each file in order; None for one that is as it was."""
     count = len(task.paths)
     chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    # What workers inherit, perhaps of threads that they do not have, is not theirs to clean up.
+    gc.freeze()
+    try:
+        yield from _examine_chunks(task, workers, chunks)
+    finally:
+        gc.unfreeze()
+
+
+def _examine_chunks(
+    task: _Task, workers: int, chunks: Sequence[range]
+) -> Generator[_Verdict | None]:
     done = 0
     while done < len(chunks):
         pool = _pool(task, min(workers, len(chunks) - done))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -136,7 +137,14 @@ class PillowDecoder:
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # it draws a seed, which nobody uses, from here
         )
-        for rows in loader:
+        # What workers inherit is not theirs to clean up: a DALI pipeline among it would wait for
+        # threads that a forked process does not have.
+        gc.freeze()
+        try:
+            batches = iter(loader)
+        finally:
+            gc.unfreeze()
+        for rows in batches:
             if isinstance(rows, RuntimeError):
                 raise rows
             yield rows.to(self._device, non_blocking=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 import sys
 from pathlib import Path
@@ -366,3 +368,38 @@ def test_without_dali_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ImportError, match=r"pip install 'rsfast\[dali-cuda13\]'"):
         training(image_root, "dali")
+
+
+class CollectingBatches(torch.utils.data.Dataset):
+    """Batches whose workers collect garbage first."""
+
+    def __init__(self, batches: torch.utils.data.Dataset) -> None:
+        self.batches = batches
+
+    def __getitem__(self, at: tuple[int, int]) -> torch.Tensor:
+        gc.collect()
+        return self.batches[at]
+
+
+@pytest.mark.filterwarnings(FORK_WARNING)
+def test_workers_do_not_clean_up_what_they_inherit(image_root: Path, tmp_path: Path) -> None:
+    class Cycle:
+        """Garbage, like a DALI pipeline that was left: its end waits for threads of its process."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    loader = training(image_root, "pil", workers=2)
+    loader._decoder._batches = CollectingBatches(loader._decoder._batches)
+    gc.disable()
+    try:
+        Cycle()
+        assert len(list(loader)) == len(loader)
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
