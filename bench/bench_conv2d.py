@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.record import check_alike, record
+from bench.record import as_packed, check_alike, record
 from bench.shapes import (
     ARCHITECTURES,
     DTYPES,
@@ -88,11 +88,6 @@ def make_runs(
         "reference": lambda: run_packed(conv2d_reference, x, weight),
         "rsfast": lambda: run_packed(conv2d, x, weight),
     }
-
-
-def as_packed(results: list[Any]) -> list[Tensor]:
-    """Lists of levels as rows."""
-    return [Pyramid.pack(r).rows if isinstance(r, list) else r for r in results]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.record import check_alike, record
+from bench.record import as_packed, check_alike, record
 from bench.shapes import (
     ARCHITECTURES,
     DTYPES,
@@ -78,16 +78,6 @@ def make_runs(
         runs["compiled"] = lambda: run_levels(compiled)
         runs["rsfast"] = lambda: run_packed(global_avg_pool, backend="triton")
     return runs
-
-
-def as_packed(results: list[Any]) -> list[Tensor]:
-    """Lists of levels as rows."""
-    packed = []
-    for result in results:
-        if isinstance(result, list):
-            result = Pyramid.pack(result).rows if result[0].dim() == 4 else torch.cat(result)
-        packed.append(result)
-    return packed
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
@@ -36,13 +35,16 @@ def make_loader(
     return train_loader(root, resolutions, batch, backend=backend, workers=CORES, device=device)
 
 
-def endless(loader: Loader) -> Iterator[Batch]:
-    return chain.from_iterable(repeat(loader))
+def endless(epoch: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+    """Epoch after epoch."""
+    while True:
+        yield from epoch()
 
 
 def make_run(backend: str, device: str) -> Callable[[], None]:
     """Takes a round's batches from a loader that runs already."""
-    batches = endless(make_loader(backend, device))
+    loader = make_loader(backend, device)
+    batches = endless(lambda: loader)
     assert next(batches).images.num_images == BATCH
 
     def take() -> None:

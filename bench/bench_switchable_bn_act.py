@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.inputs import make_bn_inputs
 from bench.installed import INSTALLED, apex_batch_norm, cudnn_batch_norm
-from bench.record import check_alike, record
+from bench.record import as_packed, check_alike, record
 from bench.shapes import (
     ARCHITECTURES,
     DTYPES,
@@ -149,19 +149,6 @@ def make_runs(
         if graph is not None:
             runs["cudnn_graph"] = lambda: run_levels(graph)
     return runs
-
-
-def as_packed(results: list[Any]) -> list[Tensor]:
-    """Lists of levels as rows, lists of parameters as [B, C]."""
-    packed = []
-    for result in results:
-        if not isinstance(result, list):
-            packed.append(result)
-        elif result[0].dim() == 4:
-            packed.append(Pyramid.pack(result).rows)
-        else:
-            packed.append(torch.stack(result))
-    return packed
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -24,7 +24,7 @@ from bench import bench_normalize as pixels
 from bench import bench_switchable_bn_act as norm
 from bench import roofline
 from bench.installed import left_out
-from bench.record import check_alike
+from bench.record import as_packed, check_alike
 from bench.results_file import Results
 from bench.shapes import ARCHITECTURES, batch_norm_layers, conv_layers, short_name
 from bench.timing import DEVICE, ON_GPU, time_interleaved
@@ -100,7 +100,7 @@ class Bench:
         for dtype in pool.DTYPES:
             for direction in pool.PASSES:
                 runs = pool.make_runs(arch, dtype, direction)
-                times = self._time(runs, pool.IMPLEMENTATIONS, pool.as_packed)
+                times = self._time(runs, pool.IMPLEMENTATIONS, as_packed)
                 moved = pool.moved_bytes(arch, dtype, direction)
                 self._add(f"global_avg_pool/{arch}/{short_name(dtype)}/{direction}", times, moved)
 
@@ -135,7 +135,7 @@ class Bench:
         key = (layer, dtype, direction)
         if key not in self._layers:
             runs = module.make_runs(layer, dtype, direction)
-            self._layers[key] = self._time(runs, module.IMPLEMENTATIONS, module.as_packed)
+            self._layers[key] = self._time(runs, module.IMPLEMENTATIONS, as_packed)
             moved = module.moved_bytes(layer, dtype, direction)
             group = f"{op}/{layer}/{short_name(dtype)}/{direction}"
             self._add(group, self._layers[key], moved)

@@ -10,9 +10,20 @@ from torch import Tensor
 
 from bench.timing import ON_GPU
 
-__all__ = ["check_alike", "record"]
+__all__ = ["as_packed", "check_alike", "record"]
 
 Runs = Mapping[str, Callable[[], Any]]
+
+
+def as_packed(results: Sequence[Any]) -> list[Tensor]:
+    """Lists as one tensor each: images and rows of levels as rows, parameters of sets as [B, C]."""
+    packed = []
+    for result in results:
+        if isinstance(result, list):
+            levels = [r.permute(0, 2, 3, 1).flatten(0, 2) if r.dim() == 4 else r for r in result]
+            result = torch.stack(levels) if levels[0].dim() == 1 else torch.cat(levels)
+        packed.append(result)
+    return packed
 
 
 def check_alike(runs: Runs, names: Sequence[str], pack: Callable[[Any], list[Tensor]]) -> None:

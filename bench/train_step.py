@@ -155,7 +155,7 @@ def _fed(step: Callable[..., Any], setting: bench.Setting, backend: str) -> Call
     source = loader.make_loader(backend, DEVICE.type, setting.batch, setting.resolutions)
     dtype = PRECISIONS[setting.precision] or torch.float32
     source.feed(dtype, 4 if ON_GPU else 3, choose_backend("auto", DEVICE))
-    batches = (batch for _ in iter(int, 1) for batch in prefetch(source, DEVICE))
+    batches = loader.endless(lambda: prefetch(source, DEVICE))
     return lambda: step(next(batches))
 
 

@@ -52,10 +52,9 @@ def _fwd(
     stride: int,
     groups: int,
 ) -> Tensor:
-    y = x.new_empty(_num_out_rows(heights, widths, num_images, stride), weight.shape[0])
-    inputs = _levels(x, heights, widths, num_images)
-    outputs = _levels(y, _strided(heights, stride), _strided(widths, stride), num_images)
-    strides, padding = [stride] * 2, [weight.shape[2] // 2] * 2
+    y = _empty_output(x, weight, heights, widths, num_images, stride)
+    inputs, outputs = _in_and_out(x, y, heights, widths, num_images, stride)
+    strides, padding = _geometry(weight, stride)
     cudnn = torch.backends.cudnn
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     for level, output in zip(inputs, outputs, strict=True):
@@ -79,16 +78,9 @@ def _fwd(
 
 
 @_fwd.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    num_images: int,
-    stride: int,
-    groups: int,
-) -> Tensor:
-    return x.new_empty(_num_out_rows(heights, widths, num_images, stride), weight.shape[0])
+def _(*arguments: Any) -> Tensor:
+    *shape, _ = arguments  # all but the groups
+    return _empty_output(*shape)
 
 
 @torch.library.custom_op("rsfast::conv2d_bwd", mutates_args=())
@@ -108,10 +100,9 @@ def _bwd(
     dx = x.new_empty(x.shape if wants_dx else 0)
     dweight = weight.new_empty(0)
     dy = dy.contiguous()  # a sum's has strides of 0
-    strides, padding = [stride] * 2, [weight.shape[2] // 2] * 2
-    inputs = _levels(x, heights, widths, num_images)
+    strides, padding = _geometry(weight, stride)
+    inputs, outputs = _in_and_out(x, dy, heights, widths, num_images, stride)
     targets = _levels(dx, heights, widths, num_images) if wants_dx else inputs
-    outputs = _levels(dy, _strided(heights, stride), _strided(widths, stride), num_images)
     sums = torch.promote_types(weight.dtype, torch.float32)
     total = None
     for level, target, output in zip(inputs, targets, outputs, strict=True):
@@ -140,18 +131,8 @@ def _bwd(
 
 
 @_bwd.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    num_images: int,
-    stride: int,
-    groups: int,
-    wants_dx: bool,
-    wants_dweight: bool,
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, wants_dx, wants_dweight = arguments
     dx = x.new_empty(x.shape if wants_dx else 0)
     return dx, torch.empty_like(weight) if wants_dweight else weight.new_empty(0)
 
@@ -230,6 +211,37 @@ def _num_out_rows(
 ) -> int:
     pairs = zip(_strided(heights, stride), _strided(widths, stride), strict=True)
     return num_images * sum(height * width for height, width in pairs)
+
+
+def _empty_output(
+    x: Tensor,
+    weight: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    num_images: int,
+    stride: int,
+) -> Tensor:
+    return x.new_empty(_num_out_rows(heights, widths, num_images, stride), weight.shape[0])
+
+
+def _geometry(weight: Tensor, stride: int) -> tuple[list[int], list[int]]:
+    """Strides and padding along both axes."""
+    return [stride] * 2, [weight.shape[2] // 2] * 2
+
+
+def _in_and_out(
+    x: Tensor,
+    y: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    num_images: int,
+    stride: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of the levels of the input, and of the output or its gradient."""
+    return (
+        _levels(x, heights, widths, num_images),
+        _levels(y, _strided(heights, stride), _strided(widths, stride), num_images),
+    )
 
 
 def _levels(

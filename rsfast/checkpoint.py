@@ -58,17 +58,17 @@ def save(payload: dict[str, Any], *paths: Path) -> None:
         write_whole(path, [archive, seal])
 
 
-def save_with_predecessors(payload: dict[str, Any], folder: Path, keep: int) -> None:
+def save_with_predecessors(payload: dict[str, Any], folder: Path, keep: int, *also: Path) -> None:
     """Writes last.pt; the one there becomes last-1.pt, that one last-2.pt, ... `keep` in all.
 
-    last.pt is there at every moment.
+    last.pt is there at every moment. The same goes under the paths in `also` first.
 
     Raises:
         OSError: if it cannot be written; last.pt is then what it was.
     """
     last, coming = folder / "last.pt", folder / f".last.pt.coming.{os.getpid()}"
     try:
-        save(payload, coming)
+        save(payload, *also, coming)
         if last.exists() and keep > 1:
             older = _predecessors(folder)
             for number in sorted((n for n in older if n < keep - 1), reverse=True):
@@ -130,13 +130,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if Path(path).suffix == ".safetensors":
         raise ValueError(f"checkpoint {path} holds weights only: continue from last.pt")
     content = load_dict(path)
-    if fault := _fault(Path(path)):
-        raise ValueError(fault)
-    if content.get("format") != _FORMAT:
-        raise ValueError(
-            f"checkpoint {path} must be of format {_FORMAT}, got {content.get('format')}: "
-            f"another version of rsfast wrote it"
-        )
+    _check_state(Path(path), content)
     return content
 
 
@@ -195,7 +189,7 @@ def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tu
             f"checkpoint {path} is neither of rsfast nor of the authors' code: "
             f"it has no {sorted(missing)[0]!r}"
         )
-    content = load_state(path)
+    _check_state(path, content)
     about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
     return _rebuild(path, about, content.get("ema") or content["model"]), content["loss"]["alpha"]
 
@@ -249,6 +243,17 @@ def _predecessors(folder: Path) -> dict[int, Path]:
         if number.isdecimal():
             found[int(number)] = path
     return found
+
+
+def _check_state(path: Path, content: dict[str, Any]) -> None:
+    """Refuses what is not as it was written, or not of this format."""
+    if fault := _fault(path):
+        raise ValueError(fault)
+    if content.get("format") != _FORMAT:
+        raise ValueError(
+            f"checkpoint {path} must be of format {_FORMAT}, got {content.get('format')}: "
+            f"another version of rsfast wrote it"
+        )
 
 
 def _fault(path: Path) -> str | None:

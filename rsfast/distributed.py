@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from rsfast.models import RSNet
+from rsfast.models.layers import running_statistics
 from rsfast.vector import as_vector, fill_from_vector
 
 __all__ = [
@@ -203,7 +204,7 @@ def average_bn_statistics(model: RSNet) -> None:
     """Gives all ranks the mean of their running statistics, so that they validate one network."""
     if not dist.is_initialized():
         return
-    buffers = [b for norm in model.batch_norms() for b in (norm.running_mean, norm.running_var)]
+    buffers = running_statistics(model)
     flat = as_vector(buffers)
     dist.all_reduce(flat)
     fill_from_vector(buffers, flat / dist.get_world_size())

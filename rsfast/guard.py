@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rsfast.losses import LossTerms
-from rsfast.models.layers import SwitchableBatchNorm2d
+from rsfast.models.layers import SwitchableBatchNorm2d, running_statistics
 from rsfast.vector import as_vector, fill_from_vector
 
 __all__ = ["StepGuard", "skips_on_device"]
@@ -41,8 +40,8 @@ class StepGuard:
         self._scaler = scaler
         norms = [m for m in modules.modules() if isinstance(m, SwitchableBatchNorm2d)]
         # Kept by type: each is copied as one vector, in a few launches.
-        statistics = [list(chain(*((n.running_mean, n.running_var) for n in norms)))]
-        self._buffers = [b for b in (*statistics, [n.num_batches_tracked for n in norms]) if b]
+        counters = [norm.num_batches_tracked for norm in norms]
+        self._buffers = [b for b in (running_statistics(modules), counters) if b]
         self._before: list[Tensor] = []
         self.counts = torch.zeros(3, dtype=torch.int64, device=self._params[0].device)
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from rsfast import checkpoint
 from rsfast.config import TrainConfig
 from rsfast.data import Loader
 from rsfast.distributed import Rank, agree
 from rsfast.metrics import EpochMean
-from rsfast.models import RSNet
+from rsfast.models.layers import running_statistics
 from rsfast.vector import as_vector, fill_from_vector
 
 if TYPE_CHECKING:
     from rsfast.run import Run
 
-__all__ = ["Progress", "config_hash", "data_set", "find_checkpoint", "restore", "save"]
+__all__ = ["Progress", "config_hash", "digest", "find_checkpoint", "restore", "save"]
 
 _LOG = logging.getLogger("rsfast")
+_VERSIONED = ("rsfast", "torch", "triton", "numpy", "pillow", "gpu", "cuda", "cudnn")
 # Settings that may differ between a run and its continuation.
 _FREE_TO_CHANGE = {
     "data",
@@ -84,6 +85,7 @@ def save(run: Run, *, is_best: bool = False) -> None:
     """
     ranks = _gather(run.rank, _rank_state(run))
     agree(run.rank, lambda: _write(run, ranks, is_best))
+    run.saved = time.monotonic()
 
 
 def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
@@ -105,17 +107,18 @@ def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
         "ranks": ranks,
         "config": dataclasses.asdict(run.cfg),
         "config_hash": config_hash(run.cfg),
-        "data_set": data_set(run),
-        "versions": run.versions,
+        "data_set": run.data_set,
+        "versions": versions(run),
     }
     if run.ema:
         payload["ema"] = run.ema.module.state_dict()
         payload["ema_updates"] = int(run.ema.n_averaged)
-    if is_best:  # first: a run that ends between the two does this epoch's end again
-        checkpoint.save(payload, run.folder / "model_best.pt")
+    best = []
+    if is_best:  # first: a run that ends before last.pt is there does this epoch's end again
         weights = run.folder / "model_best.safetensors"
         checkpoint.save_weights(run.averaged_model, run.loss.alpha, weights)
-    checkpoint.save_with_predecessors(payload, run.folder, run.cfg.keep)
+        best.append(run.folder / "model_best.pt")
+    checkpoint.save_with_predecessors(payload, run.folder, run.cfg.keep, *best)
 
 
 def find_checkpoint(cfg: TrainConfig, folder: Path) -> Path | None:
@@ -197,7 +200,7 @@ def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
             )
     if content["class_names"] != run.model.class_names:
         raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
-    for name, version in run.versions.items():
+    for name, version in versions(run).items():
         if content["versions"].get(name) != version:
             _LOG.warning(
                 "resumed with %s %s instead of %s: results may differ in their last digits",
@@ -216,24 +219,20 @@ def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
     if len(content["ranks"]) != run.rank.world_size:
         processes = len(content["ranks"])
         return f"it was trained by {processes} processes, this run has {run.rank.world_size}"
-    if content["data_set"] != data_set(run):
+    if content["data_set"] != run.data_set:
         return f"it was trained on other images than {run.cfg.data} has"
     return None
 
 
-def data_set(run: Run) -> dict[str, str]:
-    """A digest of the images of both splits, in order."""
-
-    def digest(loader: Loader) -> str:
-        paths = "\0".join(loader.plan.index.paths)
-        return f"{loader.num_images}:{hashlib.sha256(paths.encode()).hexdigest()[:16]}"
-
-    return {"train": digest(run.train_loader), "val": digest(run.val_loader)}
+def versions(run: Run) -> dict[str, Any]:
+    """Of what the numbers depend on; known to rank 0."""
+    return {name: run.facts[name] for name in _VERSIONED if name in run.facts}
 
 
-def _statistics(model: RSNet) -> list[Tensor]:
-    norms = model.batch_norms()
-    return [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+def digest(loader: Loader) -> str:
+    """A name for the images of a loader, in order."""
+    paths = "\0".join(loader.plan.index.paths)
+    return f"{loader.num_images}:{hashlib.sha256(paths.encode()).hexdigest()[:16]}"
 
 
 def _rank_state(run: Run) -> dict[str, Any]:
@@ -241,7 +240,7 @@ def _rank_state(run: Run) -> dict[str, Any]:
     _, numpy_keys, *numpy_rest = np.random.get_state()
     version, python_keys, gauss = random.getstate()
     state = {
-        "statistics": [as_vector(_statistics(m)).cpu() for m in models],
+        "statistics": [as_vector(running_statistics(m)).cpu() for m in models],
         "meter": run.meter.sums.cpu(),
         "rng": torch.get_rng_state(),
         "numpy_rng": [torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest],
@@ -255,7 +254,7 @@ def _rank_state(run: Run) -> dict[str, Any]:
 def _restore_rank(run: Run, state: dict[str, Any]) -> None:
     models = [run.model, *([run.averaged_model] if run.ema else [])]
     for model, vector in zip(models, state["statistics"], strict=True):
-        fill_from_vector(_statistics(model), vector.to(run.rank.device))
+        fill_from_vector(running_statistics(model), vector.to(run.rank.device))
     run.meter.sums.copy_(state["meter"])
     torch.set_rng_state(state["rng"])
     keys, *rest = state["numpy_rng"]

@@ -30,14 +30,13 @@ from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
 from rsfast.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.optim import build_optimizer, lr_at
-from rsfast.resume import Progress, config_hash, data_set, find_checkpoint, restore
+from rsfast.resume import Progress, config_hash, digest, find_checkpoint, restore
 from rsfast.runlog import RunLog
 
 __all__ = ["Run", "build", "run_folder"]
 
 _LOG = logging.getLogger("rsfast")
 _PADDED_CHANNELS = 4
-_VERSIONED = ("rsfast", "torch", "triton", "numpy", "pillow", "gpu", "cuda", "cudnn")
 _RECIPE_BATCH = 256  # that the learning rates of the recipes belong to
 
 
@@ -58,7 +57,8 @@ class Run:
         meter: losses since the last log line.
         vote: what all ranks agree on after a step.
         checkpoint_interval: steps and seconds between checkpoints; 0 for none.
-        versions: of what the numbers depend on.
+        facts: what it runs on, on rank 0.
+        data_set: names for the images of both splits.
         saved: when the last checkpoint was written or the run began, in seconds of
             `time.monotonic`.
     """
@@ -80,15 +80,16 @@ class Run:
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
     checkpoint_interval: tuple[int, float] = field(init=False)
-    versions: dict[str, Any] = field(init=False)
+    facts: dict[str, Any] = field(init=False)
+    data_set: dict[str, str] = field(init=False)
     saved: float = field(default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(self.rank.device)
         self.vote = Vote(self.rank.host_group)
         self.checkpoint_interval = checkpoint_interval(self.cfg.checkpoint_every)
-        facts = environment.describe(self.rank.device)
-        self.versions = {name: facts[name] for name in _VERSIONED if name in facts}
+        self.facts = environment.describe(self.rank.device) if self.rank.is_main else {}
+        self.data_set = {"train": digest(self.train_loader), "val": digest(self.val_loader)}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -175,7 +176,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         ema=ema,
         profile=profile,
     )
-    if not same_everywhere(rank, data_set(run)):
+    if not same_everywhere(rank, run.data_set):
         raise ValueError(
             f"data folder {cfg.data} must show all processes the same images, and does not: run "
             f"python -m rsfast.data check on every machine, or share one RSFAST_CACHE"
@@ -275,7 +276,7 @@ def _open_folder(run: Run) -> None:
     run.log = RunLog(run.folder, run.cfg.resolutions, run.at.epoch, steps)
     norms = sum(p.numel() for norm in run.model.batch_norms() for p in norm.parameters())
     facts = {
-        **environment.describe(run.rank.device),
+        **run.facts,
         "world_size": run.rank.world_size,
         "total_batch": run.rank.world_size * run.cfg.batch_size,
         "device": str(run.rank.device),

@@ -106,7 +106,6 @@ def save_if_due(run: Run, interrupt: Interrupt) -> None:
     due = late or (bool(steps) and run.steps_done % steps == 0)
     if stop or (due and run.at.step < run.steps_per_epoch):
         save(run)
-        run.saved = time.monotonic()
     if stop:
         raise Stopped(f"saved after step {run.steps_done}")
 
@@ -159,7 +158,6 @@ def finish_epoch(run: Run, interrupt: Interrupt) -> Accuracy:
         run.log.epoch(step, row)
         _print_epoch(run, losses["loss"], accuracy, is_best)
     save(run, is_best=is_best)
-    run.saved = time.monotonic()
     return accuracy
 
 

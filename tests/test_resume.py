@@ -140,6 +140,7 @@ def test_checkpoints_come_every_so_many_minutes(
     monkeypatch.setattr(train, "save", noting)
     monkeypatch.setattr(train, "time", clocks)
     monkeypatch.setattr(running, "time", clocks)
+    monkeypatch.setattr(resume, "time", clocks)
     assert start(folder, tmp_path / "run", "--checkpoint-every", "1m") == 0
     assert saved == [3, 5, 8, 10]
 

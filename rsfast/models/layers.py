@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from rsfast import kernels
 from rsfast.pyramid import Pyramid
 
-__all__ = ["BatchNormAct2d", "Conv2d", "MaxPool2d", "SwitchableBatchNorm2d", "global_avg_pool"]
+__all__ = [
+    "BatchNormAct2d",
+    "Conv2d",
+    "MaxPool2d",
+    "SwitchableBatchNorm2d",
+    "global_avg_pool",
+    "running_statistics",
+]
 
 
 class Conv2d(nn.Conv2d):
@@ -151,6 +158,12 @@ class SwitchableBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, banks={self.num_banks}, activation={self.activation}"
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Running means and variances of all batch-norm layers below a module."""
+    norms = (m for m in module.modules() if isinstance(m, SwitchableBatchNorm2d))
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
