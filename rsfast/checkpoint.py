@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from rsfast.losses import scores_of_resolutions
 from rsfast.models import RSNet, create_model, official
 from rsfast.seal import is_sealed, seal_zip, sync_folder, write_whole
 from rsfast.unpickle import load_dict
@@ -191,7 +192,8 @@ def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tu
         )
     _check_state(path, content)
     about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
-    return _rebuild(path, about, content.get("ema") or content["model"]), content["loss"]["alpha"]
+    model = _rebuild(path, about, content.get("ema") or content["model"])
+    return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
 
 
 def _load_weights(path: Path) -> tuple[RSNet, Tensor]:

@@ -74,6 +74,9 @@ class TrainConfig:
     """of the cross entropies, in [0, 1)"""
     crop: str = "single"
     """one random window per image, or one for each of its levels"""
+    copies: int = 1
+    """levels of each resolution, which differ in their windows if crop is multi; they share a
+    batch-norm set"""
     flip: str = "shared"
     """one random flip per image, one for each of its levels, or none"""
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -150,7 +153,7 @@ class TrainConfig:
             if value not in choices and not (name == "precision" and value is None):
                 raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
         check_resolutions(self.resolutions)
-        for name in ("batch_size", "epochs", "log_every", "max_skipped", "keep"):
+        for name in ("batch_size", "copies", "epochs", "log_every", "max_skipped", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("steps_per_epoch", "workers", "lr", "weight_decay", "warmup_epochs", "seed"):

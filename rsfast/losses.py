@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rsfast import kernels
 
-__all__ = ["LossTerms", "MultiResolutionDistillation"]
+__all__ = ["LossTerms", "MultiResolutionDistillation", "scores_of_resolutions"]
 
 
 class LossTerms(NamedTuple):
@@ -31,6 +31,11 @@ class LossTerms(NamedTuple):
         return self.ce + self.ensemble + self.distill
 
 
+def scores_of_resolutions(alpha: Tensor, num_resolutions: int) -> Tensor:
+    """[R] raw scores out of those of all levels: a resolution's share is that of its copies."""
+    return alpha.view(num_resolutions, -1).logsumexp(dim=1)
+
+
 class MultiResolutionDistillation(nn.Module):
     """Cross entropies, learned ensemble and distillation between resolutions (equation 9).
 
@@ -39,10 +44,11 @@ class MultiResolutionDistillation(nn.Module):
         mode: "full" (equation 10), "vanilla" (8), "no_ensemble", "largest" (Table 5) or "none"
             (parallel training).
         label_smoothing: in [0, 1), of both cross entropies; 0 in the paper.
+        copies: levels of each resolution; L = R * copies.
         backend: "torch", or "triton" for the fused kernel on a GPU.
 
     Attributes:
-        alpha: [R] raw ensemble scores, 1 at the start; the ensemble weights are their softmax.
+        alpha: [L] raw ensemble scores, 1 at the start; the ensemble weights are their softmax.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -54,28 +60,36 @@ class MultiResolutionDistillation(nn.Module):
         mode: str = "full",
         label_smoothing: float = 0.0,
         *,
+        copies: int = 1,
         backend: str = "torch",
     ) -> None:
         super().__init__()
         if num_resolutions < 1:
             raise ValueError(f"num_resolutions must be at least 1, got {num_resolutions}")
-        kernels.teacher_weights(mode, num_resolutions)  # refuses an unknown mode
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        kernels.teacher_weights(mode, num_resolutions * copies)  # refuses an unknown mode
         self.num_resolutions = num_resolutions
         self.mode = mode
         self.label_smoothing = label_smoothing
         self.backend = kernels.check_backend(backend)
-        self.alpha = nn.Parameter(torch.ones(num_resolutions))
+        self.alpha = nn.Parameter(torch.ones(num_resolutions * copies))
 
     @property
     def ensemble_weights(self) -> Tensor:
         """[R] shares of the resolutions in the ensemble; they add up to 1."""
-        return torch.softmax(self.alpha.detach(), dim=0)
+        return torch.softmax(self.scores, dim=0)
+
+    @property
+    def scores(self) -> Tensor:
+        """[R] raw scores, whose softmax is the ensemble weights."""
+        return scores_of_resolutions(self.alpha.detach(), self.num_resolutions)
 
     def forward(self, logits: Tensor, labels: Tensor) -> LossTerms:
         """Computes the three terms, in at least float32 whatever autocast says.
 
         Args:
-            logits: [R, N, K], largest resolution first.
+            logits: [L, N, K], largest resolution first.
             labels: [N] int64 in [0, K).
         """
         with torch.autocast(logits.device.type, enabled=False):

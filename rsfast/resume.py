@@ -116,7 +116,7 @@ def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
     best = []
     if is_best:  # first: a run that ends before last.pt is there does this epoch's end again
         weights = run.folder / "model_best.safetensors"
-        checkpoint.save_weights(run.averaged_model, run.loss.alpha, weights)
+        checkpoint.save_weights(run.averaged_model, run.loss.scores, weights)
         best.append(run.folder / "model_best.pt")
     checkpoint.save_with_predecessors(payload, run.folder, run.cfg.keep, *best)
 

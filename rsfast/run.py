@@ -145,7 +145,11 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     model.input_mean, model.input_std = loaders[0].mean, loaders[0].std
     model.val_crop, model.class_names = cfg.val_crop, loaders[0].class_names
     loss = MultiResolutionDistillation(
-        len(cfg.resolutions), cfg.distill, cfg.label_smoothing, backend=cfg.kernels
+        len(cfg.resolutions),
+        cfg.distill,
+        cfg.label_smoothing,
+        copies=cfg.copies,
+        backend=cfg.kernels,
     )
     loss.to(rank.device)
     optimizer = build_optimizer(
@@ -236,6 +240,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             root,
             cfg.resolutions,
             cfg.batch_size,
+            copies=cfg.copies,
             crop=cfg.crop,
             flip=cfg.flip,
             normalize=cfg.normalize,

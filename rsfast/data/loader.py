@@ -145,6 +145,7 @@ def train_loader(
     batch_size: int,
     *,
     backend: str = "dali",
+    copies: int = 1,
     crop: str = "single",
     flip: str = "shared",
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
@@ -166,6 +167,7 @@ def train_loader(
         resolutions: r of each level in pixels, strictly descending.
         batch_size: N per rank; every batch is full.
         backend: "dali", "pil" or "synthetic" (the same random batch at every step).
+        copies: levels of each resolution, one after the other.
         crop: "single" window for all levels, or "multi": an independent one for each.
         flip: horizontal, p = 0.5: "shared" by the levels, "independent", or "none".
         normalize: "imagenet", "none" (plain [0, 1]), or (mean, std) of RGB values in [0, 1].
@@ -182,7 +184,9 @@ def train_loader(
         ValueError: naming the argument, the rule and the value.
         ImportError: with the install command, if DALI is asked for and absent.
     """
-    resolutions = check_resolutions(resolutions)
+    if copies < 1:
+        raise ValueError(f"copies must be at least 1, got {copies}")
+    resolutions = [r for r in check_resolutions(resolutions) for _ in range(copies)]
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(

@@ -64,7 +64,7 @@ class RSNet(nn.Module):
         Args:
             images: a Pyramid of 3-channel levels (zeros may follow the colours), or a sequence of
                 tensors [N, 3, r, r]. Without explicit `banks` each level must have a trained
-                resolution, in descending order.
+                resolution, in descending order; levels of one resolution share its set.
 
         Returns:
             [L, N, K], level by level.
@@ -148,7 +148,7 @@ class RSNet(nn.Module):
                     f"{self.resolutions}; use at(resolution), or a Pyramid with banks"
                 )
             indices.append(self.resolutions.index(height))
-        if indices != sorted(set(indices)):
+        if indices != sorted(indices):
             raise ValueError(
                 f"levels must come in descending order of resolution, got {images.sizes}"
             )
