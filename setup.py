@@ -3,7 +3,14 @@
 from setuptools import setup
 
 setup(
-    packages=["rsfast", "rsfast.data", "rsfast.kernels", "rsfast.models", "rsfast.recipes"],
+    packages=[
+        "rsfast",
+        "rsfast.data",
+        "rsfast.experiments",
+        "rsfast.kernels",
+        "rsfast.models",
+        "rsfast.recipes",
+    ],
     package_dir={"rsfast": "rsfast", "rsfast.kernels": "kernels"},
-    package_data={"rsfast.recipes": ["*.toml"]},
+    package_data={"rsfast.experiments": ["*.toml"], "rsfast.recipes": ["*.toml"]},
 )

@@ -29,7 +29,14 @@ from rsfast.models.rsnet import ARCHITECTURES, BN_MODES
 from rsfast.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.pyramid import check_resolutions
 
-__all__ = ["TrainConfig", "checkpoint_interval", "parse_args", "profiled_steps", "recipe_names"]
+__all__ = [
+    "TrainConfig",
+    "checkpoint_interval",
+    "parse_args",
+    "profiled_steps",
+    "read_config",
+    "recipe_names",
+]
 
 _CHOICES: dict[str, Sequence[str]] = {
     "arch": ARCHITECTURES,
@@ -246,15 +253,30 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+def read_config(file: Path) -> TrainConfig:
+    """The settings of a config.toml, without any recipe.
+
+    Raises:
+        ValueError: if it cannot be read or holds anything else.
+    """
+    return TrainConfig(**_read_toml(file))
+
+
+def parse_args(
+    argv: Sequence[str] | None = None, prog: str = "rsfast.train", about: str = ""
+) -> TrainConfig:
     """The config of a command line: defaults, recipe of the arch, --config file, then flags.
 
     Without data, the recipe of the built-in set comes after that of the arch: its images are small,
     and the paper's batch at 224 pixels does not fit every machine.
 
     Exits with status 2 and one sentence on bad input.
+
+    Args:
+        argv: without the program's name; of this process by default.
+        prog, about: of the help text.
     """
-    parser = _build_parser()
+    parser = _build_parser(prog, about or "Trains a resolution switchable network.")
     flags = vars(parser.parse_args(argv))
     try:
         file = flags.pop("config", None)
@@ -272,10 +294,10 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         parser.error(str(error))
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="rsfast.train",
-        description="Trains a resolution switchable network.",
+        prog=prog,
+        description=about,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsfast import checkpoint, distributed, plots
-from rsfast.data import BACKENDS, train_loader, val_loader
+from rsfast.data import BACKENDS, FolderIndex, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.distributed import Rank
@@ -24,9 +23,10 @@ from rsfast.kernels import choose_backend
 from rsfast.metrics import TopK
 from rsfast.models import RSNet
 from rsfast.models.deploy import bn_mixture, calibrate, multiply_adds
+from rsfast.tables import write_rows
 from rsfast.validation import Accuracy, validate
 
-__all__ = ["Row", "evaluate", "main", "parse_resolutions"]
+__all__ = ["Evaluation", "Row", "Settings", "evaluate", "main", "parse_resolutions"]
 
 BETWEEN = ("interpolate", "nearest", "calibrate")
 _RESOLUTIONS_PER_PASS = 6  # one decode serves so many; bounds the memory for resized images
@@ -52,6 +52,21 @@ class Row:
     parameters: int
     top1: float
     top5: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracy of a network, in all and image by image.
+
+    Attributes:
+        rows: one per resolution, descending, then the ensemble.
+        places: [len(rows), n] the place of each image's label among the classes, from 1.
+        index: the n images.
+    """
+
+    rows: list[Row]
+    places: Tensor
+    index: FolderIndex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +104,7 @@ def parse_resolutions(text: str) -> list[int]:
     return found
 
 
-def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> list[Row]:
+def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Evaluation:
     """Accuracy at the trained resolutions, of their ensemble, and at the others asked for.
 
     Args:
@@ -98,25 +113,23 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> lis
         settings: what to evaluate.
         rank: this process; images are shared out over all of them.
 
-    Returns:
-        One row per resolution, descending, then the ensemble.
-
     Raises:
         ValueError: if the data set has other classes than the network.
     """
     dtype = PRECISIONS[settings.precision] if settings.precision else _default_dtype(rank)
     weights = torch.softmax(alpha, dim=0).to(rank.device)
     loader = _val_batches(model, model.resolutions, settings, rank)
-    accuracy = validate(model, weights, loader, dtype)
-    rows = _trained_rows(model, accuracy)
-    all_levels = sum(row.multiply_adds for row in rows)
+    accuracy = validate(model, weights, loader, dtype, loader.num_images)
+    found = list(zip(_trained_rows(model, accuracy), accuracy.places, strict=False))
+    all_levels = sum(row.multiply_adds for row, _ in found)
     extra = sorted(set(settings.resolutions) - set(model.resolutions), reverse=True)
     for start in range(0, len(extra), _RESOLUTIONS_PER_PASS):
         group = extra[start : start + _RESOLUTIONS_PER_PASS]
-        rows += _untrained_rows(model, group, settings, rank, dtype)
-    rows.sort(key=lambda row: int(row.resolution), reverse=True)
-    total = sum(p.numel() for p in model.parameters())
-    return [*rows, Row("ensemble", True, "all sets", all_levels, total, *accuracy.ensemble)]
+        found += _untrained_rows(model, group, settings, rank, dtype)
+    found.sort(key=lambda pair: int(pair[0].resolution), reverse=True)
+    ensemble = Row("ensemble", True, "all sets", all_levels, _count(model), *accuracy.ensemble)
+    rows, places = zip(*found, (ensemble, accuracy.places[-1]), strict=True)
+    return Evaluation(list(rows), torch.stack(places), loader.plan.index)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,10 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.to(rank.device).use_backend(backend)
         if rank.is_main:
             print(f"on {rank.device} with {backend} kernels")
-        rows = evaluate(model, alpha, settings, rank)
+        found = evaluate(model, alpha, settings, rank)
         if rank.is_main:
+            folder = Path(args.output or args.checkpoint.parent / "evaluation")
             title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
-            _write(rows, title, Path(args.output or args.checkpoint.parent / "evaluation"))
+            _write(found, title, folder, args.per_image)
     except (ValueError, ImportError) as error:
         print(f"rsfast.evaluate: error: {error}", file=sys.stderr)
         return 2
@@ -196,6 +210,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "takes triton on a GPU",
     )
     add(
+        "--per-image",
+        action="store_true",
+        help="write per_image.csv, too: the place of each image's class among all, from 1",
+    )
+    add(
         "--output",
         help="folder for accuracy.csv and accuracy.png; beside the checkpoint by default",
     )
@@ -208,7 +227,7 @@ def _default_dtype(rank: Rank) -> torch.dtype | None:
 
 def _val_batches(
     model: RSNet, resolutions: Sequence[int], settings: Settings, rank: Rank
-) -> Iterator:
+) -> Loader:
     loader = val_loader(
         settings.data,
         resolutions,
@@ -228,7 +247,7 @@ def _val_batches(
             f"data folder {settings.data} must have the {model.num_classes} classes of the "
             f"checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
         )
-    return iter(loader)
+    return loader
 
 
 def _trained_rows(model: RSNet, accuracy: Accuracy) -> list[Row]:
@@ -247,20 +266,21 @@ def _untrained_rows(
     settings: Settings,
     rank: Rank,
     dtype: torch.dtype | None,
-) -> list[Row]:
+) -> list[tuple[Row, Tensor]]:
     between = "nearest" if settings.between == "nearest" else "interpolate"
     nets = [model.at(r, between) for r in resolutions]
     if settings.between == "calibrate":
         for net in nets:
             calibrate(net, _calibration_images(model, net.resolution, settings, rank))
-    counts = TopK(len(nets), rank.device)
-    for batch in _val_batches(model, resolutions, settings, rank):
+    loader = _val_batches(model, resolutions, settings, rank)
+    counts = TopK(len(nets), rank.device, loader.num_images)
+    for batch in loader:
         levels = zip(nets, batch.images.levels(), strict=True)
         with torch.autocast(rank.device.type, dtype, enabled=dtype is not None):
             logits = torch.stack([net(level) for net, level in levels])
-        counts.add(logits.float(), batch.labels)
+        counts.add(logits.float(), batch.labels, batch.indices)
     accuracies, _ = counts.read()
-    return [
+    rows = [
         Row(
             net.resolution,
             False,
@@ -271,6 +291,7 @@ def _untrained_rows(
         )
         for net, values in zip(nets, accuracies, strict=True)
     ]
+    return list(zip(rows, counts.places(), strict=True))
 
 
 def _calibration_images(
@@ -305,27 +326,34 @@ def _count(net: torch.nn.Module) -> int:
     return sum(param.numel() for param in net.parameters())
 
 
-def _write(rows: Sequence[Row], title: str, folder: Path) -> None:
-    """The table on screen, accuracy.csv and accuracy.png."""
+def _write(found: Evaluation, title: str, folder: Path, per_image: bool) -> None:
+    """The table on screen, accuracy.csv and accuracy.png, and per_image.csv if asked for."""
     header = f"{'resolution':>10}  {'batch norm':<24}{'MAdds (M)':>10}{'params (M)':>12}"
     header += f"{'top-1':>8}{'top-5':>8}"
     print(title, header, "-" * len(header), sep="\n")
-    for row in rows:
+    for row in found.rows:
         print(
             f"{row.resolution:>10}  {row.batch_norm:<24}{row.multiply_adds / 1e6:>10.1f}"
             f"{row.parameters / 1e6:>12.2f}{row.top1:>8.2f}{row.top5:>8.2f}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "accuracy.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        points = [asdict(row) for row in rows if row.resolution != "ensemble"]
+        write_rows(folder / "accuracy.csv", (asdict(row) for row in found.rows))
+        points = [asdict(row) for row in found.rows if row.resolution != "ensemble"]
         plots.accuracy_against_multiply_adds(points, title, folder / "accuracy.png")
+        if per_image:
+            _write_images(found, folder / "per_image.csv")
     except OSError as error:
         raise ValueError(f"output folder {folder} cannot be written: {error}") from error
     print(f"written: {folder / 'accuracy.csv'}, {folder / 'accuracy.png'}")
+
+
+def _write_images(found: Evaluation, path: Path) -> None:
+    """A line for each image: path, label, and the place of its label in each row."""
+    names = ["image", "label", *(str(row.resolution) for row in found.rows)]
+    columns = [found.index.paths, found.index.labels.tolist(), *found.places.tolist()]
+    lines = zip(*columns, strict=True)
+    write_rows(path, (dict(zip(names, line, strict=True)) for line in lines))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 from rsfast.distributed import sum_over_ranks
 from rsfast.losses import LossTerms
 
-__all__ = ["EpochMean", "LossMeter", "TopK", "top_k_hits"]
+__all__ = ["EpochMean", "LossMeter", "TopK", "label_places"]
 
 
 class LossMeter:
@@ -40,19 +40,24 @@ class LossMeter:
         return {"loss": sum(means), **dict(zip(LossTerms._fields, means, strict=True))}
 
 
-def top_k_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Images whose label is the best, and among the five best, of each row of logits.
+def label_places(logits: Tensor, labels: Tensor) -> Tensor:
+    """Place of each image's label among the K classes, from 1, in each row of logits.
+
+    Of equal logits the lower class comes first, as argmax has it; behind NaN, or as NaN, a label
+    is last.
 
     Args:
         logits: [L, N, K].
         labels: [N].
 
     Returns:
-        [L, 2] int64 counts, top-1 and top-5 (top-K where there are fewer classes).
+        [L, N] int64.
     """
-    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [L, N, <=5]
-    hits = best == labels[None, :, None]
-    return torch.stack([hits[..., 0].sum(-1), hits.any(-1).sum(-1)], dim=1)
+    labels = labels[None, :, None].expand(logits.shape[0], -1, 1)
+    own = logits.gather(-1, labels)
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    beaten = (logits < own) | ((logits == own) & (classes > labels))
+    return logits.shape[-1] - beaten.sum(-1)
 
 
 @dataclass
@@ -85,16 +90,28 @@ class TopK:
     Args:
         num_rows: L.
         device: of the counts.
+        num_images: of the data set, over all ranks, to keep what is known of each of them.
     """
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, device: torch.device, num_images: int = 0) -> None:
         self._hits = torch.zeros(num_rows, 2, dtype=torch.int64, device=device)
         self._images = torch.zeros(1, dtype=torch.int64, device=device)
+        self._places = torch.zeros(num_rows, num_images, dtype=torch.int32, device=device)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Counts one batch of [L, N, K] logits; no synchronisation."""
-        self._hits += top_k_hits(logits, labels)
+    def add(self, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Counts one batch of [L, N, K] logits; no synchronisation.
+
+        Args:
+            logits: [L, N, K].
+            labels: [N].
+            indices: [N] positions of the images in the data set.
+        """
+        places = label_places(logits, labels)
+        # Top-K where there are fewer than five classes.
+        self._hits += torch.stack([(places == 1).sum(-1), (places <= 5).sum(-1)], dim=1)
         self._images += labels.shape[0]
+        if self._places.shape[1]:
+            self._places[:, indices.to(places.device, non_blocking=True)] = places.int()
 
     def read(self) -> tuple[list[tuple[float, float]], int]:
         """(top-1, top-5) in percent of each classifier over all ranks, and the images counted."""
@@ -104,3 +121,10 @@ class TopK:
             (100 * a / images, 100 * b / images)
             for a, b in zip(counts[::2], counts[1::2], strict=True)
         ], images
+
+    def places(self) -> Tensor:
+        """[L, num_images] int32: the place of each image's label among the classes, from 1.
+
+        Over all processes; 0 for images that were not seen.
+        """
+        return sum_over_ranks(self._places) if self._places.numel() else self._places

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-__all__ = ["accuracy_against_multiply_adds", "accuracy_over_epochs"]
+__all__ = ["accuracy_against_multiply_adds", "accuracy_over_epochs", "new_figure", "write"]
 
 
 def accuracy_over_epochs(
@@ -23,7 +23,7 @@ def accuracy_over_epochs(
         resolutions: of the columns top1_<resolution>.
         path: of the PNG.
     """
-    figure, axes = _figure()
+    figure, (axes,) = new_figure()
     epochs = [int(row["epoch"]) for row in rows]
     for resolution in resolutions:
         values = [float(row[f"top1_{resolution}"]) for row in rows]
@@ -32,7 +32,7 @@ def accuracy_over_epochs(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation top-1 (%)")
     axes.legend(frameon=False)
-    _write(figure, path)
+    write(figure, path)
 
 
 def accuracy_against_multiply_adds(
@@ -45,7 +45,7 @@ def accuracy_against_multiply_adds(
         title: above the picture.
         path: of the PNG.
     """
-    figure, axes = _figure()
+    figure, (axes,) = new_figure()
     rows = sorted(rows, key=lambda row: row["multiply_adds"])
     costs = [row["multiply_adds"] / 1e6 for row in rows]
     axes.plot(costs, [row["top1"] for row in rows], color="0.7", zorder=1)
@@ -76,17 +76,28 @@ def accuracy_against_multiply_adds(
     axes.set_ylabel("top-1 (%)")
     axes.set_title(title)
     axes.legend(frameon=False)
-    _write(figure, path)
+    write(figure, path)
 
 
-def _figure() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+def new_figure(
+    columns: int = 1, size: tuple[float, float] = (6.4, 4.2), **options: Any
+) -> tuple[Figure, list[Any]]:
+    """A figure and its axes, side by side.
+
+    Args:
+        columns: of axes.
+        size: width and height in inches.
+        options: of `Figure.subplots`.
+    """
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    grid = figure.subplots(1, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(grid.flat)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write(figure: Figure, path: Path) -> None:
+    """Writes a PNG."""
     figure.savefig(path, dpi=150)

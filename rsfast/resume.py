@@ -30,7 +30,15 @@ from rsfast.vector import as_vector, fill_from_vector
 if TYPE_CHECKING:
     from rsfast.run import Run
 
-__all__ = ["Progress", "config_hash", "digest", "find_checkpoint", "restore", "save"]
+__all__ = [
+    "Progress",
+    "config_hash",
+    "digest",
+    "find_checkpoint",
+    "fixed_settings",
+    "restore",
+    "save",
+]
 
 _LOG = logging.getLogger("rsfast")
 _VERSIONED = ("rsfast", "torch", "triton", "numpy", "pillow", "gpu", "cuda", "cudnn")
@@ -185,6 +193,16 @@ def restore(run: Run, path: Path) -> None:
         run.at = Progress(content["epoch"], *place, mean)
 
 
+def fixed_settings(*, at_an_epoch: bool = False) -> list[str]:
+    """Names of the settings that a run's continuation must share with it.
+
+    Args:
+        at_an_epoch: if it goes on from the start of an epoch.
+    """
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - _FREE_TO_CHANGE
+    return sorted(names - _FREE_AT_AN_EPOCH if at_an_epoch else names)
+
+
 def config_hash(cfg: TrainConfig) -> str:
     """A short name for all settings."""
     return hashlib.sha256(cfg.to_toml().encode()).hexdigest()[:16]
@@ -192,7 +210,7 @@ def config_hash(cfg: TrainConfig) -> str:
 
 def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
     before, now = content["config"], dataclasses.asdict(run.cfg)
-    for name in sorted(set(now) - _FREE_TO_CHANGE - _FREE_AT_AN_EPOCH):
+    for name in fixed_settings(at_an_epoch=True):
         if before.get(name) != now[name]:
             raise ValueError(
                 f"checkpoint {path} was trained with {name} = {before.get(name)!r}, this run has "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rsfast import plots
 from rsfast.seal import write_whole
+from rsfast.tables import as_csv, read_rows
 
 __all__ = ["RunLog"]
 
@@ -37,9 +36,9 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._resolutions = resolutions
-        self._rows = [
-            row for row in _read_csv(folder / "summary.csv") if int(row["epoch"]) <= epochs_done
-        ]
+        summary = folder / "summary.csv"
+        rows = read_rows(summary) if summary.exists() else []
+        self._rows: list[dict[str, Any]] = [r for r in rows if int(r["epoch"]) <= epochs_done]
         kept = [
             text
             for text, line in _read_lines(folder / "log.jsonl")
@@ -70,11 +69,7 @@ class RunLog:
                 self._board.add_scalar(f"epoch/{name}", value, step)
         self._board.flush()
         self._rows.append(row)
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, fieldnames=list(row))
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_whole(self._folder / "summary.csv", [table.getvalue().encode()])
+        write_whole(self._folder / "summary.csv", [as_csv(self._rows).encode()])
         plots.accuracy_over_epochs(self._rows, self._resolutions, self._folder / "accuracy.png")
 
     def close(self) -> None:
@@ -105,10 +100,3 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(line, dict) and "event" in line:
             found.append((f"{text}\n", line))
     return found
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ class Accuracy:
         levels: (top-1, top-5) at each resolution, largest first.
         ensemble: (top-1, top-5) of the alpha-weighted logits.
         num_images: images counted, over all ranks.
+        places: [R + 1, n] the place of each image's label at each resolution and in the ensemble,
+            from 1; n = 0 unless it was asked for.
     """
 
     levels: list[tuple[float, float]]
     ensemble: tuple[float, float]
     num_images: int
+    places: Tensor = field(compare=False, repr=False)
 
     @property
     def score(self) -> tuple[float, float]:
@@ -45,6 +48,7 @@ def validate(
     ensemble_weights: Tensor,
     batches: Iterable[Batch],
     dtype: torch.dtype | None = None,
+    num_images: int = 0,
 ) -> Accuracy:
     """Runs the network over a validation loader, every level in one forward.
 
@@ -53,9 +57,10 @@ def validate(
         ensemble_weights: [R] shares of the resolutions.
         batches: pyramids of all trained resolutions.
         dtype: of autocast; None for float32.
+        num_images: of the data set, if what is known of each image is wanted.
     """
     device = ensemble_weights.device
-    counts = TopK(len(model.resolutions) + 1, device)
+    counts = TopK(len(model.resolutions) + 1, device, num_images)
     training = model.training
     model.eval()
     for batch in batches:
@@ -63,7 +68,7 @@ def validate(
             logits = model(batch.images)
         logits = logits.float()
         mixed = torch.einsum("r,rnk->nk", ensemble_weights, logits)
-        counts.add(torch.cat([logits, mixed[None]]), batch.labels)
+        counts.add(torch.cat([logits, mixed[None]]), batch.labels, batch.indices)
     model.train(training)
-    (*levels, ensemble), num_images = counts.read()
-    return Accuracy(levels, ensemble, num_images)
+    (*levels, ensemble), seen = counts.read()
+    return Accuracy(levels, ensemble, seen, counts.places())

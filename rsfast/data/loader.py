@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsfast import kernels
-from rsfast.data.folder import FolderIndex, index_folder
+from rsfast.data.folder import SPLITS, FolderIndex, index_folder
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
@@ -156,6 +157,7 @@ def train_loader(
     workers: int = 2,
     device: torch.device | str = "cpu",
     max_steps: int = 0,
+    limit: int = 0,
     num_images: int = 1_281_167,
     num_classes: int = 1000,
     strict: bool = False,
@@ -177,6 +179,7 @@ def train_loader(
         workers: decoder threads (dali) or processes (pil; 0 decodes in this one).
         device: where batches are wanted; on a GPU, DALI decodes there.
         max_steps: end epochs after so many batches; 0 for whole epochs.
+        limit: take so many images only, evenly spaced over the data set; 0 for all.
         num_images, num_classes: size of the synthetic data set.
         strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
 
@@ -190,7 +193,7 @@ def train_loader(
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
-        index=_index(root, "train", backend, num_images, num_classes, strict),
+        index=_index(root, "train", backend, limit, num_images, num_classes, strict),
         num_levels=len(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -212,10 +215,12 @@ def val_loader(
     backend: str = "dali",
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     crop: str = "center",
+    split: str = "val",
     rank: int = 0,
     world_size: int = 1,
     workers: int = 2,
     device: torch.device | str = "cpu",
+    limit: int = 0,
     num_images: int = 50_000,
     num_classes: int = 1000,
     strict: bool = False,
@@ -229,7 +234,8 @@ def val_loader(
         backend: as in :func:`train_loader`.
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
-        rank, world_size, workers, device: as in :func:`train_loader`.
+        split: "val", or "train" for training images prepared like these.
+        rank, world_size, workers, device, limit: as in :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
         strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
 
@@ -237,8 +243,10 @@ def val_loader(
         ValueError: naming the argument, the rule and the value.
         ImportError: with the install command, if DALI is asked for and absent.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     plan = ValPlan(
-        index=_index(root, "val", backend, num_images, num_classes, strict),
+        index=_index(root, split, backend, limit, num_images, num_classes, strict),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -252,22 +260,37 @@ def _index(
     root: str | Path | None,
     split: str,
     backend: str,
+    limit: int,
     num_images: int,
     num_classes: int,
     strict: bool,
 ) -> FolderIndex:
+    if limit < 0:
+        raise ValueError(f"limit must be at least 0, got {limit}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        return index_folder(Path(root) / split, strict=strict)
+        index = index_folder(Path(root) / split, strict=strict)
+        return _thinned(index, limit) if 0 < limit < len(index) else index
     return FolderIndex(
         root=Path("synthetic"),
         paths=("",) * num_images,
         labels=np.arange(num_images, dtype=np.int64) % num_classes,
         sizes=np.full((num_images, 2), 256, dtype=np.int32),
         class_names=tuple(str(label) for label in range(num_classes)),
+    )
+
+
+def _thinned(index: FolderIndex, count: int) -> FolderIndex:
+    """So many of its images, evenly spaced, and with them the classes."""
+    kept = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
+    return dataclasses.replace(
+        index,
+        paths=tuple(index.paths[i] for i in kept),
+        labels=index.labels[kept],
+        sizes=index.sizes[kept],
     )
 
 

@@ -44,9 +44,12 @@ class SingleResolutionNet(nn.Module):
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
+    def features(self, images: Tensor) -> Tensor:
+        """[N, C]: what the classifier sees of images [N, 3, r, r]."""
+        return self.pool(self.backbone(images)).flatten(1)
+
     def forward(self, images: Tensor) -> Tensor:
-        features = self.pool(self.backbone(images)).flatten(1)
-        return self.classifier(features)
+        return self.classifier(self.features(images))
 
 
 def bn_mixture(

@@ -1,0 +1,273 @@
+"""`python -m rsfast.analyze RUN`: what a trained network does at its resolutions, and why.
+
+Each question of the paper gets a CSV file and a picture of it in one folder:
+
+- shares.csv (Table 1): images wrong at one resolution and right at another
+- alpha.csv: shares of the resolutions in the ensemble, epoch by epoch
+- batch_norm.csv (Figure 6): batch-norm parameters by layer and resolution
+- features.csv (Figure 3): distribution of the pooled features, images prepared as in training and
+  as in testing
+- dense.csv (Figures 1 and 4): accuracy and multiply-adds at many resolutions
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsfast import checkpoint, distributed, figures
+from rsfast.config import TrainConfig, read_config
+from rsfast.data import BACKENDS, Loader, train_loader, val_loader
+from rsfast.data.builtin import builtin_root
+from rsfast.engine import PRECISIONS
+from rsfast.evaluate import Evaluation, Settings, evaluate, parse_resolutions
+from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
+from rsfast.kernels import choose_backend
+from rsfast.models import RSNet
+from rsfast.models.deploy import SingleResolutionNet
+from rsfast.tables import read_rows, write_rows
+
+__all__ = ["alpha_over_epochs", "batch_norm_means", "feature_histogram", "main", "wrong_and_right"]
+
+_BINS = 60
+_QUANTILE = 0.999  # of the features; a few larger ones would squeeze the histogram
+
+
+def wrong_and_right(hits: Mapping[int, NDArray[np.bool_]], method: str) -> list[dict[str, Any]]:
+    """Rows of Table 1: the share of all images wrong at one resolution and right at another.
+
+    Args:
+        hits: [n] of each resolution, which images were right.
+        method: what the rows are of.
+    """
+    return [
+        {
+            "method": method,
+            "wrong_at": wrong,
+            "right_at": right,
+            "share": 100.0 * float(np.mean(~hits[wrong] & hits[right])),
+        }
+        for wrong in hits
+        for right in hits
+        if wrong != right
+    ]
+
+
+def alpha_over_epochs(summary: Path) -> list[dict[str, Any]]:
+    """Rows of epoch, resolution and share, out of a run's summary.csv."""
+    return [
+        {"epoch": row["epoch"], "resolution": name.removeprefix("alpha_"), "share": value}
+        for row in read_rows(summary)
+        for name, value in row.items()
+        if name.startswith("alpha_")
+    ]
+
+
+def batch_norm_means(model: RSNet) -> list[dict[str, Any]]:
+    """Rows of layer and resolution: channel means of gamma, beta, running mean and variance."""
+    names = {module: name for name, module in model.named_modules()}
+    sets = model.resolutions if model.bn == "private" else ("all",)
+    return [
+        {
+            "layer": names[norm],
+            "resolution": resolution,
+            "gamma": norm.weight[bank].mean().item(),
+            "beta": norm.bias[bank].mean().item(),
+            "running_mean": norm.running_mean[bank].mean().item(),
+            "running_var": norm.running_var[bank].mean().item(),
+        }
+        for norm in model.batch_norms()
+        for bank, resolution in enumerate(sets)
+    ]
+
+
+@torch.no_grad()
+def pooled_features(net: SingleResolutionNet, batches: Iterable[Tensor]) -> NDArray[np.float32]:
+    """[n, C]: what the classifier sees of batches [N, 3, r, r]."""
+    return torch.cat([net.features(x).float().cpu() for x in batches]).numpy()
+
+
+def feature_histogram(
+    features: Mapping[str, NDArray[np.float32]], resolution: int
+) -> list[dict[str, Any]]:
+    """Rows of a density on common bins, with the mean and the share of zeros.
+
+    Args:
+        features: [n, C] by preprocessing.
+        resolution: of the rows.
+    """
+    top = max(float(np.quantile(values, _QUANTILE)) for values in features.values())
+    edges = np.linspace(0.0, top or 1.0, _BINS + 1)
+    rows = []
+    for preprocessing, values in features.items():
+        counts, _ = np.histogram(values, edges)
+        densities = counts / values.size / np.diff(edges)
+        rows += [
+            {
+                "resolution": resolution,
+                "preprocessing": preprocessing,
+                "low": low,
+                "high": high,
+                "density": density,
+                "mean": float(values.mean()),
+                "zeros": float((values == 0).mean()),
+            }
+            for low, high, density in zip(edges, edges[1:], densities, strict=False)
+        ]
+    return rows
+
+
+def _features(
+    model: RSNet, cfg: TrainConfig, settings: Settings, images: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """The same training images, prepared in both ways."""
+    common: dict[str, Any] = {
+        "backend": settings.loader,
+        "normalize": (model.input_mean, model.input_std),
+        "workers": settings.workers,
+        "device": device,
+        "limit": images,
+    }
+    rows = []
+    for resolution in model.resolutions:
+        net = model.at(resolution)
+        loaders: dict[str, Loader] = {
+            "train": train_loader(
+                settings.data,
+                (resolution,),
+                settings.batch_size,
+                seed=cfg.seed,
+                crop_area=(cfg.crop_area[0], cfg.crop_area[1]),
+                **common,
+            ),
+            "test": val_loader(
+                settings.data,
+                (resolution,),
+                settings.batch_size,
+                crop=settings.val_crop,
+                split="train",
+                **common,
+            ),
+        }
+        features = {
+            name: pooled_features(net, (batch.images.level(0) for batch in loader))
+            for name, loader in loaders.items()
+        }
+        rows += feature_histogram(features, resolution)
+    return rows
+
+
+def _dense_rows(found: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """Rows of every resolution, by where batch norm between the trained ones comes from."""
+    return [
+        {"between": between, **dataclasses.asdict(row)}
+        for between, evaluation in found.items()
+        for row in evaluation.rows
+        if row.resolution != "ensemble"
+    ]
+
+
+def _dense_resolutions(resolutions: Sequence[int]) -> list[int]:
+    """About twenty: from two thirds of the smallest to a seventh above the largest."""
+    step = max(1, (resolutions[0] - resolutions[-1]) // 16)
+    return list(range(resolutions[-1] * 2 // 3, resolutions[0] * 8 // 7 + 1, step))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 1 it failed, 2 bad input."""
+    args = _parse(argv)
+    try:
+        _analyze(args)
+    except (ValueError, ImportError) as error:
+        print(f"rsfast.analyze: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"rsfast.analyze: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    run: Path = args.run
+    path = run / "last.pt" if run.is_dir() else run
+    folder = args.output or path.parent / "analysis"
+    device = distributed.join(args.device)
+    model, alpha = checkpoint.load_model(path)
+    model.to(device.device).use_backend(choose_backend(args.kernels, device.device))
+    config = path.parent / "config.toml"
+    cfg = read_config(config) if config.exists() else TrainConfig()
+    dense = [r for text in args.resolutions for r in parse_resolutions(text)]
+    settings = Settings(
+        data=args.data or str(builtin_root()),
+        resolutions=tuple(dense or _dense_resolutions(model.resolutions)),
+        between="interpolate",
+        loader=args.loader,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        val_crop=model.val_crop,
+        precision=args.precision,
+        calibration_batches=0,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+
+    write_rows(folder / "batch_norm.csv", batch_norm_means(model))
+    if (path.parent / "summary.csv").exists() and len(model.resolutions) > 1:
+        write_rows(folder / "alpha.csv", alpha_over_epochs(path.parent / "summary.csv"))
+    found = {"interpolate": evaluate(model, alpha, settings, device)}
+    if model.bn == "private" and len(model.resolutions) > 1:
+        nearest = dataclasses.replace(settings, between="nearest")
+        found["nearest"] = evaluate(model, alpha, nearest, device)
+    write_rows(folder / "dense.csv", _dense_rows(found))
+    own = found["interpolate"]
+    hits = {
+        int(row.resolution): (places == 1).cpu().numpy()
+        for row, places in zip(own.rows, own.places, strict=True)
+        if row.trained and row.resolution != "ensemble"
+    }
+    if len(hits) > 1:
+        write_rows(folder / "shares.csv", wrong_and_right(hits, model.arch))
+    write_rows(
+        folder / "features.csv", _features(model, cfg, settings, args.feature_images, device.device)
+    )
+    for picture in figures.draw(folder):
+        print(f"written: {picture}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rsfast.analyze",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="run folder (its last.pt is taken), or a checkpoint")
+    add("--data", help="folder with train/ and val/; the built-in set by default")
+    add(
+        "--resolutions",
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="of dense.csv: 176, or 64:448:16; by default about twenty around the trained ones",
+    )
+    add("--feature-images", type=int, default=1000, help="training images (default 1000)")
+    add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
+    add("--batch-size", type=int, default=64, help="images at a time (default 64)")
+    add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
+    add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--kernels", choices=("auto", *KERNEL_BACKENDS), default="auto")
+    add("--output", type=Path, help="folder; RUN/analysis by default")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

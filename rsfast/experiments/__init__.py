@@ -1,0 +1,1 @@
+"""The paper's tables and figures as sets of trainings: `python -m rsfast.experiments SET`."""

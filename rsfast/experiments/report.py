@@ -1,0 +1,214 @@
+"""A set's table, comparisons and training times, out of its raw files."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsfast import figures
+from rsfast.analyze import wrong_and_right
+from rsfast.experiments.compare import Difference, paired_difference, spread
+from rsfast.experiments.results import column_name, read_hits
+from rsfast.experiments.sets import INETS, Comparison, ExperimentSet, Method
+from rsfast.tables import read_rows, write_rows
+
+__all__ = ["write_report"]
+
+MEAN = "mean"  # over the resolutions
+_SHOWN_SETTINGS = (
+    *("arch", "epochs", "batch_size", "lr", "warmup_epochs", "weight_decay", "crop_area"),
+    *("val_crop", "normalize", "precision"),
+)
+
+Paper = dict[str, list[float]]  # method -> top-1 by resolution
+
+
+def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> None:
+    """Writes comparisons.csv, README.md and the figures of a folder that holds the raw files."""
+    about = json.loads((folder / "run.json").read_text())
+    paper = _paper(which, about["settings"]["arch"])
+    hits = read_hits(folder)
+
+    def hits_of(method: Method, resolution: int) -> Any:
+        cell = method.cells[resolution]
+        return np.stack([hits[column_name(cell, seed, resolution)] for seed in seeds])
+
+    methods = {method.name: method for method in which.methods}
+    rows = []
+    for pair in which.comparisons:
+        ours, theirs = methods[pair.ours], methods[pair.theirs]
+        common = [r for r, cell in ours.cells.items() if theirs.cells.get(r, cell) != cell]
+        for name, part in [*((str(r), [r]) for r in common), (MEAN, common)]:
+            difference = paired_difference(
+                [hits_of(ours, r) for r in part], [hits_of(theirs, r) for r in part]
+            )
+            expected = _paper_difference(paper, pair, [list(ours.cells).index(r) for r in part])
+            rows.append(
+                {
+                    "ours": pair.ours,
+                    "theirs": pair.theirs,
+                    "resolution": name,
+                    **asdict(difference),
+                    "paper": expected,
+                    "reading": _reading(difference, expected),
+                }
+            )
+    write_rows(folder / "comparisons.csv", rows)
+    shares = []
+    for method in which.methods:
+        if len(method.cells) > 2:
+            right = {r: hits_of(method, r) for r in method.cells}
+            shares += wrong_and_right(right, method.name)
+    if shares:
+        write_rows(folder / "shares.csv", shares)
+    figures.draw(folder)
+    text = [
+        f"# {which.name}: {which.about}\n",
+        _description(about),
+        "## Top-1\n",
+        _accuracy_table(which, read_rows(folder / "results.csv"), paper),
+        "![Top-1 and differences](results.png)\n",
+        "## Differences\n",
+        _ABOUT_DIFFERENCES,
+        _difference_table(rows),
+        "## Training time\n",
+        _time_table(which, read_rows(folder / "times.csv")),
+    ]
+    if shares:
+        text += [
+            "## Wrong at one resolution, right at another (Table 1)\n",
+            "![Shares](shares.png)",
+        ]
+    (folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
+
+
+_ABOUT_DIFFERENCES = """\
+In points of top-1, with 95 % intervals: over the seeds (paired t-test; would other seeds say the
+same?) and over the validation images (of these networks; would other images?). A difference is
+decided if both leave out zero. "Paper" is the same difference on ImageNet, resolution by
+resolution from the largest. All figures are of the last epoch; no network was chosen by its
+validation accuracy.
+"""
+
+
+def _paper(which: ExperimentSet, arch: str) -> Paper:
+    text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
+    rows: Paper = tomllib.loads(text).get(which.name, {}).get(arch, {})
+    largest = next(iter(which.methods[0].cells))
+    found = {name.replace("I-224", f"I-{largest}"): row for name, row in rows.items()}
+    fits = all(len(found[m.name]) == len(m.cells) for m in which.methods if m.name in found)
+    return found if fits else {}  # it has five resolutions
+
+
+def _paper_difference(paper: Paper, pair: Comparison, levels: Sequence[int]) -> float | None:
+    if pair.ours not in paper or pair.theirs not in paper:
+        return None
+    parts = [paper[pair.ours][level] - paper[pair.theirs][level] for level in levels]
+    return round(statistics.mean(parts), 2)
+
+
+def _reading(difference: Difference, paper: float | None) -> str:
+    if not difference.is_decided:
+        return "not decided"
+    if paper is None:
+        return "higher" if difference.mean > 0 else "lower"
+    return "reproduced" if (difference.mean > 0) == (paper > 0) else "not reproduced"
+
+
+def _description(about: dict[str, Any]) -> str:
+    settings = ", ".join(f"{name} {_shown(about['settings'][name])}" for name in _SHOWN_SETTINGS)
+    environment = about["environment"]
+    machine = environment.get("gpu", f"a CPU, {environment.get('cpu_threads')} threads a process")
+    return (
+        f"Seeds {', '.join(map(str, about['seeds']))}; {environment['train_images']} training and "
+        f"{environment['val_images']} validation images in {environment['classes']} classes; "
+        f"{machine}, torch {environment['torch']}.\n\n"
+        f"All rows: {settings}. Everything else is in run.json.\n"
+    )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]], paper: Paper) -> str:
+    """Methods by resolutions: mean and standard deviation over the seeds, in percent."""
+    resolutions = sorted({r for method in which.methods for r in method.cells}, reverse=True)
+    lines = [_line("method", *resolutions, MEAN), _rule(len(resolutions) + 2)]
+    for method in which.methods:
+        found = {
+            r: [
+                float(row["top1"])
+                for row in rows
+                if row["method"] == method.name and row["resolution"] == str(r)
+            ]
+            for r in method.cells
+        }
+        means = [statistics.mean(values) for values in zip(*found.values(), strict=True)]
+        cells = [_spread(found[r]) if r in found else "" for r in resolutions]
+        lines.append(_line(method.name, *cells, _spread(means)))
+    for name, values in paper.items():
+        lines.append(_line(f"paper: {name}", *values, f"{statistics.mean(values):.1f}"))
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    found = spread(np.array(values))
+    return f"{found.mean:.1f}" if math.isnan(found.sd) else f"{found.mean:.1f} ± {found.sd:.1f}"
+
+
+def _difference_table(rows: Sequence[dict[str, Any]]) -> str:
+    names = ("", "at", "difference", "over seeds", "p", "over images", "paper", "reading")
+    lines = [_line(*names), _rule(len(names))]
+    for row in rows:
+        alone = math.isnan(row["p"])
+        cells = (
+            f"{row['ours']} against {row['theirs']}",
+            row["resolution"],
+            f"{row['mean']:+.1f}",
+            "" if alone else f"{row['seeds_low']:+.1f} to {row['seeds_high']:+.1f}",
+            "" if alone else f"{row['p']:.3f}",
+            f"{row['images_low']:+.1f} to {row['images_high']:+.1f}",
+            "" if row["paper"] is None else f"{row['paper']:+.1f}",
+            row["reading"],
+        )
+        bold = row["resolution"] == MEAN
+        lines.append(_line(*(f"**{cell}**" if bold and cell else cell for cell in cells)))
+    return "\n".join(lines) + "\n"
+
+
+def _time_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str:
+    """Seconds in training steps; what several networks of one method cost together."""
+    lines = [_line("trainings", "seconds in training steps", "images/s"), _rule(3)]
+    for training in which.trainings:
+        own = [row for row in rows if row["training"] == training.name]
+        rates = [float(row["images_per_s"]) for row in own]
+        seconds = [float(row["train_s"]) for row in own]
+        lines.append(_line(training.name, _spread(seconds), _spread(rates)))
+    for method in which.methods:
+        names = {cell.training.name for cell in method.cells.values()}
+        if method.name == INETS or len(names) > 1:
+            totals: dict[str, float] = {}
+            for row in rows:
+                if row["training"] in names:
+                    totals[row["seed"]] = totals.get(row["seed"], 0.0) + float(row["train_s"])
+            label = f"the {len(names)} networks of {method.name} together"
+            lines.append(_line(label, _spread(list(totals.values())), ""))
+    return "\n".join(lines) + "\n"
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns

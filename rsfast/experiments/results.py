@@ -1,0 +1,119 @@
+"""What the runs of a set have found: raw files that travel without the runs.
+
+A report folder gets per_image.csv (the place of each validation image's class among all, from 1,
+for every network and resolution), results.csv (top-1 and top-5 of each), times.csv (training time
+of each run) and run.json (settings and environment).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsfast.config import read_config
+from rsfast.experiments.runs import evaluation_folder, run_folder_of
+from rsfast.experiments.sets import Cell, ExperimentSet
+from rsfast.tables import read_columns, read_rows, write_rows
+
+__all__ = ["collect", "column_name", "read_hits"]
+
+_OF_A_ROW = {"resolutions", "distill", "bn", "crop", "crop_area", "copies", "seed"}
+_OF_A_MACHINE = {"data", "output", "resume", "workers", "log_every", "keep", "checkpoint_every"}
+
+
+def column_name(cell: Cell, seed: int, resolution: int) -> str:
+    """Of per_image.csv."""
+    suffix = "" if cell.between == "interpolate" else f"/{cell.between}"
+    return f"{cell.training.name}/seed{seed}/{resolution}{suffix}"
+
+
+def collect(which: ExperimentSet, seeds: Sequence[int], output: Path, folder: Path) -> None:
+    """Writes the raw files of a set whose runs are all done into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, list[Any]] = {}
+    rows = []
+    for method in which.methods:
+        for resolution, cell in method.cells.items():
+            for seed in seeds:
+                run = run_folder_of(output, cell.training.name, seed)
+                test = evaluation_folder(run, cell.between)
+                images = read_columns(test / "per_image.csv")
+                for name in ("image", "label"):
+                    columns.setdefault(name, images[name])
+                    if columns[name] != images[name]:
+                        raise ValueError(f"{test} is of other images than {folder}")
+                places = images[str(resolution)]
+                columns[column_name(cell, seed, resolution)] = places
+                costs = {row["resolution"]: row for row in read_rows(test / "accuracy.csv")}
+                rows.append(
+                    {
+                        "method": method.name,
+                        "training": cell.training.name,
+                        "resolution": resolution,
+                        "seed": seed,
+                        "top1": _share(places, 1),
+                        "top5": _share(places, 5),
+                        "multiply_adds": costs[str(resolution)]["multiply_adds"],
+                        "parameters": costs[str(resolution)]["parameters"],
+                    }
+                )
+    names = list(columns)
+    lines = zip(*columns.values(), strict=True)
+    write_rows(folder / "per_image.csv", (dict(zip(names, line, strict=True)) for line in lines))
+    write_rows(folder / "results.csv", rows)
+    write_rows(folder / "times.csv", _times(which, seeds, output))
+    run = run_folder_of(output, which.trainings[0].name, seeds[0])
+    about = _about(run) | {"set": which.name, "about": which.about, "seeds": list(seeds)}
+    (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _share(places: Sequence[str], best: int) -> float:
+    return 100.0 * sum(int(place) <= best for place in places) / len(places)
+
+
+def _times(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[dict[str, Any]]:
+    """Seconds in training steps, loading included, of each run."""
+    rows = []
+    for training in which.trainings:
+        for seed in seeds:
+            seconds, images, done = 0.0, 0, 0
+            for line in _log(run_folder_of(output, training.name, seed)):
+                if line["event"] == "start":
+                    batch = line["total_batch"]
+                elif line["event"] == "step":
+                    seconds += (line["step"] - done) * batch / line["images_per_s"]
+                    images += (line["step"] - done) * batch
+                    done = line["step"]
+            row = {"training": training.name, "seed": seed, "train_s": round(seconds, 1)}
+            rows.append({**row, "images_per_s": round(images / seconds, 1)})
+    return rows
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """Settings that all rows share, and what the first run ran on."""
+    start = next(line for line in _log(run) if line["event"] == "start")
+    cfg = read_config(run / "config.toml")
+    unshared = _OF_A_ROW | _OF_A_MACHINE | {"config", "config_hash", "event", "step"}
+    shared = {name: value for name, value in start["config"].items() if name not in unshared}
+    environment = {name: value for name, value in start.items() if name not in unshared}
+    return {"settings": {**shared, "crop_area": cfg.crop_area}, "environment": environment}
+
+
+def _log(run: Path) -> Iterable[dict[str, Any]]:
+    with open(run / "log.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_hits(folder: Path) -> dict[str, NDArray[np.bool_]]:
+    """[n] for each column of a report's per_image.csv: which images were right."""
+    columns = read_columns(folder / "per_image.csv")
+    return {
+        name: np.array([place == "1" for place in column])
+        for name, column in columns.items()
+        if name not in ("image", "label")
+    }

@@ -1,0 +1,248 @@
+"""`python -m rsfast.figures FOLDER`: draws every figure anew from the CSV files beside it.
+
+The commands that measure write numbers, and call this to draw them; a picture can therefore be made
+again wherever its numbers are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rsfast.plots import new_figure, write
+from rsfast.tables import read_rows
+
+__all__ = ["draw", "main"]
+
+Rows = list[dict[str, str]]
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draws what the CSV files of a folder allow; returns the pictures."""
+    drawn = []
+    for name, (sources, picture) in _FIGURES.items():
+        if all((folder / source).exists() for source in sources):
+            picture(folder / name, *(read_rows(folder / source) for source in sources))
+            drawn.append(folder / name)
+    return drawn
+
+
+def _results(path: Path, results: Rows, comparisons: Rows) -> None:
+    """Left: top-1 of every method against resolution; right: differences with their intervals."""
+    points = [row for row in comparisons if row["resolution"] == "mean"]
+    height = max(4.2, 0.45 * len(points))
+    figure, (left, right) = new_figure(2, (12.0, height), width_ratios=(1.1, 1.0))
+    methods = list(dict.fromkeys(row["method"] for row in results))
+    for number, method in enumerate(methods):
+        found: dict[int, list[float]] = {}
+        for row in results:
+            if row["method"] == method:
+                found.setdefault(int(row["resolution"]), []).append(float(row["top1"]))
+        means = [statistics.mean(values) for values in found.values()]
+        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in found.values()]
+        style = _style(number)
+        left.errorbar(list(found), means, spreads, label=method, capsize=2, **style)
+    _resolution_axis(left, sorted({int(row["resolution"]) for row in results}))
+    left.set_ylabel("top-1 (%), mean and standard deviation")
+    left.legend(frameon=False, fontsize=8, ncols=1 + len(methods) // 8)
+
+    resolutions = list(dict.fromkeys(row["resolution"] for row in comparisons))
+    names = [f"{row['ours']} against {row['theirs']}" for row in points]
+    for row in comparisons:
+        name = f"{row['ours']} against {row['theirs']}"
+        is_mean = row["resolution"] == "mean"
+        step = 0.7 / max(1, len(resolutions))
+        y = names.index(name) + (resolutions.index(row["resolution"]) + 0.5) * step - 0.35
+        color = "black" if is_mean else f"C{_shade(resolutions, row)}"
+        low, high = float(row["images_low"]), float(row["images_high"])
+        right.plot([low, high], [y, y], color=color, linewidth=1, alpha=0.5)
+        if row["p"] not in ("", "nan"):
+            low, high = float(row["seeds_low"]), float(row["seeds_high"])
+            right.plot([low, high], [y, y], color=color, linewidth=2.5, alpha=0.6)
+        label = f"{row['resolution']} px" if not is_mean else "mean"
+        first = row["ours"] == points[0]["ours"] and row["theirs"] == points[0]["theirs"]
+        right.plot(
+            [float(row["mean"])],
+            [y],
+            "o",
+            color=color,
+            markersize=4,
+            label=label if first else None,
+        )
+    right.axvline(0.0, color="0.4", linewidth=1)
+    reach = max(
+        abs(float(row[end])) for row in comparisons for end in ("images_low", "images_high")
+    )
+    right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider
+    right.set_yticks(range(len(names)), names, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel("points of top-1; 95 % intervals: thick over seeds, thin over images")
+    right.legend(frameon=False, fontsize=8)
+    write(figure, path)
+
+
+def _shade(resolutions: Sequence[str], row: dict[str, str]) -> int:
+    return [r for r in resolutions if r != "mean"].index(row["resolution"]) % 10
+
+
+def _alpha(path: Path, rows: Rows) -> None:
+    """Learned shares of the resolutions over training."""
+    figure, (axes,) = new_figure()
+    for resolution, part in _grouped(rows, "resolution").items():
+        epochs = [int(row["epoch"]) for row in part]
+        shares = [float(row["share"]) for row in part]
+        axes.plot(epochs, shares, marker=".", label=f"{resolution} px")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("share in the ensemble (softmax of alpha)")
+    axes.set_ylim(bottom=0.0)
+    axes.legend(frameon=False)
+    write(figure, path)
+
+
+def _batch_norm(path: Path, rows: Rows) -> None:
+    """Means over the channels of each layer's batch-norm parameters, by resolution (Figure 6)."""
+    names = ("gamma", "beta", "running_mean", "running_var")
+    figure, panels = new_figure(4, (15.0, 3.8))
+    for axes, name in zip(panels, names, strict=True):
+        for resolution, part in _grouped(rows, "resolution").items():
+            values = [float(row[name]) for row in part]
+            axes.plot(range(1, len(part) + 1), values, marker=".", label=f"{resolution} px")
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_xlabel("batch-norm layer")
+        if name == "running_var" and all(float(row[name]) > 0 for row in rows):
+            axes.set_yscale("log")
+    panels[0].set_ylabel("mean over channels")
+    panels[0].legend(frameon=False, fontsize=8)
+    write(figure, path)
+
+
+def _features(path: Path, rows: Rows) -> None:
+    """Density of the pooled features under training and test preprocessing (Figure 3)."""
+    groups = _grouped(rows, "resolution")
+    figure, panels = new_figure(len(groups), (3.0 * len(groups) + 1.0, 3.4), sharey=True)
+    for axes, (resolution, part) in zip(panels, groups.items(), strict=True):
+        for preprocessing, bins in _grouped(part, "preprocessing").items():
+            edges = [float(row["low"]) for row in bins] + [float(bins[-1]["high"])]
+            densities = [float(row["density"]) for row in bins]
+            mean = float(bins[0]["mean"])
+            axes.stairs(densities, edges, label=f"{preprocessing}, mean {mean:.3f}")
+        axes.set_title(f"{resolution} px", fontsize=10)
+        axes.set_yscale("log")
+        axes.set_xlabel("pooled feature")
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("density")
+    write(figure, path)
+
+
+def _shares(path: Path, rows: Rows) -> None:
+    """Table 1: of all images, those wrong at the row's resolution and right at the column's."""
+    groups = _grouped(rows, "method")
+    figure, panels = new_figure(len(groups), (4.2 * len(groups) + 0.8, 4.2))
+    highest = max(float(row["share"]) for row in rows)
+    for axes, (method, part) in zip(panels, groups.items(), strict=True):
+        names = list(dict.fromkeys(row["wrong_at"] for row in part))
+        table = [[math.nan] * len(names) for _ in names]
+        for row in part:
+            table[names.index(row["wrong_at"])][names.index(row["right_at"])] = float(row["share"])
+        picture = axes.imshow(table, cmap="Blues", vmin=0.0, vmax=highest)
+        for line, values in enumerate(table):
+            for column, value in enumerate(values):
+                if not math.isnan(value):
+                    color = "white" if value > 0.6 * highest else "black"
+                    axes.text(column, line, f"{value:.1f}", ha="center", va="center", color=color)
+        axes.set_title(method, fontsize=10)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel("right at (px)")
+        axes.grid(False)
+    panels[0].set_ylabel("wrong at (px)")
+    figure.colorbar(picture, ax=panels, label="share of the images (%)", shrink=0.8)
+    write(figure, path)
+
+
+def _dense(path: Path, rows: Rows) -> None:
+    """Top-1 at many resolutions, by where the batch norm comes from (Figure 4, right)."""
+    figure, (axes,) = new_figure(size=(7.0, 4.2))
+    for between, part in _grouped(rows, "between").items():
+        part = sorted(part, key=lambda row: int(row["resolution"]))
+        resolutions = [int(row["resolution"]) for row in part]
+        top1 = [float(row["top1"]) for row in part]
+        axes.plot(resolutions, top1, marker=".", label=f"{between} between trained ones")
+    trained = {int(row["resolution"]): float(row["top1"]) for row in rows if _is_true(row)}
+    axes.plot(list(trained), list(trained.values()), "o", color="black", label="trained", zorder=3)
+    axes.set_xlabel("resolution (px)")
+    axes.set_ylabel("top-1 (%)")
+    axes.legend(frameon=False)
+    write(figure, path)
+
+
+def _is_true(row: dict[str, str]) -> bool:
+    return row["trained"] == "True"
+
+
+def _multiply_adds(path: Path, rows: Rows) -> None:
+    """Top-1 against the cost of one image (Figure 1)."""
+    figure, (axes,) = new_figure()
+    part = [row for row in rows if _is_true(row)]
+    part = list({row["resolution"]: row for row in part}.values())
+    costs = [float(row["multiply_adds"]) / 1e6 for row in part]
+    top1 = [float(row["top1"]) for row in part]
+    axes.plot(costs, top1, marker="o")
+    for cost, value, row in zip(costs, top1, part, strict=True):
+        offset = {"textcoords": "offset points", "xytext": (5, -12), "fontsize": 8}
+        axes.annotate(f"{row['resolution']} px", (cost, value), **offset)
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel("multiply-adds per image (millions)")
+    axes.set_ylabel("top-1 (%)")
+    write(figure, path)
+
+
+def _grouped(rows: Rows, name: str) -> dict[str, Rows]:
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Tells apart more lines than there are colours."""
+    return {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "markersize": 4}
+
+
+def _resolution_axis(axes: Any, resolutions: Sequence[int]) -> None:
+    axes.set_xlabel("tested resolution (px)")
+    axes.set_xticks(resolutions)
+
+
+_FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
+    "results.png": (("results.csv", "comparisons.csv"), _results),
+    "alpha.png": (("alpha.csv",), _alpha),
+    "batch_norm.png": (("batch_norm.csv",), _batch_norm),
+    "features.png": (("features.csv",), _features),
+    "shares.png": (("shares.csv",), _shares),
+    "dense.png": (("dense.csv",), _dense),
+    "multiply_adds.png": (("dense.csv",), _multiply_adds),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 2 a folder holds nothing to draw."""
+    parser = argparse.ArgumentParser(prog="rsfast.figures", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="searched with all below them")
+    for folder in parser.parse_args(argv).folders:
+        files = folder.rglob("*.csv")
+        drawn = [path for place in sorted({f.parent for f in files}) for path in draw(place)]
+        if not drawn:
+            print(f"rsfast.figures: error: {folder} holds no known CSV files", file=sys.stderr)
+            return 2
+        print("\n".join(map(str, drawn)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""CSV files as lists of rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["as_csv", "read_columns", "read_rows", "write_rows"]
+
+_ERRORS = "surrogateescape"  # a path may hold any bytes
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, by column."""
+    with open(file, newline="", errors=_ERRORS) as lines:
+        return list(csv.DictReader(lines))
+
+
+def read_columns(file: Path) -> dict[str, list[str]]:
+    """The columns of a CSV file."""
+    with open(file, newline="", errors=_ERRORS) as lines:
+        names, *rows = csv.reader(lines)
+    return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a CSV file; the first row names the columns, and there is at least one."""
+    rows = list(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV file; see :func:`as_csv`."""
+    file.write_text(as_csv(rows), newline="", errors=_ERRORS)
