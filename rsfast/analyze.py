@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rsfast import checkpoint, distributed, figures
 from rsfast.config import TrainConfig, read_config
-from rsfast.data import BACKENDS, Loader, train_loader, val_loader
+from rsfast.data import BACKENDS, Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.engine import PRECISIONS
 from rsfast.evaluate import Evaluation, Settings, evaluate, parse_resolutions
@@ -36,7 +35,15 @@ from rsfast.models import RSNet
 from rsfast.models.deploy import SingleResolutionNet
 from rsfast.tables import read_rows, write_rows
 
-__all__ = ["alpha_over_epochs", "batch_norm_means", "feature_histogram", "main", "wrong_and_right"]
+__all__ = [
+    "alpha_over_epochs",
+    "batch_norm_means",
+    "dense_resolutions",
+    "feature_histogram",
+    "main",
+    "pooled_features",
+    "wrong_and_right",
+]
 
 _BINS = 60
 _QUANTILE = 0.999  # of the features; a few larger ones would squeeze the histogram
@@ -91,9 +98,9 @@ def batch_norm_means(model: RSNet) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def pooled_features(net: SingleResolutionNet, batches: Iterable[Tensor]) -> NDArray[np.float32]:
-    """[n, C]: what the classifier sees of batches [N, 3, r, r]."""
-    return torch.cat([net.features(x).float().cpu() for x in batches]).numpy()
+def pooled_features(net: SingleResolutionNet, batches: Iterable[Batch]) -> NDArray[np.float32]:
+    """[n, C]: what the classifier sees of the images, which have one level."""
+    return torch.cat([net.features(b.images.level(0)).float().cpu() for b in batches]).numpy()
 
 
 def feature_histogram(
@@ -158,10 +165,7 @@ def _features(
                 **common,
             ),
         }
-        features = {
-            name: pooled_features(net, (batch.images.level(0) for batch in loader))
-            for name, loader in loaders.items()
-        }
+        features = {name: pooled_features(net, loader) for name, loader in loaders.items()}
         rows += feature_histogram(features, resolution)
     return rows
 
@@ -176,7 +180,7 @@ def _dense_rows(found: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     ]
 
 
-def _dense_resolutions(resolutions: Sequence[int]) -> list[int]:
+def dense_resolutions(resolutions: Sequence[int]) -> list[int]:
     """About twenty: from two thirds of the smallest to a seventh above the largest."""
     step = max(1, (resolutions[0] - resolutions[-1]) // 16)
     return list(range(resolutions[-1] * 2 // 3, resolutions[0] * 8 // 7 + 1, step))
@@ -197,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _analyze(args: argparse.Namespace) -> None:
+    if args.feature_images < 1:
+        raise ValueError(f"feature_images must be at least 1, got {args.feature_images}")
     run: Path = args.run
     path = run / "last.pt" if run.is_dir() else run
     folder = args.output or path.parent / "analysis"
@@ -208,7 +214,7 @@ def _analyze(args: argparse.Namespace) -> None:
     dense = [r for text in args.resolutions for r in parse_resolutions(text)]
     settings = Settings(
         data=args.data or str(builtin_root()),
-        resolutions=tuple(dense or _dense_resolutions(model.resolutions)),
+        resolutions=tuple(dense or dense_resolutions(model.resolutions)),
         between="interpolate",
         loader=args.loader,
         batch_size=args.batch_size,

@@ -75,9 +75,8 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
             label=label if first else None,
         )
     right.axvline(0.0, color="0.4", linewidth=1)
-    reach = max(
-        abs(float(row[end])) for row in comparisons for end in ("images_low", "images_high")
-    )
+    ends = [abs(float(row[end])) for row in comparisons for end in ("images_low", "images_high")]
+    reach = max(1.0, *ends)
     right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.invert_yaxis()

@@ -13,6 +13,7 @@ from rsfast import RSNet, checkpoint, create_model, evaluate
 from rsfast.data import val_loader
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
+from rsfast.tables import read_columns
 
 PIL = ["--loader", "pil", "--workers", "0", "--batch-size", "4"]
 
@@ -72,6 +73,26 @@ def test_rows_hold_accuracy_cost_and_origin(
     screen = capsys.readouterr().out
     assert "0.50 x 48 + 0.50 x 32" in screen
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_per_image_places_add_up_to_the_accuracies(
+    trained: Path, folder: Path, tmp_path: Path
+) -> None:
+    arguments = [str(trained), "--data", str(folder), *PIL, "--resolutions", "40", "--per-image"]
+    assert evaluate.main([*arguments, "--output", str(tmp_path)]) == 0
+    columns = read_columns(tmp_path / "per_image.csv")
+    assert list(columns) == ["image", "label", "48", "40", "32", "ensemble"]
+    assert columns["image"][0] == "cat/0000.jpg"
+    assert columns["label"] == ["0"] * 5 + ["1"] * 5
+    for row in rows_of(tmp_path):
+        right = columns[row["resolution"]].count("1")
+        assert float(row["top1"]) == 10 * right
+    model, _ = checkpoint.load_model(trained)
+    net = model.at(40)
+    with torch.no_grad():
+        batches = val_loader(folder, (40,), 5, backend="pil", workers=0)
+        right = [net(b.images.level(0)).argmax(1) == b.labels for b in batches]
+    assert [place == "1" for place in columns["40"]] == torch.cat(right).tolist()
 
 
 def test_figures_are_those_of_the_plain_networks(

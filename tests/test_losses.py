@@ -71,3 +71,28 @@ def test_label_smoothing_reaches_both_cross_entropies() -> None:
 def test_bad_settings_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiResolutionDistillation(**arguments)
+
+
+def test_copies_of_a_resolution_share_its_weight_in_the_ensemble() -> None:
+    loss = MultiResolutionDistillation(2, copies=3)
+    assert loss.alpha.shape == (6,)
+    torch.testing.assert_close(loss.ensemble_weights, torch.tensor([0.5, 0.5]))
+    with torch.no_grad():
+        loss.alpha.copy_(torch.tensor([1.0, 2.0, 3.0, 0.0, -1.0, 4.0]))
+    shares = torch.softmax(loss.alpha, 0)
+    expected = torch.stack([shares[:3].sum(), shares[3:].sum()])
+    torch.testing.assert_close(loss.ensemble_weights, expected)
+    torch.testing.assert_close(torch.softmax(loss.scores, 0), expected)
+
+
+def test_without_copies_the_scores_are_alpha_to_the_bit() -> None:
+    loss = MultiResolutionDistillation(5)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss.alpha.normal_(std=3.0)
+    assert torch.equal(loss.scores, loss.alpha)
+
+
+def test_no_copies_are_refused() -> None:
+    with pytest.raises(ValueError, match="copies must be at least 1, got 0"):
+        MultiResolutionDistillation(2, copies=0)

@@ -228,3 +228,20 @@ def test_a_missing_dali_is_named_with_the_install_command(
     monkeypatch.delitem(__import__("sys").modules, "rsfast.data.dali", raising=False)
     assert run(folder, tmp_path / "run", "--epochs", "1", "--loader", "dali") == 2
     assert "pip install 'rsfast[dali-cuda13]'" in capsys.readouterr().err
+
+
+def test_copies_train_one_network_at_one_resolution(folder: Path, tmp_path: Path) -> None:
+    flags = ["--resolutions", "32", "--copies", "3", "--crop", "multi", "--bn", "shared"]
+    assert run(folder, tmp_path, *flags, "--epochs", "1") == 0
+    (row,) = summary(tmp_path)
+    assert row["alpha_32"] == "1.0"
+    assert row["top1_ensemble"] == row["top1_32"]
+    assert float(row["distill"]) > 0.0  # the copies see other windows, and answer differently
+    for name in ("last.pt", "model_best.safetensors"):
+        model, scores = checkpoint.load_model(tmp_path / name)
+        assert model.resolutions == (32,)
+        assert scores.shape == (1,)
+    state = load_dict(tmp_path / "last.pt")
+    tracked = state["model"]["backbone.bn1.num_batches_tracked"]
+    steps = int(log_lines(tmp_path, "start")[0]["steps_per_epoch"])
+    assert tracked.tolist() == [3 * steps]

@@ -10,7 +10,7 @@ import torch
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.losses import LossTerms
-from rsfast.metrics import LossMeter, TopK
+from rsfast.metrics import LossMeter, TopK, label_places
 from rsfast.validation import Accuracy, validate
 
 
@@ -18,15 +18,46 @@ def test_top_k_counts_by_hand() -> None:
     counts = TopK(2, torch.device("cpu"))
     order = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     logits = torch.stack([order.expand(4, 6), order.flip(0).expand(4, 6)])
-    counts.add(logits[:, :3], torch.tensor([0, 4, 5]))
-    counts.add(logits[:, 3:], torch.tensor([5]))
+    counts.add(logits[:, :3], torch.tensor([0, 4, 5]), torch.arange(3))
+    counts.add(logits[:, 3:], torch.tensor([5]), torch.tensor([3]))
     assert counts.read() == ([(25.0, 50.0), (50.0, 75.0)], 4)
 
 
 def test_two_classes_have_a_top_two_instead_of_a_top_five() -> None:
     counts = TopK(1, torch.device("cpu"))
-    counts.add(torch.tensor([[[1.0, 0.0]]]), torch.tensor([1]))
+    counts.add(torch.tensor([[[1.0, 0.0]]]), torch.tensor([1]), torch.tensor([0]))
     assert counts.read() == ([(0.0, 100.0)], 1)
+
+
+def test_places_are_counted_from_one_and_kept_image_by_image() -> None:
+    counts = TopK(2, torch.device("cpu"), num_images=4)
+    order = torch.tensor([3.0, 1.0, 2.0])
+    logits = torch.stack([order.expand(3, 3), -order.expand(3, 3)])
+    counts.add(logits, torch.tensor([0, 1, 2]), torch.tensor([3, 0, 2]))
+    assert counts.places().tolist() == [[3, 0, 2, 1], [1, 0, 2, 3]]
+
+
+def test_of_equal_logits_the_lower_class_is_first_as_argmax_has_it() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 2.0, 0.0]] * 4])
+    places = label_places(logits, torch.arange(4))
+    assert places.tolist() == [[3, 1, 2, 4]]
+    assert (places[0] == 1).nonzero().item() == logits[0, 0].argmax()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_network_that_answers_nan_is_never_right(label: int) -> None:
+    for logits in ([math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]):
+        places = label_places(torch.tensor([[logits]]), torch.tensor([label]))
+        is_last = math.isnan(logits[label]) or math.isnan(logits[1 - label])
+        assert (places.item() == 2) is is_last
+
+
+def test_places_agree_with_sorting() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 50, 20), torch.randint(0, 20, (50,))
+    order = logits.argsort(dim=-1, descending=True)
+    exact = (order == labels[None, :, None]).int().argmax(-1) + 1
+    assert torch.equal(label_places(logits, labels), exact)
 
 
 def test_loss_meter_averages_since_the_last_read() -> None:
@@ -75,7 +106,7 @@ def test_validation_counts_levels_and_ensemble_and_restores_the_mode() -> None:
 
 def test_score_is_the_largest_resolution_then_the_mean() -> None:
     def score(*levels: tuple[float, float]) -> tuple[float, float]:
-        return Accuracy(list(levels), (0.0, 0.0), 1).score
+        return Accuracy(list(levels), (0.0, 0.0), 1, torch.empty(0)).score
 
     assert score((70.0, 90.0), (60.0, 80.0)) > score((69.0, 99.0), (69.0, 99.0))
     assert score((70.0, 90.0), (61.0, 80.0)) > score((70.04, 90.0), (60.0, 80.0))

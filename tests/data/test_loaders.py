@@ -403,3 +403,32 @@ def test_workers_do_not_clean_up_what_they_inherit(image_root: Path, tmp_path: P
         gc.enable()
     gc.collect()
     assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+def test_copies_of_a_resolution_are_alike_in_one_crop_and_differ_in_many(
+    backend: str, image_root: Path
+) -> None:
+    for crop, flip, alike in (("single", "shared", True), ("multi", "none", False)):
+        loader = training(image_root, backend, resolutions=(32, 24), copies=2, crop=crop, flip=flip)
+        images = next(iter(loader)).images
+        assert images.sizes == ((32, 32), (32, 32), (24, 24), (24, 24))
+        assert torch.equal(images.level(0), images.level(1)) is alike
+        assert torch.equal(images.level(2), images.level(3)) is alike
+
+
+def test_a_limit_takes_images_evenly_from_all_classes(backend: str, image_root: Path) -> None:
+    whole = validation(image_root, backend)
+    part = validation(image_root, backend, limit=4)
+    assert part.num_images == 4
+    assert part.class_names == whole.class_names
+    labels = torch.cat([batch.labels for batch in part]).tolist()
+    assert labels == sorted(labels)
+    assert len(set(labels)) == len(whole.class_names)
+    assert validation(image_root, backend, limit=10**6).num_images == whole.num_images
+
+
+def test_training_images_can_be_prepared_as_in_validation(backend: str, image_root: Path) -> None:
+    loader = validation(image_root, backend, split="train")
+    assert loader.num_images == training(image_root, backend).num_images
+    indices = torch.cat([batch.indices for batch in loader])
+    assert indices.tolist() == list(range(loader.num_images))

@@ -394,3 +394,12 @@ def test_a_rank_outside_the_world_is_rejected(
 ) -> None:
     with pytest.raises(ValueError, match=culprit):
         make(rank=rank, world_size=world_size)
+
+
+def test_one_window_and_one_flip_are_the_same_for_any_number_of_levels() -> None:
+    one, five = (train_plan(num_levels=levels).batch(1, 2) for levels in (1, 5))
+    for level in range(5):
+        np.testing.assert_array_equal(five.windows[level], one.windows[0])
+        np.testing.assert_array_equal(five.flips[level], one.flips[0])
+    many = train_plan(num_levels=5, crop="multi").batch(1, 2)
+    np.testing.assert_array_equal(many.windows[0], one.windows[0])

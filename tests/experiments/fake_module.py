@@ -1,0 +1,83 @@
+"""Stands in for `python` in tests of experiments: makes up what trainings and evaluations leave.
+
+Called as `python fake_module.py -m rsfast.train --config FILE ...`. A training whose name is in
+$FAKE_FAILS exits with 1; with $FAKE_SLOW it waits to be stopped, and exits with 75.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+
+from rsfast.tables import read_rows, write_rows
+
+IMAGES = 60
+
+
+def train(config: Path) -> int:
+    settings = tomllib.loads(config.read_text())
+    folder = Path(settings["output"])
+    if folder.parent.name in os.environ.get("FAKE_FAILS", "").split():
+        return 1
+    if "FAKE_SLOW" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        (folder / "started").touch()
+        time.sleep(60)
+    (folder / "config.toml").write_text(config.read_text())
+    write_rows(folder / "summary.csv", [{"epoch": settings["epochs"]}])
+    facts = {"torch": "2.13", "train_images": 10, "val_images": IMAGES, "classes": 3}
+    start = {"event": "start", "step": 0, "total_batch": 8, **facts}
+    start["config"] = {**settings, "precision": "fp32"}
+    steps = [{"event": "step", "step": n, "images_per_s": 40.0} for n in (5, 10)]
+    lines = [start, *steps]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "last.pt").touch()
+    return 0
+
+
+def evaluate(checkpoint: Path, arguments: list[str]) -> int:
+    folder = Path(arguments[arguments.index("--output") + 1])
+    first = arguments.index("--resolutions") + 1
+    asked = [int(r) for r in itertools.takewhile(str.isdecimal, arguments[first:])]
+    settings = tomllib.loads((checkpoint.parent / "config.toml").read_text())
+    known = {int(r) for r in read_known(folder)} | set(settings["resolutions"]) | set(asked)
+    resolutions = sorted(known, reverse=True)
+    # More of the images are right with more resolutions in training, and at larger ones.
+    rng = np.random.default_rng(settings["seed"])
+    luck = rng.random(IMAGES)
+    rows = []
+    for image in range(IMAGES):
+        row: dict[str, object] = {"image": f"{image}.jpg", "label": image % 3}
+        for r in resolutions:
+            hit = luck[image] < 0.4 + 0.1 * len(settings["resolutions"]) + r / 1000
+            row[str(r)] = 1 if hit else 2
+        rows.append(row)
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "per_image.csv", rows)
+    costs = [
+        {"resolution": r, "multiply_adds": r * r, "parameters": 9, "top1": 1.0} for r in resolutions
+    ]
+    write_rows(folder / "accuracy.csv", costs)
+    return 0
+
+
+def read_known(folder: Path) -> list[str]:
+    file = folder / "accuracy.csv"
+    return [row["resolution"] for row in read_rows(file)] if file.exists() else []
+
+
+if __name__ == "__main__":
+    module, *rest = sys.argv[2:]
+    with open(os.environ["FAKE_CALLS"], "a") as calls:
+        calls.write(" ".join([module, *rest]) + "\n")
+    if module == "rsfast.train":
+        sys.exit(train(Path(rest[rest.index("--config") + 1])))
+    sys.exit(evaluate(Path(rest[0]), rest))

@@ -1,0 +1,172 @@
+"""The command: what it runs, keeps, reports, and does when something fails or stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import environment, make_image_folder
+from rsfast.experiments.__main__ import main
+from rsfast.tables import read_rows
+
+FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py')}"
+SETTINGS = ["--arch", "resnet18", "--resolutions", "48", "32", "--batch-size", "8", "--lr", "0.01"]
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of what the fake module was asked for."""
+    file = tmp_path / "calls"
+    file.touch()
+    monkeypatch.setenv("FAKE_CALLS", str(file))
+    return file
+
+
+def run(output: Path, *arguments: str) -> int:
+    return main([*arguments, "--output", str(output), "--launch", FAKE, "--data", "x", *SETTINGS])
+
+
+def test_a_set_is_trained_tested_and_reported(tmp_path: Path, calls: Path) -> None:
+    assert run(tmp_path / "out", "table2", "--seeds", "3", "--jobs", "2") == 0
+    made = [line.split()[0] for line in calls.read_text().splitlines()]
+    assert made.count("rsfast.train") == made.count("rsfast.evaluate") == 4 * 3
+    report = tmp_path / "out" / "table2"
+    rows = read_rows(report / "results.csv")
+    assert len(rows) == 4 * 2 * 3
+    two = {(row["method"], row["resolution"]): float(row["top1"]) for row in rows}
+    assert two["I-48", "48"] == two["I-Nets", "48"]
+    assert two["RS-Net", "48"] > two["I-Nets", "48"]
+
+    comparisons = read_rows(report / "comparisons.csv")
+    rs_net = [row for row in comparisons if row["ours"] == "RS-Net" and row["theirs"] == "I-Nets"]
+    assert [row["resolution"] for row in rs_net] == ["48", "32", "mean"]
+    assert all(float(row["mean"]) > 0 for row in rs_net)
+    # A network is not compared with itself.
+    (same,) = (row for row in comparisons if row["ours"] == "I-48" and row["resolution"] != "mean")
+    assert same["resolution"] == "32"
+
+    text = (report / "README.md").read_text()
+    assert "| RS-Net |" in text
+    assert "the 2 networks of I-Nets together" in text
+    times = read_rows(report / "times.csv")
+    assert all(float(row["train_s"]) == 2.0 for row in times)  # 10 steps of 8 images, 40 a second
+    assert json.loads((report / "run.json").read_text())["settings"]["lr"] == 0.01
+    for picture in ("results.png", "shares.png"):
+        assert (report / picture).exists() == (picture == "results.png")  # two resolutions only
+    columns = read_rows(report / "per_image.csv")[0]
+    assert {"image", "label", "rs_net/seed2/48", "inet_48/seed0/32"} <= set(columns)
+
+
+def test_what_is_done_is_kept(tmp_path: Path, calls: Path) -> None:
+    assert run(tmp_path / "out", "table2") == 0
+    done = len(calls.read_text().splitlines())
+    assert run(tmp_path / "out", "table2") == 0
+    assert len(calls.read_text().splitlines()) == done
+    # Another set needs one more network, and another test of one that is there.
+    assert run(tmp_path / "out", "fig4") == 0
+    made = [line.split() for line in calls.read_text().splitlines()[done:]]
+    trained = [line for line in made if line[0] == "rsfast.train"]
+    assert [Path(line[2]).parent.parent.name for line in trained] == ["parallel_shared_bn"]
+    tested = {
+        (Path(line[1]).parent.parent.name, line[line.index("--between") + 1])
+        for line in made
+        if line[0] == "rsfast.evaluate"
+    }
+    assert tested == {
+        ("parallel_shared_bn", "interpolate"),
+        ("rs_net", "interpolate"),
+        ("rs_net", "nearest"),
+    }
+    # What was tested for the first set is tested again with it.
+    assert run(tmp_path / "out", "table2") == 0
+
+
+def test_finished_runs_with_other_settings_are_refused(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", "table2") == 0
+    done = calls.read_text()
+    assert run(tmp_path / "out", "table2", "--weight-decay", "0.5") == 2
+    message = "was trained with weight_decay = 0.0001, this set has 0.5"
+    assert message in capsys.readouterr().err
+    assert calls.read_text() == done
+
+
+def test_a_failure_is_named_and_the_rest_goes_on(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "parallel")
+    assert run(tmp_path / "out", "table2") == 1
+    screen = capsys.readouterr().out
+    assert "parallel, seed 0: failed with exit code 1, see" in screen
+    assert screen.count("top-1") == 3
+    assert not (tmp_path / "out" / "table2").exists()
+    monkeypatch.delenv("FAKE_FAILS")
+    assert run(tmp_path / "out", "table2") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_lets_trainings_save_and_starts_no_more(
+    tmp_path: Path, calls: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "rsfast.experiments", "table2", "--jobs", "2"]
+    command += ["--output", str(tmp_path / "out"), "--launch", FAKE, "--data", "x", *SETTINGS]
+    process = subprocess.Popen(
+        command, env={**environment(), "FAKE_SLOW": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    started = tmp_path / "out" / "runs"
+    while len(list(started.glob("*/*/started"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "the same command goes on" in errors
+    assert len(calls.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table2", "--distill", "vanilla"], "--distill is what the rows of a set differ in"),
+        (["table2", "--seed=3"], "--seed=3 is what the rows"),
+        (["table3"], "invalid choice: 'table3'"),
+        (["table2", "--seeds", "0"], "must be a number from 1 to 10000, got '0'"),
+        (["table2", "--lr", "-1"], "lr must not be negative"),
+        (["table2", "--resolutions", "64"], "at least two to compare, got (64,)"),
+        (["table2", "--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_input_exits_with_two_and_a_sentence(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main([*arguments, "--output", str(tmp_path)])
+    except SystemExit as end:
+        code = end.code  # type: ignore[assignment]
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_real_networks_from_training_to_report(tmp_path: Path) -> None:
+    data = make_image_folder(tmp_path / "data", train=8, val=5)
+    flags = ["--epochs", "1", "--loader", "pil", "--workers", "0", "--data", str(data)]
+    command = [sys.executable, "-m", "rsfast.experiments", "fig4", "table2", *flags]
+    command += ["--output", str(tmp_path / "out"), "--jobs", str(os.cpu_count()), *SETTINGS]
+    subprocess.run(command, env=environment(), check=True)
+    for name in ("fig4", "table2"):
+        assert "# " + name in (tmp_path / "out" / name / "README.md").read_text()
+    rows = read_rows(tmp_path / "out" / "fig4" / "results.csv")
+    unseen = [row for row in rows if row["resolution"] == "40"]
+    methods = {"RS-Net, interpolated BN", "RS-Net, nearest BN"}
+    assert {row["method"] for row in unseen} == methods

@@ -1,0 +1,147 @@
+"""The analysis: each table by hand, and the command from a run to its pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import make_image_folder
+from rsfast import analyze, create_model, train
+from rsfast.models.layers import SwitchableBatchNorm2d
+from rsfast.tables import read_rows
+
+
+def test_shares_of_table_1_by_hand() -> None:
+    hits = {64: np.array([1, 1, 1, 0], dtype=bool), 32: np.array([1, 0, 0, 1], dtype=bool)}
+    rows = analyze.wrong_and_right(hits, "net")
+    assert rows == [
+        {"method": "net", "wrong_at": 64, "right_at": 32, "share": 25.0},
+        {"method": "net", "wrong_at": 32, "right_at": 64, "share": 50.0},
+    ]
+    # Their difference is that of the accuracies (spec: Table 1).
+    assert rows[1]["share"] - rows[0]["share"] == 100 * (hits[64].mean() - hits[32].mean())
+
+
+def test_histogram_is_a_density_and_knows_the_zeros() -> None:
+    rng = np.random.default_rng(0)
+    features = {
+        "train": np.abs(rng.normal(0.0, 1.0, (500, 40))).astype(np.float32),
+        "test": np.zeros((500, 40), dtype=np.float32),
+    }
+    rows = analyze.feature_histogram(features, 96)
+    for name, zeros in (("train", 0.0), ("test", 1.0)):
+        part = [row for row in rows if row["preprocessing"] == name]
+        total = sum(row["density"] * (row["high"] - row["low"]) for row in part)
+        assert total == pytest.approx(1.0, abs=0.002)  # one in a thousand lies beyond
+        assert part[0]["zeros"] == zeros
+        assert part[0]["mean"] == pytest.approx(float(features[name].mean()))
+
+
+@pytest.mark.parametrize(("bn", "sets"), [("private", [48, 32]), ("shared", ["all"])])
+def test_batch_norm_means_are_of_every_layer_and_set(bn: str, sets: list[object]) -> None:
+    model = create_model("resnet18", (48, 32), 2, bn)
+    norm = model.backbone.bn1
+    assert isinstance(norm, SwitchableBatchNorm2d)
+    with torch.no_grad():
+        norm.weight[-1] += torch.arange(64.0)
+    rows = analyze.batch_norm_means(model)
+    assert len(rows) == 20 * len(sets)
+    assert [row["resolution"] for row in rows[: len(sets)]] == sets
+    assert rows[len(sets) - 1]["gamma"] == pytest.approx(1.0 + 31.5)
+    assert {row["running_var"] for row in rows} == {1.0}
+
+
+def test_dense_resolutions_reach_beyond_the_trained_ones() -> None:
+    found = analyze.dense_resolutions((224, 192, 160, 128, 96))
+    assert (found[0], found[1], found[-1]) == (64, 72, 256)
+    assert analyze.dense_resolutions((32,)) == list(range(21, 37))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=5, val=4)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    flags = "--arch resnet18 --resolutions 48 32 --batch-size 5 --epochs 2 --loader pil --workers 0"
+    flags += f" --lr 0.01 --val-crop none --crop-area 0.5 1 --data {data} --output {output}"
+    assert train.main(flags.split()) == 0
+    return output
+
+
+PIL = ["--loader", "pil", "--workers", "0", "--resolutions", "28:52:8"]
+
+
+def test_a_run_gets_every_table_and_picture(run: Path, data: Path) -> None:
+    assert analyze.main([str(run), "--data", str(data), *PIL]) == 0
+    folder = run / "analysis"
+    pictures = ("alpha", "batch_norm", "dense", "features", "multiply_adds", "shares")
+    for name in pictures:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+
+    alpha = read_rows(folder / "alpha.csv")
+    assert [(row["epoch"], row["resolution"]) for row in alpha] == [
+        (epoch, r) for epoch in "12" for r in ("48", "32")
+    ]
+    assert sum(float(row["share"]) for row in alpha[:2]) == pytest.approx(1.0)
+
+    dense = read_rows(folder / "dense.csv")
+    for between in ("interpolate", "nearest"):
+        part = [row for row in dense if row["between"] == between]
+        assert [row["resolution"] for row in part] == ["52", "48", "44", "36", "32", "28"]
+        assert [row["resolution"] for row in part if row["trained"] == "True"] == ["48", "32"]
+    assert {row["preprocessing"] for row in read_rows(folder / "features.csv")} == {"train", "test"}
+    assert len(read_rows(folder / "shares.csv")) == 2
+
+
+def test_a_checkpoint_alone_has_no_history(run: Path, data: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((run / "model_best.safetensors").read_bytes())
+    output = tmp_path / "out"
+    assert analyze.main([str(weights), "--data", str(data), *PIL, "--output", str(output)]) == 0
+    assert (output / "dense.csv").exists()
+    assert not (output / "alpha.csv").exists()
+
+
+def test_features_are_of_the_same_images_in_both_preparations(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    pooled = analyze.pooled_features
+
+    def spy(net, loader):
+        batches = list(loader)
+        seen.append((net.resolution, sorted(int(i) for b in batches for i in b.indices)))
+        return pooled(net, batches)
+
+    monkeypatch.setattr(analyze, "pooled_features", spy)
+    assert analyze.main([str(run), "--data", str(data), *PIL, "--batch-size", "5"]) == 0
+    assert seen == [(r, list(range(10))) for r in (48, 48, 32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.pt"], "none.pt does not exist"),
+        (["RUN", "--resolutions", "x"], "resolutions must look like"),
+        (["RUN", "--data", "nowhere"], "nowhere"),
+        (["RUN", "--feature-images", "0"], "feature_images must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_exits_with_two_and_a_sentence(
+    arguments: list[str],
+    message: str,
+    run: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [str(run) if part == "RUN" else part for part in arguments]
+    assert analyze.main(["--data", str(data), "--loader", "pil", "--workers", "0", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
