@@ -6,7 +6,7 @@ EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test soak test-gpu check format bench profile clean
+.PHONY: setup demo test soak test-gpu check format bench profile figures clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ profile: setup
 	    --output runs/profile/report $(BIN)/python -m rsfast.train --arch resnet50 \
 	    --loader synthetic --batch-size 128 --epochs 1 --steps-per-epoch 30 \
 	    --profile 20:25 --no-graph --output runs/profile/run
+
+# Every picture of committed results, again from the CSV files beside it.
+figures: setup
+	$(BIN)/python -m rsfast.figures bench/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
