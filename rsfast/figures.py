@@ -34,59 +34,67 @@ def draw(folder: Path) -> list[Path]:
 
 def _results(path: Path, results: Rows, comparisons: Rows) -> None:
     """Left: top-1 of every method against resolution; right: differences with their intervals."""
-    points = [row for row in comparisons if row["resolution"] == "mean"]
-    height = max(4.2, 0.45 * len(points))
-    figure, (left, right) = new_figure(2, (12.0, height), width_ratios=(1.1, 1.0))
-    methods = list(dict.fromkeys(row["method"] for row in results))
-    for number, method in enumerate(methods):
-        found: dict[int, list[float]] = {}
-        for row in results:
-            if row["method"] == method:
-                found.setdefault(int(row["resolution"]), []).append(float(row["top1"]))
+    pairs = list(dict.fromkeys(_pair(row) for row in comparisons))
+    figure, (left, right) = new_figure(2, (12.0, max(5.0, 0.55 * len(pairs))))
+    for number, (method, part) in enumerate(_grouped(results, "method").items()):
+        found = {
+            int(resolution): [float(row["top1"]) for row in rows]
+            for resolution, rows in _grouped(part, "resolution").items()
+        }
         means = [statistics.mean(values) for values in found.values()]
         spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in found.values()]
-        style = _style(number)
-        left.errorbar(list(found), means, spreads, label=method, capsize=2, **style)
-    _resolution_axis(left, sorted({int(row["resolution"]) for row in results}))
+        left.errorbar(list(found), means, spreads, label=method, capsize=2, **_style(number))
+    left.set_xlabel("tested resolution (px)")
+    left.set_xticks(sorted({int(row["resolution"]) for row in results}))
     left.set_ylabel("top-1 (%), mean and standard deviation")
-    left.legend(frameon=False, fontsize=8, ncols=1 + len(methods) // 8)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower left",
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+    )
 
-    resolutions = list(dict.fromkeys(row["resolution"] for row in comparisons))
-    names = [f"{row['ours']} against {row['theirs']}" for row in points]
+    points = sorted({row["resolution"] for row in comparisons}, key=_largest_first)
     for row in comparisons:
-        name = f"{row['ours']} against {row['theirs']}"
-        is_mean = row["resolution"] == "mean"
-        step = 0.7 / max(1, len(resolutions))
-        y = names.index(name) + (resolutions.index(row["resolution"]) + 0.5) * step - 0.35
-        color = "black" if is_mean else f"C{_shade(resolutions, row)}"
-        low, high = float(row["images_low"]), float(row["images_high"])
-        right.plot([low, high], [y, y], color=color, linewidth=1, alpha=0.5)
-        if row["p"] not in ("", "nan"):
-            low, high = float(row["seeds_low"]), float(row["seeds_high"])
-            right.plot([low, high], [y, y], color=color, linewidth=2.5, alpha=0.6)
-        label = f"{row['resolution']} px" if not is_mean else "mean"
-        first = row["ours"] == points[0]["ours"] and row["theirs"] == points[0]["theirs"]
+        number = points.index(row["resolution"])
+        y = pairs.index(_pair(row)) + 0.7 * ((number + 0.5) / len(points) - 0.5)
+        color = "black" if row["resolution"] == "mean" else f"C{number % 10}"
+        right.plot(_ends(row, "images"), [y, y], color=color, linewidth=1, alpha=0.5)
+        if not math.isnan(float(row["p"])):
+            right.plot(_ends(row, "seeds"), [y, y], color=color, linewidth=2.5, alpha=0.5)
+        right.plot([float(row["mean"])], [y], "o", color=color, markersize=4)
+    for number, point in enumerate(points):
+        label = point if point == "mean" else f"{point} px"
         right.plot(
-            [float(row["mean"])],
-            [y],
-            "o",
-            color=color,
-            markersize=4,
-            label=label if first else None,
+            [], [], "o", color="black" if point == "mean" else f"C{number % 10}", label=label
         )
     right.axvline(0.0, color="0.4", linewidth=1)
-    ends = [abs(float(row[end])) for row in comparisons for end in ("images_low", "images_high")]
-    reach = max(1.0, *ends)
+    reach = max(1.0, *(abs(end) for row in comparisons for end in _ends(row, "images")))
     right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider
-    right.set_yticks(range(len(names)), names, fontsize=8)
+    right.set_yticks(range(len(pairs)), [f"{a} against {b}" for a, b in pairs], fontsize=8)
     right.invert_yaxis()
     right.set_xlabel("points of top-1; 95 % intervals: thick over seeds, thin over images")
-    right.legend(frameon=False, fontsize=8)
+    figure.legend(
+        *right.get_legend_handles_labels(),
+        loc="outside lower right",
+        frameon=False,
+        fontsize=8,
+        ncols=len(points),
+    )
     write(figure, path)
 
 
-def _shade(resolutions: Sequence[str], row: dict[str, str]) -> int:
-    return [r for r in resolutions if r != "mean"].index(row["resolution"]) % 10
+def _pair(row: dict[str, str]) -> tuple[str, str]:
+    return row["ours"], row["theirs"]
+
+
+def _ends(row: dict[str, str], of: str) -> list[float]:
+    return [float(row[f"{of}_low"]), float(row[f"{of}_high"])]
+
+
+def _largest_first(resolution: str) -> float:
+    return math.inf if resolution == "mean" else -int(resolution)
 
 
 def _alpha(path: Path, rows: Rows) -> None:
@@ -141,14 +149,14 @@ def _features(path: Path, rows: Rows) -> None:
 def _shares(path: Path, rows: Rows) -> None:
     """Table 1: of all images, those wrong at the row's resolution and right at the column's."""
     groups = _grouped(rows, "method")
-    figure, panels = new_figure(len(groups), (4.2 * len(groups) + 0.8, 4.2))
+    figure, panels = new_figure(len(groups), (3.4 * len(groups) + 1.2, 3.9))
     highest = max(float(row["share"]) for row in rows)
     for axes, (method, part) in zip(panels, groups.items(), strict=True):
         names = list(dict.fromkeys(row["wrong_at"] for row in part))
         table = [[math.nan] * len(names) for _ in names]
         for row in part:
             table[names.index(row["wrong_at"])][names.index(row["right_at"])] = float(row["share"])
-        picture = axes.imshow(table, cmap="Blues", vmin=0.0, vmax=highest)
+        picture = axes.imshow(table, cmap="Blues", vmin=0.0, vmax=highest, aspect="auto")
         for line, values in enumerate(table):
             for column, value in enumerate(values):
                 if not math.isnan(value):
@@ -210,12 +218,9 @@ def _grouped(rows: Rows, name: str) -> dict[str, Rows]:
 
 def _style(number: int) -> dict[str, Any]:
     """Tells apart more lines than there are colours."""
-    return {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "markersize": 4}
-
-
-def _resolution_axis(axes: Any, resolutions: Sequence[int]) -> None:
-    axes.set_xlabel("tested resolution (px)")
-    axes.set_xticks(resolutions)
+    line = ("-", "--", ":")[number // 10 % 3]
+    marker = "osD^v"[number % 5]
+    return {"color": f"C{number % 10}", "linestyle": line, "marker": marker, "markersize": 4}
 
 
 _FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
