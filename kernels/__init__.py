@@ -4,6 +4,7 @@ This package knows tensors and row ranges only: nothing of networks, data or con
 """
 
 from rsfast.kernels._checks import BACKENDS, check_backend, choose_backend
+from rsfast.kernels.conv1x1 import Conv1x1Output, conv1x1, conv1x1_reference
 from rsfast.kernels.conv2d import conv2d, conv2d_reference
 from rsfast.kernels.distillation_loss import (
     DISTILL_MODES,
@@ -18,9 +19,12 @@ from rsfast.kernels.switchable_bn_act import switchable_bn_act, switchable_bn_ac
 
 __all__ = [
     "BACKENDS",
+    "Conv1x1Output",
     "DISTILL_MODES",
     "check_backend",
     "choose_backend",
+    "conv1x1",
+    "conv1x1_reference",
     "conv2d",
     "conv2d_reference",
     "distillation_loss",

@@ -22,6 +22,7 @@ from rsfast.kernels._bn_tiles import (
     load_affine,
     load_origin,
     mask_tile,
+    merge_chunks,
     merge_lanes,
     share_out,
 )
@@ -89,7 +90,6 @@ def _bn_finalize_kernel(
 ):
     # One program per set, so that levels that share one move its running statistics in turn.
     bank = tl.program_id(1)
-    lanes = tl.arange(0, BLOCK_K)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     running_mean_ptr += bank * C + cols
@@ -101,25 +101,18 @@ def _bn_finalize_kernel(
     first_chunk = 0
     for level in tl.static_range(L):
         rows = (level_rows[level] >> 1) - 1
-        chunks = tl.cdiv(rows, chunk_rows)
         if (banks[level] >> 1) - 1 == bank:
-            mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-            m2 = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-            count = tl.zeros((BLOCK_K, 1), tl.float32)
-            for start in range(0, chunks, BLOCK_K):
-                index = start + lanes
-                mask = (index < chunks) & inside[None, :]
-                ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
-                new_count = tl.minimum(rows - index * chunk_rows, chunk_rows)
-                new_count = tl.maximum(new_count, 0).to(tl.float32)
-                delta = tl.load(ptrs, mask=mask, other=0.0) - mean
-                delta = tl.where(mask, delta, 0.0)
-                share = new_count / tl.maximum(count + new_count, 1.0)
-                mean += delta * share
-                m2 += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
-                m2 += delta * delta * (count * share)
-                count += new_count
-            level_mean, level_m2 = merge_lanes(mean, m2, count)
+            level_mean, level_m2 = merge_chunks(
+                partial_ptr,
+                stride_partial,
+                first_chunk,
+                rows,
+                chunk_rows,
+                cols,
+                C,
+                BLOCK_K,
+                BLOCK_C,
+            )
             level_mean += load_origin(x_ptr, first_row, rows, cols, C)
             tl.store(mean_ptr + level * C + cols, level_mean, mask=inside)
             tl.store(var_ptr + level * C + cols, level_m2 / rows, mask=inside)
@@ -129,7 +122,7 @@ def _bn_finalize_kernel(
             running_var = (1.0 - momentum) * running_var + momentum * unbiased_var
             num_levels += 1
         first_row += rows
-        first_chunk += chunks
+        first_chunk += tl.cdiv(rows, chunk_rows)
     tl.store(running_mean_ptr, running_mean, mask=inside)
     tl.store(running_var_ptr, running_var, mask=inside)
     if tl.program_id(0) == 0:

@@ -25,6 +25,7 @@ __all__ = [
     "load_invstd",
     "load_origin",
     "mask_tile",
+    "merge_chunks",
     "merge_lanes",
     "share_out",
 ]
@@ -152,6 +153,40 @@ def merge_lanes(
         center += tl.sum(deviation * count, 0) / total
     deviation = tl.where(count > 0, mean - center[None, :], 0.0)
     return center, tl.sum(m2 + deviation * deviation * count, 0)
+
+
+@triton.jit
+def merge_chunks(
+    partial_ptr,  # [2, chunks, C] float32: mean and m2 of each chunk of all levels
+    stride_partial,  # chunks * C
+    first_chunk,  # of a level
+    rows,  # of the level
+    chunk_rows,
+    cols,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # chunks
+    BLOCK_C: tl.constexpr,
+):
+    """(mean, m2) [BLOCK_C] of a level."""
+    lanes = tl.arange(0, BLOCK_K)[:, None]
+    chunks = tl.cdiv(rows, chunk_rows)
+    mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_K, 1), tl.float32)
+    for start in range(0, chunks, BLOCK_K):
+        index = start + lanes
+        mask = (index < chunks) & (cols < C)[None, :]
+        ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
+        new_count = tl.minimum(rows - index * chunk_rows, chunk_rows)
+        new_count = tl.maximum(new_count, 0).to(tl.float32)
+        delta = tl.load(ptrs, mask=mask, other=0.0) - mean
+        delta = tl.where(mask, delta, 0.0)
+        share = new_count / tl.maximum(count + new_count, 1.0)
+        mean += delta * share
+        m2 += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
+        m2 += delta * delta * (count * share)
+        count += new_count
+    return merge_lanes(mean, m2, count)
 
 
 @triton.jit
