@@ -110,6 +110,7 @@ def _bn_finalize_kernel(
                 chunk_rows,
                 cols,
                 C,
+                False,
                 BLOCK_K,
                 BLOCK_C,
             )

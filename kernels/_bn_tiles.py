@@ -157,17 +157,25 @@ def merge_lanes(
 
 @triton.jit
 def merge_chunks(
-    partial_ptr,  # [2, chunks, C] float32: mean and m2 of each chunk of all levels
+    partial_ptr,  # [2 or 3, chunks, C] float32: mean, m2 and rest of mean, chunks of all levels
     stride_partial,  # chunks * C
     first_chunk,  # of a level
     rows,  # of the level
     chunk_rows,
     cols,
     C: tl.constexpr,
+    HAS_REST: tl.constexpr,
     BLOCK_K: tl.constexpr,  # chunks
     BLOCK_C: tl.constexpr,
 ):
-    """(mean, m2) [BLOCK_C] of a level."""
+    """(mean, m2) [BLOCK_C] of a level.
+
+    A mean far from 0 comes in two parts, of which only differences to the first chunk are merged.
+    """
+    origin = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_REST:
+        origin_ptrs = partial_ptr + first_chunk.to(tl.int64) * C + cols
+        origin = tl.load(origin_ptrs, mask=cols < C, other=0.0)
     lanes = tl.arange(0, BLOCK_K)[:, None]
     chunks = tl.cdiv(rows, chunk_rows)
     mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
@@ -179,14 +187,17 @@ def merge_chunks(
         ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
         new_count = tl.minimum(rows - index * chunk_rows, chunk_rows)
         new_count = tl.maximum(new_count, 0).to(tl.float32)
-        delta = tl.load(ptrs, mask=mask, other=0.0) - mean
-        delta = tl.where(mask, delta, 0.0)
+        delta = tl.load(ptrs, mask=mask, other=0.0)
+        if HAS_REST:
+            delta = (delta - origin[None, :]) + tl.load(ptrs + 2 * stride_partial, mask=mask)
+        delta = tl.where(mask, delta - mean, 0.0)
         share = new_count / tl.maximum(count + new_count, 1.0)
         mean += delta * share
         m2 += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
         m2 += delta * delta * (count * share)
         count += new_count
-    return merge_lanes(mean, m2, count)
+    mean_all, m2_all = merge_lanes(mean, m2, count)
+    return origin + mean_all, m2_all
 
 
 @triton.jit

@@ -119,7 +119,7 @@ def _conv1x1_fwd_kernel(
     scale_ptr,  # like center_ptr
     shift_ptr,  # like center_ptr
     y_ptr,  # [M, C_OUT], fully overwritten
-    partial_ptr,  # [2, row tiles, C_OUT] float32 or None: mean and m2, fully overwritten
+    partial_ptr,  # [3, row tiles, C_OUT] float32 or None: mean, m2, rest of mean; overwritten
     level_rows,
     L: tl.constexpr,
     C_IN: tl.constexpr,
@@ -166,15 +166,18 @@ def _conv1x1_fwd_kernel(
         y = y.to(tl.float32)
         mean = tl.sum(tl.where(inside, y, 0.0), 0) / count
         deviation = tl.where(inside, y - mean[None, :], 0.0)
+        rest = tl.sum(deviation, 0) / count  # the digits that a large mean has no room for
+        deviation = tl.where(inside, deviation - rest[None, :], 0.0)
         partial_ptr += chunk.to(tl.int64) * C_OUT + cols_n
+        stride = tl.num_programs(1).to(tl.int64) * C_OUT
         tl.store(partial_ptr, mean, mask=cols_n < C_OUT)
-        partial_ptr += tl.num_programs(1).to(tl.int64) * C_OUT
-        tl.store(partial_ptr, tl.sum(deviation * deviation, 0), mask=cols_n < C_OUT)
+        tl.store(partial_ptr + stride, tl.sum(deviation * deviation, 0), mask=cols_n < C_OUT)
+        tl.store(partial_ptr + 2 * stride, rest, mask=cols_n < C_OUT)
 
 
 @triton.jit(do_not_specialize=["stride_partial"])
 def _conv1x1_merge_kernel(
-    partial_ptr,  # [2, row tiles, C] float32
+    partial_ptr,  # [2, row tiles, C] float32, or [3, ...] of moments
     first_ptr,  # [L, C] float32: mean, or sum of the first; fully overwritten
     second_ptr,  # [L, C] float32: biased variance, or sum of the second; fully overwritten
     stride_partial,  # row tiles * C
@@ -198,7 +201,16 @@ def _conv1x1_merge_kernel(
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     if MOMENTS:
         first, second = merge_chunks(
-            partial_ptr, stride_partial, first_chunk, rows, CHUNK_ROWS, cols, C, BLOCK_K, BLOCK_C
+            partial_ptr,
+            stride_partial,
+            first_chunk,
+            rows,
+            CHUNK_ROWS,
+            cols,
+            C,
+            True,
+            BLOCK_K,
+            BLOCK_C,
         )
         second = second / rows
     else:
@@ -366,7 +378,7 @@ def forward(
     tile = tiles(x.dtype, num_in, num_out)
     count = _row_tiles(level_rows, tile["BLOCK_M"])
     y = x.new_empty(len(x), num_out)
-    partial = x.new_empty(2, count, num_out, dtype=torch.float32) if statistics else None
+    partial = x.new_empty(3, count, num_out, dtype=torch.float32) if statistics else None
     with on_device_of(x):
         _conv1x1_fwd_kernel[triton.cdiv(num_out, tile["BLOCK_N"]), count](
             x,
