@@ -53,9 +53,12 @@ profile: setup
 	    --loader synthetic --batch-size 128 --epochs 1 --steps-per-epoch 30 \
 	    --profile 20:25 --no-graph --output runs/profile/run
 
-# Every picture of committed results, again from the CSV files beside it.
+# Every picture of committed results, again from the CSV and JSON files beside it.
 figures: setup
 	$(BIN)/python -m rsfast.figures bench/results
+	for picture in bench/results/*/plots.png; do \
+	    $(BIN)/python -m bench.plots $$(dirname $$picture) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 This package knows tensors and row ranges only: nothing of networks, data or configuration.
 """
 
-from rsfast.kernels._checks import BACKENDS, check_backend, choose_backend
+from rsfast.kernels._checks import BACKENDS, MAX_LEVELS, check_backend, choose_backend
 from rsfast.kernels.conv1x1 import Conv1x1Output, conv1x1, conv1x1_reference
 from rsfast.kernels.conv2d import conv2d, conv2d_reference
 from rsfast.kernels.distillation_loss import (
@@ -21,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "Conv1x1Output",
     "DISTILL_MODES",
+    "MAX_LEVELS",
     "check_backend",
     "choose_backend",
     "conv1x1",

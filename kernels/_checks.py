@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "BACKENDS",
+    "MAX_LEVELS",
     "check_backend",
     "check_companion",
     "check_kernel_dtype",

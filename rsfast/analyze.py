@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,16 +25,20 @@ import torch
 from numpy.typing import NDArray
 
 from rsfast import checkpoint, distributed, figures
-from rsfast.config import TrainConfig, read_config
-from rsfast.data import BACKENDS, Batch, Loader, train_loader, val_loader
+from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
-from rsfast.engine import PRECISIONS
-from rsfast.evaluate import Evaluation, Settings, evaluate, parse_resolutions
-from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
+from rsfast.evaluate import (
+    Evaluation,
+    Settings,
+    add_common_flags,
+    evaluate,
+    parse_resolutions,
+)
 from rsfast.kernels import choose_backend
 from rsfast.models import RSNet
 from rsfast.models.deploy import SingleResolutionNet
 from rsfast.tables import read_rows, write_rows
+from rsfast.unpickle import load_dict
 
 __all__ = [
     "alpha_over_epochs",
@@ -53,7 +58,7 @@ def wrong_and_right(hits: Mapping[int, NDArray[np.bool_]], method: str) -> list[
     """Rows of Table 1: the share of all images wrong at one resolution and right at another.
 
     Args:
-        hits: [n] of each resolution, which images were right.
+        hits: of each resolution, which images were right; [n], or [S, n] of S seeds.
         method: what the rows are of.
     """
     return [
@@ -134,7 +139,7 @@ def feature_histogram(
 
 
 def _features(
-    model: RSNet, cfg: TrainConfig, settings: Settings, images: int, device: torch.device
+    model: RSNet, training: dict[str, Any], settings: Settings, images: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """The same training images, prepared in both ways."""
     common: dict[str, Any] = {
@@ -152,8 +157,9 @@ def _features(
                 settings.data,
                 (resolution,),
                 settings.batch_size,
-                seed=cfg.seed,
-                crop_area=(cfg.crop_area[0], cfg.crop_area[1]),
+                seed=training["seed"],
+                flip=training["flip"],
+                crop_area=tuple(training["crop_area"]),
                 **common,
             ),
             "test": val_loader(
@@ -165,7 +171,11 @@ def _features(
                 **common,
             ),
         }
-        features = {name: pooled_features(net, loader) for name, loader in loaders.items()}
+        # An epoch of training ends with images from its beginning, to fill the last batch.
+        features = {
+            name: pooled_features(net, loader)[: loader.num_images]
+            for name, loader in loaders.items()
+        }
         rows += feature_histogram(features, resolution)
     return rows
 
@@ -203,18 +213,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _analyze(args: argparse.Namespace) -> None:
     if args.feature_images < 1:
         raise ValueError(f"feature_images must be at least 1, got {args.feature_images}")
-    run: Path = args.run
-    path = run / "last.pt" if run.is_dir() else run
-    folder = args.output or path.parent / "analysis"
-    device = distributed.join(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("an analysis runs in one process: start it without torchrun")
+    path: Path = args.run / "last.pt" if args.run.is_dir() else args.run
+    folder: Path = args.output or path.parent / "analysis"
+    rank = distributed.join(args.device)
     model, alpha = checkpoint.load_model(path)
-    model.to(device.device).use_backend(choose_backend(args.kernels, device.device))
-    config = path.parent / "config.toml"
-    cfg = read_config(config) if config.exists() else TrainConfig()
-    dense = [r for text in args.resolutions for r in parse_resolutions(text)]
+    model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
+    wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
     settings = Settings(
         data=args.data or str(builtin_root()),
-        resolutions=tuple(dense or dense_resolutions(model.resolutions)),
+        resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
         loader=args.loader,
         batch_size=args.batch_size,
@@ -223,29 +232,41 @@ def _analyze(args: argparse.Namespace) -> None:
         precision=args.precision,
         calibration_batches=0,
     )
+    found = {"interpolate": evaluate(model, alpha, settings, rank)}
+    largest, smallest = model.resolutions[0], model.resolutions[-1]
+    inside = tuple(r for r in settings.resolutions if smallest < r < largest)
+    if model.bn == "private" and inside:
+        nearest = dataclasses.replace(settings, between="nearest", resolutions=inside)
+        found["nearest"] = evaluate(model, alpha, nearest, rank)
     folder.mkdir(parents=True, exist_ok=True)
-
-    write_rows(folder / "batch_norm.csv", batch_norm_means(model))
-    if (path.parent / "summary.csv").exists() and len(model.resolutions) > 1:
-        write_rows(folder / "alpha.csv", alpha_over_epochs(path.parent / "summary.csv"))
-    found = {"interpolate": evaluate(model, alpha, settings, device)}
-    if model.bn == "private" and len(model.resolutions) > 1:
-        nearest = dataclasses.replace(settings, between="nearest")
-        found["nearest"] = evaluate(model, alpha, nearest, device)
     write_rows(folder / "dense.csv", _dense_rows(found))
-    own = found["interpolate"]
-    hits = {
-        int(row.resolution): (places == 1).cpu().numpy()
-        for row, places in zip(own.rows, own.places, strict=True)
-        if row.trained and row.resolution != "ensemble"
-    }
-    if len(hits) > 1:
+    write_rows(folder / "batch_norm.csv", batch_norm_means(model))
+    if len(model.resolutions) > 1:
+        own = found["interpolate"]
+        hits = {
+            int(row.resolution): (places == 1).cpu().numpy()
+            for row, places in zip(own.rows, own.places, strict=True)
+            if row.trained and row.resolution != "ensemble"
+        }
         write_rows(folder / "shares.csv", wrong_and_right(hits, model.arch))
-    write_rows(
-        folder / "features.csv", _features(model, cfg, settings, args.feature_images, device.device)
-    )
+        if (path.parent / "summary.csv").exists():
+            write_rows(folder / "alpha.csv", alpha_over_epochs(path.parent / "summary.csv"))
+    training = _training_settings(path)
+    if training:
+        rows = _features(model, training, settings, args.feature_images, rank.device)
+        write_rows(folder / "features.csv", rows)
+    else:
+        print(f"{path} does not say how images were prepared in training: no features.csv")
     for picture in figures.draw(folder):
         print(f"written: {picture}")
+
+
+def _training_settings(path: Path) -> dict[str, Any]:
+    """Of a checkpoint that continues a run; none of weights alone or of the authors' code."""
+    if path.suffix == ".safetensors":
+        return {}
+    settings = load_dict(path).get("config", {})
+    return settings if isinstance(settings, dict) else {}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -256,7 +277,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", type=Path, help="run folder (its last.pt is taken), or a checkpoint")
-    add("--data", help="folder with train/ and val/; the built-in set by default")
     add(
         "--resolutions",
         nargs="+",
@@ -265,12 +285,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of dense.csv: 176, or 64:448:16; by default about twenty around the trained ones",
     )
     add("--feature-images", type=int, default=1000, help="training images (default 1000)")
-    add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
-    add("--batch-size", type=int, default=64, help="images at a time (default 64)")
-    add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
-    add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--kernels", choices=("auto", *KERNEL_BACKENDS), default="auto")
+    add_common_flags(parser)
     add("--output", type=Path, help="folder; RUN/analysis by default")
     return parser.parse_args(argv)
 

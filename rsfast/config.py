@@ -36,6 +36,7 @@ __all__ = [
     "profiled_steps",
     "read_config",
     "recipe_names",
+    "shown",
 ]
 
 _CHOICES: dict[str, Sequence[str]] = {
@@ -307,7 +308,7 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         flag = "--" + field.name.replace("_", "-")
         text = docs[field.name]
         if field.default is not None:
-            text += f" (default {_shown(field.default)})"
+            text += f" (default {shown(field.default)})"
         options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
@@ -340,8 +341,9 @@ class _Tuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def shown(value: Any) -> str:
+    """A setting as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _field_docs(cls: type) -> dict[str, str]:

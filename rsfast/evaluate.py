@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rsfast import checkpoint, distributed, plots
+from rsfast import checkpoint, distributed, figures
 from rsfast.data import BACKENDS, FolderIndex, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
@@ -26,7 +26,15 @@ from rsfast.models.deploy import bn_mixture, calibrate, multiply_adds
 from rsfast.tables import write_rows
 from rsfast.validation import Accuracy, validate
 
-__all__ = ["Evaluation", "Row", "Settings", "evaluate", "main", "parse_resolutions"]
+__all__ = [
+    "Evaluation",
+    "Row",
+    "Settings",
+    "add_common_flags",
+    "evaluate",
+    "main",
+    "parse_resolutions",
+]
 
 BETWEEN = ("interpolate", "nearest", "calibrate")
 _RESOLUTIONS_PER_PASS = 6  # one decode serves so many; bounds the memory for resized images
@@ -180,7 +188,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="of rsfast (model_best.pt, last.pt) or of the authors' code")
-    add("--data", help="folder with val/ (and train/ to calibrate); the built-in set by default")
     add(
         "--resolutions",
         nargs="+",
@@ -189,25 +196,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="besides the trained ones: 176, or 64:448:16 for a range with both ends",
     )
     add("--between", choices=BETWEEN, default="interpolate", help="batch norm of the others")
-    add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
-    add("--batch-size", type=int, default=64, help="images per process (default 64)")
-    add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
+    add_common_flags(parser)
     add("--val-crop", choices=VAL_CROPS, help="by default as in training")
-    add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--calibration-batches", type=int, default=20, help="training batches to calibrate on")
     add(
         "--trained-resolutions",
         type=int,
         nargs="+",
         help="of an authors' checkpoint not at 224..96",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--kernels",
-        choices=("auto", *KERNEL_BACKENDS),
-        default="auto",
-        help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
-        "takes triton on a GPU",
     )
     add(
         "--per-image",
@@ -219,6 +215,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder for accuracy.csv and accuracy.png; beside the checkpoint by default",
     )
     return parser.parse_args(argv)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs a network over images takes."""
+    add = parser.add_argument
+    add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
+    add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
+    add("--batch-size", type=int, default=64, help="images per process (default 64)")
+    add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
+    add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--kernels",
+        choices=("auto", *KERNEL_BACKENDS),
+        default="auto",
+        help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
+        "takes triton on a GPU",
+    )
 
 
 def _default_dtype(rank: Rank) -> torch.dtype | None:
@@ -339,8 +353,7 @@ def _write(found: Evaluation, title: str, folder: Path, per_image: bool) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / "accuracy.csv", (asdict(row) for row in found.rows))
-        points = [asdict(row) for row in found.rows if row.resolution != "ensemble"]
-        plots.accuracy_against_multiply_adds(points, title, folder / "accuracy.png")
+        figures.draw(folder)
         if per_image:
             _write_images(found, folder / "per_image.csv")
     except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsfast.plots import new_figure, write
+from rsfast.plots import accuracy_against_multiply_adds, new_figure, write
 from rsfast.tables import read_rows
 
 __all__ = ["draw", "main"]
@@ -180,7 +180,9 @@ def _dense(path: Path, rows: Rows) -> None:
         resolutions = [int(row["resolution"]) for row in part]
         top1 = [float(row["top1"]) for row in part]
         axes.plot(resolutions, top1, marker=".", label=f"{between} between trained ones")
-    trained = {int(row["resolution"]): float(row["top1"]) for row in rows if _is_true(row)}
+    trained = {
+        int(row["resolution"]): float(row["top1"]) for row in rows if row["trained"] == "True"
+    }
     axes.plot(list(trained), list(trained.values()), "o", color="black", label="trained", zorder=3)
     axes.set_xlabel("resolution (px)")
     axes.set_ylabel("top-1 (%)")
@@ -188,25 +190,10 @@ def _dense(path: Path, rows: Rows) -> None:
     write(figure, path)
 
 
-def _is_true(row: dict[str, str]) -> bool:
-    return row["trained"] == "True"
-
-
 def _multiply_adds(path: Path, rows: Rows) -> None:
-    """Top-1 against the cost of one image (Figure 1)."""
-    figure, (axes,) = new_figure()
-    part = [row for row in rows if _is_true(row)]
-    part = list({row["resolution"]: row for row in part}.values())
-    costs = [float(row["multiply_adds"]) / 1e6 for row in part]
-    top1 = [float(row["top1"]) for row in part]
-    axes.plot(costs, top1, marker="o")
-    for cost, value, row in zip(costs, top1, part, strict=True):
-        offset = {"textcoords": "offset points", "xytext": (5, -12), "fontsize": 8}
-        axes.annotate(f"{row['resolution']} px", (cost, value), **offset)
-    axes.margins(x=0.12, y=0.12)
-    axes.set_xlabel("multiply-adds per image (millions)")
-    axes.set_ylabel("top-1 (%)")
-    write(figure, path)
+    """Top-1 of the trained resolutions against the cost of one image (Figure 1)."""
+    trained = {row["resolution"]: row for row in rows if row["trained"] == "True"}
+    accuracy_against_multiply_adds(path, list(trained.values()))
 
 
 def _grouped(rows: Rows, name: str) -> dict[str, Rows]:
@@ -225,6 +212,7 @@ def _style(number: int) -> dict[str, Any]:
 
 _FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "results.png": (("results.csv", "comparisons.csv"), _results),
+    "accuracy.png": (("accuracy.csv",), accuracy_against_multiply_adds),
     "alpha.png": (("alpha.csv",), _alpha),
     "batch_norm.png": (("batch_norm.csv",), _batch_norm),
     "features.png": (("features.csv",), _features),

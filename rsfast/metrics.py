@@ -43,8 +43,8 @@ class LossMeter:
 def label_places(logits: Tensor, labels: Tensor) -> Tensor:
     """Place of each image's label among the K classes, from 1, in each row of logits.
 
-    Of equal logits the lower class comes first, as argmax has it; behind NaN, or as NaN, a label
-    is last.
+    Of equal logits the lower class comes first, as argmax has it. NaN comes before every number,
+    and a label that is NaN is last.
 
     Args:
         logits: [L, N, K].
@@ -127,4 +127,4 @@ class TopK:
 
         Over all processes; 0 for images that were not seen.
         """
-        return sum_over_ranks(self._places) if self._places.numel() else self._places
+        return sum_over_ranks(self._places.clone()) if self._places.numel() else self._places

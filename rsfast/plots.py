@@ -35,35 +35,30 @@ def accuracy_over_epochs(
     write(figure, path)
 
 
-def accuracy_against_multiply_adds(
-    rows: Sequence[Mapping[str, Any]], title: str, path: Path
-) -> None:
-    """Top-1 against multiply-adds; trained resolutions filled, others hollow.
+def accuracy_against_multiply_adds(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Top-1 against multiply-adds; trained resolutions filled, others hollow (Figure 1).
 
     Args:
-        rows: with resolution, trained, multiply_adds and top1.
-        title: above the picture.
         path: of the PNG.
+        rows: of a CSV file with resolution, trained, multiply_adds and top1.
     """
     figure, (axes,) = new_figure()
-    rows = sorted(rows, key=lambda row: row["multiply_adds"])
-    costs = [row["multiply_adds"] / 1e6 for row in rows]
-    axes.plot(costs, [row["top1"] for row in rows], color="0.7", zorder=1)
-    for trained, face in ((True, "C0"), (False, "white")):
-        part = [
-            (c, row["top1"])
-            for c, row in zip(costs, rows, strict=True)
-            if row["trained"] is trained
-        ]
+    rows = [row for row in rows if row["resolution"] != "ensemble"]
+    rows = sorted(rows, key=lambda row: int(row["multiply_adds"]))
+    costs = [int(row["multiply_adds"]) / 1e6 for row in rows]
+    top1 = [float(row["top1"]) for row in rows]
+    axes.plot(costs, top1, color="0.7", zorder=1)
+    for trained, label, face in (("True", "trained", "C0"), ("False", "not trained", "white")):
+        points = zip(costs, top1, rows, strict=True)
+        part = [(cost, value) for cost, value, row in points if row["trained"] == trained]
         if part:
-            label = "trained" if trained else "not trained"
             axes.scatter(
                 *zip(*part, strict=True), facecolor=face, edgecolor="C0", label=label, zorder=2
             )
-    for cost, row in zip(costs, rows, strict=True):
+    for cost, value, row in zip(costs, top1, rows, strict=True):
         axes.annotate(
-            str(row["resolution"]),
-            (cost, row["top1"]),
+            row["resolution"],
+            (cost, value),
             textcoords="offset points",
             xytext=(4, -11),
             fontsize=8,
@@ -74,7 +69,6 @@ def accuracy_against_multiply_adds(
     axes.margins(x=0.06, y=0.12)  # room for the resolutions beside the points
     axes.set_xlabel("multiply-adds per image (millions)")
     axes.set_ylabel("top-1 (%)")
-    axes.set_title(title)
     axes.legend(frameon=False)
     write(figure, path)
 

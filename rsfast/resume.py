@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import random
 import time
 from dataclasses import dataclass, field
@@ -249,8 +250,8 @@ def versions(run: Run) -> dict[str, Any]:
 
 def digest(loader: Loader) -> str:
     """A name for the images of a loader, in order."""
-    paths = "\0".join(loader.plan.index.paths)
-    return f"{loader.num_images}:{hashlib.sha256(paths.encode()).hexdigest()[:16]}"
+    paths = os.fsencode("\0".join(loader.plan.index.paths))  # names of any bytes
+    return f"{loader.num_images}:{hashlib.sha256(paths).hexdigest()[:16]}"
 
 
 def _rank_state(run: Run) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rsfast.data.builtin import builtin_root
 from rsfast.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.interrupt import Vote
-from rsfast.kernels import choose_backend
+from rsfast.kernels import MAX_LEVELS, choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
@@ -196,6 +196,11 @@ def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     precision = cfg.precision or ("bf16" if rank.device.type == "cuda" else "fp32")
     output = str(run_folder(cfg))
     kernels = choose_backend(cfg.kernels, rank.device)
+    levels = cfg.copies * len(cfg.resolutions)
+    if kernels == "triton" and levels > MAX_LEVELS:
+        raise ValueError(
+            f"resolutions times copies must be at most {MAX_LEVELS} for triton, got {levels}"
+        )
     return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
 
 
@@ -290,6 +295,8 @@ def _open_folder(run: Run) -> None:
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
         "classes": len(run.train_loader.class_names),
+        "train_set": run.data_set["train"],
+        "val_set": run.data_set["val"],
         "steps_per_epoch": run.steps_per_epoch,
         "parameters_shared": _count(run.model) - norms,
         "parameters_batch_norm": norms,

@@ -8,20 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rsfast.seal import write_whole
+
 __all__ = ["as_csv", "read_columns", "read_rows", "write_rows"]
 
-_ERRORS = "surrogateescape"  # a path may hold any bytes
+_ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any path
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, by column."""
-    with open(file, newline="", errors=_ERRORS) as lines:
+    with open(file, newline="", **_ENCODING) as lines:
         return list(csv.DictReader(lines))
 
 
 def read_columns(file: Path) -> dict[str, list[str]]:
     """The columns of a CSV file."""
-    with open(file, newline="", errors=_ERRORS) as lines:
+    with open(file, newline="", **_ENCODING) as lines:
         names, *rows = csv.reader(lines)
     return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
@@ -37,5 +39,5 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file; see :func:`as_csv`."""
-    file.write_text(as_csv(rows), newline="", errors=_ERRORS)
+    """Writes a CSV file, whole or not at all; see :func:`as_csv`."""
+    write_whole(file, [as_csv(rows).encode(**_ENCODING)])

@@ -91,9 +91,9 @@ def test_a_run_gets_every_table_and_picture(run: Path, data: Path) -> None:
     assert sum(float(row["share"]) for row in alpha[:2]) == pytest.approx(1.0)
 
     dense = read_rows(folder / "dense.csv")
-    for between in ("interpolate", "nearest"):
+    for between, tested in (("interpolate", "52 48 44 36 32 28"), ("nearest", "48 44 36 32")):
         part = [row for row in dense if row["between"] == between]
-        assert [row["resolution"] for row in part] == ["52", "48", "44", "36", "32", "28"]
+        assert [row["resolution"] for row in part] == tested.split()
         assert [row["resolution"] for row in part if row["trained"] == "True"] == ["48", "32"]
     assert {row["preprocessing"] for row in read_rows(folder / "features.csv")} == {"train", "test"}
     assert len(read_rows(folder / "shares.csv")) == 2
@@ -106,22 +106,34 @@ def test_a_checkpoint_alone_has_no_history(run: Path, data: Path, tmp_path: Path
     assert analyze.main([str(weights), "--data", str(data), *PIL, "--output", str(output)]) == 0
     assert (output / "dense.csv").exists()
     assert not (output / "alpha.csv").exists()
+    assert not (output / "features.csv").exists()  # nor a word of how its images were prepared
 
 
 def test_features_are_of_the_same_images_in_both_preparations(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, list[int]]] = []
+    seen: dict[tuple[int, int], list[int]] = {}
+    histogram = analyze.feature_histogram
+
+    def spy(features, resolution):
+        shapes = {name: values.shape for name, values in features.items()}
+        assert shapes["train"] == shapes["test"] == (10, 512)
+        return histogram(features, resolution)
+
     pooled = analyze.pooled_features
 
-    def spy(net, loader):
+    def spy_on_images(net, loader):
         batches = list(loader)
-        seen.append((net.resolution, sorted(int(i) for b in batches for i in b.indices)))
+        indices = [int(i) for b in batches for i in b.indices][:10]
+        seen[net.resolution, len(seen)] = sorted(indices)
         return pooled(net, batches)
 
-    monkeypatch.setattr(analyze, "pooled_features", spy)
-    assert analyze.main([str(run), "--data", str(data), *PIL, "--batch-size", "5"]) == 0
-    assert seen == [(r, list(range(10))) for r in (48, 48, 32, 32)]
+    monkeypatch.setattr(analyze, "feature_histogram", spy)
+    monkeypatch.setattr(analyze, "pooled_features", spy_on_images)
+    # Four images at a time: the last batch of training is filled up with two from its beginning.
+    assert analyze.main([str(run), "--data", str(data), *PIL, "--batch-size", "4"]) == 0
+    assert [resolution for resolution, _ in seen] == [48, 48, 32, 32]
+    assert all(indices == list(range(10)) for indices in seen.values())
 
 
 @pytest.mark.parametrize(

@@ -149,15 +149,16 @@ class TrainPlan:
         rng = np.random.default_rng((self.seed, epoch, 1 + step))
         # Drawn for all ranks and then cut, so that the pictures do not depend on the split.
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        # Windows, then flips, level by level: with one of each per image they are the same for
+        # The largest level's window, then flips, then other windows: the first two are the same for
         # any number of levels, so that trainings of one seed see the same pictures.
-        count = self.num_levels if self.crop == "multi" else 1
-        draws = rng.random((count, whole, DRAWS))[:, own]
+        draws = rng.random((1, whole, DRAWS))
         flips = rng.random((self.num_levels, whole))[:, own] < 0.5
+        if self.crop == "multi":
+            draws = np.concatenate([draws, rng.random((self.num_levels - 1, whole, DRAWS))])
         if self.flip != "independent":
             flips[:] = flips[0] & (self.flip == "shared")
         sizes = self.index.sizes[images]
-        windows = np.stack([random_windows(part, sizes, self.crop_area) for part in draws])
+        windows = np.stack([random_windows(part[own], sizes, self.crop_area) for part in draws])
         windows = np.broadcast_to(windows, (self.num_levels, self.batch_size, 4))
         return TrainBatch(images, windows, flips, self.crop == "single")
 

@@ -41,8 +41,9 @@ class Difference:
     Attributes:
         seeds: how many pairs of networks.
         mean: in points.
-        seeds_low, seeds_high: 95 % interval over the seeds; NaN for one seed.
-        p: of the paired t-test over the seeds; NaN for one seed.
+        seeds_low, seeds_high: 95 % interval over the seeds; NaN for one seed, and where all seeds
+            differ by the same, which says nothing about their spread.
+        p: of the paired t-test over the seeds; NaN likewise.
         images_low, images_high: 95 % interval over the images.
     """
 
@@ -85,7 +86,5 @@ def paired_difference(ours: list[Hits], theirs: list[Hits]) -> Difference:
         test = stats.ttest_1samp(by_seed, 0.0)
         interval = test.confidence_interval(_LEVEL)
         low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
-    elif seeds > 1:  # the same for all seeds, to the last image
-        low, high, p = mean, mean, 0.0 if mean else 1.0
     reach = stats.norm.ppf((1 + _LEVEL) / 2) * float(np.std(by_image, ddof=1)) / math.sqrt(images)
     return Difference(seeds, mean, low, high, p, mean - reach, mean + reach)

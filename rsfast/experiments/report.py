@@ -16,16 +16,18 @@ import numpy as np
 
 from rsfast import figures
 from rsfast.analyze import wrong_and_right
+from rsfast.config import shown
 from rsfast.experiments.compare import Difference, paired_difference, spread
 from rsfast.experiments.results import column_name, read_hits
-from rsfast.experiments.sets import INETS, Comparison, ExperimentSet, Method
+from rsfast.experiments.sets import Comparison, ExperimentSet, Method
 from rsfast.tables import read_rows, write_rows
 
-__all__ = ["write_report"]
+__all__ = ["reading", "write_report"]
 
 MEAN = "mean"  # over the resolutions
+_PAPERS_RESOLUTIONS = (224, 192, 160, 128, 96)
 _SHOWN_SETTINGS = (
-    *("arch", "epochs", "batch_size", "lr", "warmup_epochs", "weight_decay", "crop_area"),
+    *("arch", "epochs", "lr", "warmup_epochs", "weight_decay", "crop_area"),
     *("val_crop", "normalize", "precision"),
 )
 
@@ -59,7 +61,7 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
                     "resolution": name,
                     **asdict(difference),
                     "paper": expected,
-                    "reading": _reading(difference, expected),
+                    "reading": reading(difference, expected),
                 }
             )
     write_rows(folder / "comparisons.csv", rows)
@@ -75,12 +77,14 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
         f"# {which.name}: {which.about}\n",
         _description(about),
         "## Top-1\n",
-        _accuracy_table(which, read_rows(folder / "results.csv"), paper),
+        _accuracy_table(which, read_rows(folder / "results.csv")),
+        _paper_table(paper, about["settings"]["arch"]),
         "![Top-1 and differences](results.png)\n",
         "## Differences\n",
         _ABOUT_DIFFERENCES,
         _difference_table(rows),
         "## Training time\n",
+        _about_times(about),
         _time_table(which, read_rows(folder / "times.csv")),
     ]
     if shares:
@@ -94,9 +98,9 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
 _ABOUT_DIFFERENCES = """\
 In points of top-1, with 95 % intervals: over the seeds (paired t-test; would other seeds say the
 same?) and over the validation images (of these networks; would other images?). A difference is
-decided if both leave out zero. "Paper" is the same difference on ImageNet, resolution by
-resolution from the largest. All figures are of the last epoch; no network was chosen by its
-validation accuracy.
+decided if both leave out zero, which one seed alone never is; it is reproduced if it is decided and
+has the sign of the paper's, which is on ImageNet and from the same places in the order of
+resolutions. All figures are of the last epoch; no network was chosen by its validation accuracy.
 """
 
 
@@ -104,7 +108,7 @@ def _paper(which: ExperimentSet, arch: str) -> Paper:
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
     rows: Paper = tomllib.loads(text).get(which.name, {}).get(arch, {})
     largest = next(iter(which.methods[0].cells))
-    found = {name.replace("I-224", f"I-{largest}"): row for name, row in rows.items()}
+    found = {f"I-{largest}" if name == "I-224" else name: row for name, row in rows.items()}
     fits = all(len(found[m.name]) == len(m.cells) for m in which.methods if m.name in found)
     return found if fits else {}  # it has five resolutions
 
@@ -116,31 +120,30 @@ def _paper_difference(paper: Paper, pair: Comparison, levels: Sequence[int]) -> 
     return round(statistics.mean(parts), 2)
 
 
-def _reading(difference: Difference, paper: float | None) -> str:
+def reading(difference: Difference, paper: float | None) -> str:
+    """What a difference says, beside that of the paper where it has one."""
     if not difference.is_decided:
         return "not decided"
-    if paper is None:
+    if not paper:
         return "higher" if difference.mean > 0 else "lower"
     return "reproduced" if (difference.mean > 0) == (paper > 0) else "not reproduced"
 
 
 def _description(about: dict[str, Any]) -> str:
-    settings = ", ".join(f"{name} {_shown(about['settings'][name])}" for name in _SHOWN_SETTINGS)
+    settings = ", ".join(f"{name} {shown(about['settings'][name])}" for name in _SHOWN_SETTINGS)
     environment = about["environment"]
     machine = environment.get("gpu", f"a CPU, {environment.get('cpu_threads')} threads a process")
     return (
-        f"Seeds {', '.join(map(str, about['seeds']))}; {environment['train_images']} training and "
+        f"Data: {about['data']}; "
+        f"seeds {', '.join(map(str, about['seeds']))}; {environment['train_images']} training and "
         f"{environment['val_images']} validation images in {environment['classes']} classes; "
         f"{machine}, torch {environment['torch']}.\n\n"
-        f"All rows: {settings}. Everything else is in run.json.\n"
+        f"All rows: total batch {environment['total_batch']}, {settings}. Everything else is in "
+        f"run.json.\n"
     )
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]], paper: Paper) -> str:
+def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str:
     """Methods by resolutions: mean and standard deviation over the seeds, in percent."""
     resolutions = sorted({r for method in which.methods for r in method.cells}, reverse=True)
     lines = [_line("method", *resolutions, MEAN), _rule(len(resolutions) + 2)]
@@ -155,10 +158,26 @@ def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]], paper:
         }
         means = [statistics.mean(values) for values in zip(*found.values(), strict=True)]
         cells = [_spread(found[r]) if r in found else "" for r in resolutions]
-        lines.append(_line(method.name, *cells, _spread(means)))
-    for name, values in paper.items():
-        lines.append(_line(f"paper: {name}", *values, f"{statistics.mean(values):.1f}"))
+        # A mean over other resolutions is not to be read beside these.
+        comparable = set(method.cells) == set(which.methods[0].cells)
+        lines.append(_line(method.name, *cells, _spread(means) if comparable else ""))
     return "\n".join(lines) + "\n"
+
+
+def _paper_table(paper: Paper, arch: str) -> str:
+    if not paper:
+        return ""
+    header = _line("method", *_PAPERS_RESOLUTIONS, MEAN)
+    lines = [f"The paper's ({arch}, ImageNet):\n", header, _rule(len(_PAPERS_RESOLUTIONS) + 2)]
+    for name, values in paper.items():
+        lines.append(_line(name, *values, f"{statistics.mean(values):.1f}"))
+    return "\n".join(lines) + "\n"
+
+
+def _about_times(about: dict[str, Any]) -> str:
+    sharing = f"{about['jobs']} trainings at a time shared the machine"
+    alone = "One training at a time had the machine" if about["jobs"] == 1 else sharing
+    return f"{alone}; validation and start-up are not in it.\n"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -196,7 +215,7 @@ def _time_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str:
         lines.append(_line(training.name, _spread(seconds), _spread(rates)))
     for method in which.methods:
         names = {cell.training.name for cell in method.cells.values()}
-        if method.name == INETS or len(names) > 1:
+        if len(names) > 1:
             totals: dict[str, float] = {}
             for row in rows:
                 if row["training"] in names:

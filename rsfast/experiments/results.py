@@ -8,6 +8,7 @@ of each run) and run.json (settings and environment).
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsfast.config import read_config
-from rsfast.experiments.runs import evaluation_folder, run_folder_of
+from rsfast.experiments.runs import run_folder_of, test_folder
 from rsfast.experiments.sets import Cell, ExperimentSet
 from rsfast.tables import read_columns, read_rows, write_rows
 
 __all__ = ["collect", "column_name", "read_hits"]
 
-_OF_A_ROW = {"resolutions", "distill", "bn", "crop", "crop_area", "copies", "seed"}
+_OF_A_ROW = {"resolutions", "distill", "bn", "crop", "copies", "seed"}
 _OF_A_MACHINE = {"data", "output", "resume", "workers", "log_every", "keep", "checkpoint_every"}
+# What a run says when it starts that must be the same for all rows.
+_ALIKE = (
+    *("total_batch", "world_size", "train_images", "val_images", "classes"),
+    *("train_set", "val_set", "kernels", "device"),
+)
+_NOT_ENVIRONMENT = {"event", "step", "config", "config_hash", "steps_per_epoch"}
 
 
 def column_name(cell: Cell, seed: int, resolution: int) -> str:
@@ -32,21 +38,42 @@ def column_name(cell: Cell, seed: int, resolution: int) -> str:
     return f"{cell.training.name}/seed{seed}/{resolution}{suffix}"
 
 
-def collect(which: ExperimentSet, seeds: Sequence[int], output: Path, folder: Path) -> None:
-    """Writes the raw files of a set whose runs are all done into `folder`."""
+def collect(
+    which: ExperimentSet,
+    seeds: Sequence[int],
+    output: Path,
+    folder: Path,
+    jobs: int,
+    launch: str,
+) -> None:
+    """Writes the raw files of a set whose runs are all done into `folder`.
+
+    Args:
+        which: the set.
+        seeds: of its runs.
+        output: folder of all runs.
+        folder: of the report.
+        jobs: how many trainings shared the machine, for the record.
+        launch: what started them.
+
+    Raises:
+        ValueError: if the runs were not alike in what all rows share.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    runs = [run_folder_of(output, t.name, seed) for t in which.trainings for seed in seeds]
+    starts = [_start_of(run) for run in runs]
+    _check_alike(runs, starts)
     columns: dict[str, list[Any]] = {}
     rows = []
     for method in which.methods:
         for resolution, cell in method.cells.items():
             for seed in seeds:
                 run = run_folder_of(output, cell.training.name, seed)
-                test = evaluation_folder(run, cell.between)
+                test = test_folder(run, cell.between)
                 images = read_columns(test / "per_image.csv")
                 for name in ("image", "label"):
-                    columns.setdefault(name, images[name])
-                    if columns[name] != images[name]:
-                        raise ValueError(f"{test} is of other images than {folder}")
+                    if columns.setdefault(name, images[name]) != images[name]:
+                        raise ValueError(f"{test} is of other images than {runs[0]}")
                 places = images[str(resolution)]
                 columns[column_name(cell, seed, resolution)] = places
                 costs = {row["resolution"]: row for row in read_rows(test / "accuracy.csv")}
@@ -67,9 +94,29 @@ def collect(which: ExperimentSet, seeds: Sequence[int], output: Path, folder: Pa
     write_rows(folder / "per_image.csv", (dict(zip(names, line, strict=True)) for line in lines))
     write_rows(folder / "results.csv", rows)
     write_rows(folder / "times.csv", _times(which, seeds, output))
-    run = run_folder_of(output, which.trainings[0].name, seeds[0])
-    about = _about(run) | {"set": which.name, "about": which.about, "seeds": list(seeds)}
+    about = {
+        "set": which.name,
+        "about": which.about,
+        "seeds": list(seeds),
+        "data": _name(starts[0]["config"]["data"] or "the built-in set"),
+        "jobs": jobs,
+        "launch": " ".join(_name(part) for part in shlex.split(launch)),
+        **_about(starts),
+    }
     (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _check_alike(runs: Sequence[Path], starts: Sequence[dict[str, Any]]) -> None:
+    """Refuses rows that are not comparable."""
+    for run, start in zip(runs, starts, strict=True):
+        found = [*((name, start.get(name), starts[0].get(name)) for name in _ALIKE)]
+        precisions = (start["config"]["precision"], starts[0]["config"]["precision"])
+        for name, value, first in [*found, ("precision", *precisions)]:
+            if value != first:
+                raise ValueError(
+                    f"all runs of a set must be alike, but {run} has {name} = {value!r} and "
+                    f"{runs[0]} has {first!r}: repeat one of them in another --output"
+                )
 
 
 def _share(places: Sequence[str], best: int) -> float:
@@ -94,14 +141,27 @@ def _times(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[dic
     return rows
 
 
-def _about(run: Path) -> dict[str, Any]:
-    """Settings that all rows share, and what the first run ran on."""
-    start = next(line for line in _log(run) if line["event"] == "start")
-    cfg = read_config(run / "config.toml")
-    unshared = _OF_A_ROW | _OF_A_MACHINE | {"config", "config_hash", "event", "step"}
-    shared = {name: value for name, value in start["config"].items() if name not in unshared}
-    environment = {name: value for name, value in start.items() if name not in unshared}
-    return {"settings": {**shared, "crop_area": cfg.crop_area}, "environment": environment}
+def _about(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Settings that all rows share, and what they ran on; a list where that differed."""
+    unshared = _OF_A_ROW | _OF_A_MACHINE
+    config = starts[0]["config"]
+    settings = {name: value for name, value in config.items() if name not in unshared}
+    environment = {}
+    for name in starts[0]:
+        if name not in _NOT_ENVIRONMENT and not name.startswith("parameters"):
+            values = list(dict.fromkeys(start.get(name) for start in starts))
+            environment[name] = values[0] if len(values) == 1 else values
+    return {"settings": settings, "environment": environment}
+
+
+def _name(path: str) -> str:
+    """Without the folders, which are those of one machine."""
+    return Path(path).name
+
+
+def _start_of(run: Path) -> dict[str, Any]:
+    """What a run said when it first started."""
+    return next(line for line in _log(run) if line["event"] == "start")
 
 
 def _log(run: Path) -> Iterable[dict[str, Any]]:

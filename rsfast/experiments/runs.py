@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import fcntl
+import json
 import os
 import queue
 import shlex
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +24,13 @@ from rsfast.config import TrainConfig, read_config
 from rsfast.experiments.sets import Training
 from rsfast.interrupt import STOPPED
 from rsfast.resume import fixed_settings
-from rsfast.tables import read_rows
+from rsfast.seal import write_whole
 
-__all__ = ["Job", "Jobs", "evaluation_folder", "run_folder_of"]
+__all__ = ["Job", "Jobs", "Outcome", "run_folder_of", "test_folder"]
 
-_TAKEN_AS_THEY_COME = ("auto", None)  # a finished run has written what they became
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_TRAINED = "trained.toml"  # the settings of a training that has ended well
+_TESTED = "tested.json"  # what a finished test was asked for
 
 
 def run_folder_of(output: Path, training: str, seed: int) -> Path:
@@ -34,9 +38,17 @@ def run_folder_of(output: Path, training: str, seed: int) -> Path:
     return output / "runs" / training / f"seed{seed}"
 
 
-def evaluation_folder(run: Path, between: str) -> Path:
-    """Where it is tested."""
-    return run / ("evaluation" if between == "interpolate" else f"evaluation_{between}")
+def test_folder(run: Path, between: str) -> Path:
+    """Where it is tested; not where `rsfast.evaluate` writes by itself."""
+    return run / f"test_{between}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job went: an exit code, and what went wrong."""
+
+    code: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,39 +91,52 @@ class Job:
         return Path(self.cfg.output)
 
     def is_trained(self) -> bool:
-        """Whether the last epoch is done.
+        """Whether the training has ended well.
 
         Raises:
-            ValueError: if it is, with other settings.
+            ValueError: if it has, with other settings.
         """
-        summary = self.folder / "summary.csv"
-        if not summary.exists() or not (self.folder / "last.pt").exists():
+        mark = self.folder / _TRAINED
+        if not mark.exists() or not (self.folder / "last.pt").exists():
             return False
-        done = read_config(self.folder / "config.toml")
+        done = read_config(mark)
         for name in fixed_settings():
             wanted, found = getattr(self.cfg, name), getattr(done, name)
-            if wanted != found and wanted not in _TAKEN_AS_THEY_COME:
+            if wanted != found:
                 raise ValueError(
                     f"{self.folder} was trained with {name} = {found!r}, this set has {wanted!r}: "
                     f"take the same settings, or another --output"
                 )
-        return int(read_rows(summary)[-1]["epoch"]) == self.cfg.epochs
+        return True
+
+    def mark_trained(self) -> None:
+        """Says that the training has ended well."""
+        write_whole(self.folder / _TRAINED, [self.cfg.to_toml().encode()])
 
     def untested(self) -> dict[str, list[int]]:
         """What is left of `tested`."""
         left = {}
         for between, resolutions in self.tested.items():
-            file = evaluation_folder(self.folder, between) / "per_image.csv"
-            last = self.folder / "last.pt"
-            columns: list[str] = []
-            if file.exists() and file.stat().st_mtime >= last.stat().st_mtime:
-                with open(file, newline="") as lines:
-                    columns = next(csv.reader(lines))
-            if not {str(r) for r in resolutions} <= set(columns):
+            mark = test_folder(self.folder, between) / _TESTED
+            done = json.loads(mark.read_text()) if mark.exists() else {}
+            known = set(done["resolutions"]) if done.get("settings") == self._test() else set()
+            if not set(resolutions) <= known:
                 # Also what was tested there before, for another set.
-                known = {int(name) for name in columns if name.isdecimal()}
                 left[between] = sorted(known | set(resolutions), reverse=True)
         return left
+
+    def mark_tested(self, between: str, resolutions: Sequence[int]) -> None:
+        """Says that a test has ended well."""
+        content = {"resolutions": list(resolutions), "settings": self._test()}
+        mark = test_folder(self.folder, between) / _TESTED
+        write_whole(mark, [json.dumps(content).encode()])
+
+    def _test(self) -> dict[str, Any]:
+        """What a test depends on; the checkpoint by when it was written."""
+        cfg = self.cfg
+        written = (self.folder / "last.pt").stat().st_mtime_ns
+        settings = {"data": cfg.data, "loader": cfg.loader, "precision": cfg.precision}
+        return {**settings, "kernels": cfg.kernels, "device": cfg.device, "checkpoint": written}
 
 
 @dataclass
@@ -129,16 +154,18 @@ class Jobs:
     _running: set[subprocess.Popen] = field(default_factory=set)
     _stopped: bool = False
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
-        """Each job and its exit code as it ends; a signal lets those under way save and end."""
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """Each job and how it went; a signal lets those under way save and end."""
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.at_once):
             slots.put(slot)
 
-        def work(job: Job) -> int:
+        def work(job: Job) -> Outcome:
             slot = slots.get()
             try:
                 return self._train_and_test(job, slot)
+            except (OSError, ValueError) as error:
+                return Outcome(1, str(error))
             finally:
                 slots.put(slot)
 
@@ -147,38 +174,57 @@ class Jobs:
             for future in as_completed(futures):
                 yield futures[future], future.result()
 
-    def _train_and_test(self, job: Job, slot: int) -> int:
-        code = 0
+    def _train_and_test(self, job: Job, slot: int) -> Outcome:
         job.folder.mkdir(parents=True, exist_ok=True)
-        if not job.is_trained():
-            settings = job.folder / "settings.toml"
-            settings.write_text(job.cfg.to_toml())
-            code = self._start(job, slot, "rsfast.train", "--config", str(settings))
-        for between, resolutions in job.untested().items() if code == 0 else ():
-            arguments = [str(job.folder / "last.pt"), "--per-image", "--between", between]
-            arguments += ["--output", str(evaluation_folder(job.folder, between))]
-            arguments += ["--resolutions", *map(str, resolutions)]
-            code = code or self._start(job, slot, "rsfast.evaluate", *arguments, *_shared(job.cfg))
-        return code
+        # The lock is the children's too: it lasts as long as the last of them.
+        with open(job.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return Outcome(1, f"another process is at work in {job.folder}")
+            if not job.is_trained():
+                settings = job.folder / "settings.toml"
+                settings.write_text(job.cfg.to_toml())
+                code = self._start(job, slot, lock.fileno(), "train", "--config", str(settings))
+                if code:
+                    return self._failed(job, code)
+                job.mark_trained()
+            for between, resolutions in job.untested().items():
+                arguments = [str(job.folder / "last.pt"), "--per-image", "--between", between]
+                arguments += ["--output", str(test_folder(job.folder, between))]
+                arguments += ["--resolutions", *map(str, resolutions), *_shared(job.cfg)]
+                code = self._start(job, slot, lock.fileno(), "evaluate", *arguments)
+                if code:
+                    return self._failed(job, code)
+                job.mark_tested(between, resolutions)
+        return Outcome(0)
 
-    def _start(self, job: Job, slot: int, module: str, *arguments: str) -> int:
+    def _start(self, job: Job, slot: int, lock: int, module: str, *arguments: str) -> int:
         if self._stopped:
             return STOPPED
-        command = [*shlex.split(self.launch), "-m", module, *arguments]
+        command = [*shlex.split(self.launch), "-m", f"rsfast.{module}", *arguments]
         with open(job.folder / "output.txt", "a") as screen:
             screen.write(f"$ {shlex.join(command)}\n")
             screen.flush()
             process = subprocess.Popen(
                 command,
-                env=_environment(slot, self.at_once),
+                env=_environment(slot, self.at_once, job.cfg.device),
                 stdout=screen,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # Ctrl-C reaches this process only, which lets them save
+                pass_fds=(lock,),
             )
             self._running.add(process)
+            if self._stopped:  # while it was started
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
             self._running.discard(process)
-        return STOPPED if self._stopped else code
+        return code
+
+    def _failed(self, job: Job, code: int) -> Outcome:
+        if self._stopped:
+            return Outcome(STOPPED)
+        return Outcome(code, f"exit code {code}, see {job.folder / 'output.txt'}")
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
@@ -187,8 +233,7 @@ class Jobs:
             for process in list(self._running):
                 process.send_signal(signal.SIGTERM)
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, stop) for number in numbers}
+        before = {number: signal.signal(number, stop) for number in _SIGNALS}
         try:
             yield
         finally:
@@ -205,14 +250,14 @@ def _shared(cfg: TrainConfig) -> list[str]:
     return [*data, *loading, *batch, *precision, "--kernels", cfg.kernels]
 
 
-def _environment(slot: int, at_once: int) -> dict[str, str]:
+def _environment(slot: int, at_once: int, device: str) -> dict[str, str]:
     """Of a process that shares the machine with others like it."""
     environment = dict(os.environ)
-    if at_once > 1 and torch.cuda.device_count() > 1:
+    if at_once > 1 and device != "cpu" and torch.cuda.device_count() > 1:
         visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         devices = visible if visible != [""] else list(map(str, range(torch.cuda.device_count())))
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-    elif at_once > 1 and not torch.cuda.is_available():
+    elif at_once > 1 and (device == "cpu" or not torch.cuda.is_available()):
         share = max(1, (os.cpu_count() or 1) // at_once)
         environment.setdefault("OMP_NUM_THREADS", str(share))
     return environment

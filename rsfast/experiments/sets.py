@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["SETS", "Cell", "Comparison", "ExperimentSet", "Method", "Training", "make_set"]
+__all__ = [
+    "FIG9_CROP_AREA",
+    "SETS",
+    "Cell",
+    "Comparison",
+    "ExperimentSet",
+    "Method",
+    "Training",
+    "make_set",
+]
 
 INETS, RS_NET, PARALLEL = "I-Nets", "RS-Net", "parallel"
+FIG9_CROP_AREA = (0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ def _fig5(resolutions: Sequence[int]) -> ExperimentSet:
 
 def _fig9(resolutions: Sequence[int]) -> ExperimentSet:
     about = "the same with crops of at least 0.3 of the image's area"
-    return _pairs("fig9", resolutions, about, "_area30", crop_area=(0.3, 1.0))
+    return _pairs("fig9", resolutions, about, "_area30", crop_area=FIG9_CROP_AREA)
 
 
 _MAKERS: dict[str, Callable[[Sequence[int]], ExperimentSet]] = {
@@ -232,4 +242,9 @@ def make_set(name: str, resolutions: Sequence[int]) -> ExperimentSet:
     """
     if len(resolutions) < 2:
         raise ValueError(f"resolutions must be at least two to compare, got {tuple(resolutions)}")
-    return _MAKERS[name](resolutions)
+    made = _MAKERS[name](resolutions)
+    # Between neighbours of one pixel there is nothing unseen.
+    methods = [method for method in made.methods if method.cells]
+    names = {method.name for method in methods}
+    pairs = [pair for pair in made.comparisons if {pair.ours, pair.theirs} <= names]
+    return replace(made, methods=methods, comparisons=pairs)

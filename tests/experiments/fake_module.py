@@ -1,7 +1,8 @@
 """Stands in for `python` in tests of experiments: makes up what trainings and evaluations leave.
 
 Called as `python fake_module.py -m rsfast.train --config FILE ...`. A training whose name is in
-$FAKE_FAILS exits with 1; with $FAKE_SLOW it waits to be stopped, and exits with 75.
+$FAKE_FAILS exits with 1; with $FAKE_SLOW it waits to be stopped, and exits with 75. A test whose
+training's name is in $FAKE_DIES leaves half a file and is killed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def train(config: Path) -> int:
     (folder / "config.toml").write_text(config.read_text())
     write_rows(folder / "summary.csv", [{"epoch": settings["epochs"]}])
     facts = {"torch": "2.13", "train_images": 10, "val_images": IMAGES, "classes": 3}
-    start = {"event": "start", "step": 0, "total_batch": 8, **facts}
+    facts["total_batch"] = int(os.environ.get("FAKE_BATCH", 8))
+    start = {"event": "start", "step": 0, **facts}
     start["config"] = {**settings, "precision": "fp32"}
     steps = [{"event": "step", "step": n, "images_per_s": 40.0} for n in (5, 10)]
     lines = [start, *steps]
@@ -61,6 +63,9 @@ def evaluate(checkpoint: Path, arguments: list[str]) -> int:
             row[str(r)] = 1 if hit else 2
         rows.append(row)
     folder.mkdir(exist_ok=True)
+    if checkpoint.parent.parent.name in os.environ.get("FAKE_DIES", "").split():
+        (folder / "per_image.csv").write_text("image,label,48,32\n0.jpg,0")
+        os.kill(os.getpid(), signal.SIGKILL)
     write_rows(folder / "per_image.csv", rows)
     costs = [
         {"resolution": r, "multiply_adds": r * r, "parameters": 9, "top1": 1.0} for r in resolutions

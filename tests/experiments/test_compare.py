@@ -33,9 +33,10 @@ def test_difference_by_hand() -> None:
 
 
 def test_resolutions_are_averaged_image_by_image() -> None:
-    right, wrong = np.ones((3, 8), dtype=bool), np.zeros((3, 8), dtype=bool)
+    right, wrong = np.ones((3, 80), dtype=bool), np.zeros((3, 80), dtype=bool)
+    right[0, 0] = False
     found = paired_difference([right, wrong], [wrong, wrong])
-    assert found.mean == 50.0
+    assert found.mean == pytest.approx(50 * 239 / 240)
     assert found.is_decided
 
 
@@ -45,6 +46,15 @@ def test_one_seed_decides_nothing() -> None:
     assert found.mean == 100.0
     assert math.isnan(found.p)
     assert math.isnan(found.seeds_low)
+    assert not found.is_decided
+
+
+def test_seeds_that_differ_by_the_same_say_nothing_of_their_spread() -> None:
+    theirs = np.eye(2, 8, dtype=bool)
+    ours = theirs | np.eye(2, 8, k=2, dtype=bool)  # one image more, another one with each seed
+    found = paired_difference([ours], [theirs])
+    assert found.mean == 12.5
+    assert math.isnan(found.p)
     assert not found.is_decided
 
 

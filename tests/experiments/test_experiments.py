@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -85,8 +86,10 @@ def test_what_is_done_is_kept(tmp_path: Path, calls: Path) -> None:
         ("rs_net", "interpolate"),
         ("rs_net", "nearest"),
     }
-    # What was tested for the first set is tested again with it.
+    # What was tested for the first set is tested again with it, and is still there.
+    done = len(calls.read_text().splitlines())
     assert run(tmp_path / "out", "table2") == 0
+    assert len(calls.read_text().splitlines()) == done
 
 
 def test_finished_runs_with_other_settings_are_refused(
@@ -106,16 +109,72 @@ def test_a_failure_is_named_and_the_rest_goes_on(
     monkeypatch.setenv("FAKE_FAILS", "parallel")
     assert run(tmp_path / "out", "table2") == 1
     screen = capsys.readouterr().out
-    assert "parallel, seed 0: failed with exit code 1, see" in screen
+    assert "parallel, seed 0: failed: exit code 1, see" in screen
     assert screen.count("top-1") == 3
     assert not (tmp_path / "out" / "table2").exists()
+    # A set that does not need it is reported.
+    assert run(tmp_path / "out", "table2", "table5") == 1
+    assert (tmp_path / "out" / "table5" / "README.md").exists()
     monkeypatch.delenv("FAKE_FAILS")
     assert run(tmp_path / "out", "table2") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_half_a_test_is_not_taken_for_a_whole_one(
+    tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_DIES", "rs_net")
+    assert run(tmp_path / "out", "table2") == 1
+    assert (tmp_path / "out/runs/rs_net/seed0/test_interpolate/per_image.csv").exists()
+    monkeypatch.delenv("FAKE_DIES")
+    done = len(calls.read_text().splitlines())
+    assert run(tmp_path / "out", "table2") == 0
+    assert [line.split()[0] for line in calls.read_text().splitlines()[done:]] == [
+        "rsfast.evaluate"
+    ]
+
+
+def test_a_training_that_ended_badly_is_not_taken_for_done(tmp_path: Path, calls: Path) -> None:
+    assert run(tmp_path / "out", "table2") == 0
+    folder = tmp_path / "out" / "runs" / "rs_net" / "seed0"
+    (folder / "trained.toml").unlink()  # all else is there, as after a crash in the last save
+    done = len(calls.read_text().splitlines())
+    assert run(tmp_path / "out", "table2") == 0
+    # The checkpoint is another one, and tested again.
+    assert [line.split()[0] for line in calls.read_text().splitlines()[done:]] == [
+        "rsfast.train",
+        "rsfast.evaluate",
+    ]
+
+
+def test_runs_that_were_not_alike_are_not_compared(
+    tmp_path: Path,
+    calls: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run(tmp_path / "out", "table5") == 0
+    monkeypatch.setenv("FAKE_BATCH", "16")
+    assert run(tmp_path / "out", "table2") == 2
+    error = capsys.readouterr().err
+    assert "rs_net/seed0 has total_batch = 8 and" in error
+    assert "inet_48/seed0 has 16: repeat one of them" in error
+
+
+def test_two_commands_do_not_train_the_same_network(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out" / "runs" / "parallel" / "seed0"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(tmp_path / "out", "table2") == 1
+    assert f"another process is at work in {folder}" in capsys.readouterr().out
+    assert not (folder / "last.pt").exists()
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_lets_trainings_save_and_starts_no_more(
-    tmp_path: Path, calls: Path, number: signal.Signals
+    tmp_path: Path, calls: Path, number: str
 ) -> None:
     command = [sys.executable, "-m", "rsfast.experiments", "table2", "--jobs", "2"]
     command += ["--output", str(tmp_path / "out"), "--launch", FAKE, "--data", "x", *SETTINGS]
@@ -126,7 +185,7 @@ def test_a_signal_lets_trainings_save_and_starts_no_more(
     while len(list(started.glob("*/*/started"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.Signals[number])
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
     assert "the same command goes on" in errors
@@ -136,8 +195,11 @@ def test_a_signal_lets_trainings_save_and_starts_no_more(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table2", "--distill", "vanilla"], "--distill is what the rows of a set differ in"),
-        (["table2", "--seed=3"], "--seed=3 is what the rows"),
+        (["table2", "--distill", "vanilla"], "distill is what rows or seeds differ in"),
+        (["table2", "--seed=3"], "seed is what rows or seeds differ in"),
+        (["fig9", "--crop-area", "0.5", "1"], "crop_area must begin below 0.3"),
+        (["fig9"], "crop_area must begin below 0.3"),  # the built-in set's recipe
+        (["table2", "--loader", "synthetic"], "loader must decode images"),
         (["table3"], "invalid choice: 'table3'"),
         (["table2", "--seeds", "0"], "must be a number from 1 to 10000, got '0'"),
         (["table2", "--lr", "-1"], "lr must not be negative"),
@@ -170,3 +232,6 @@ def test_real_networks_from_training_to_report(tmp_path: Path) -> None:
     unseen = [row for row in rows if row["resolution"] == "40"]
     methods = {"RS-Net, interpolated BN", "RS-Net, nearest BN"}
     assert {row["method"] for row in unseen} == methods
+    about = (tmp_path / "out" / "fig4" / "run.json").read_text()
+    assert str(tmp_path) not in about  # nothing of this machine
+    assert json.loads(about)["environment"]["train_set"].startswith("16:")

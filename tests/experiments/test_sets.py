@@ -25,20 +25,20 @@ def settings_of(which: ExperimentSet, training: str) -> dict[str, object]:
 )
 def test_a_set_trains_each_network_once(name: str, trainings: int) -> None:
     which = make_set(name, PAPERS)
-    names = [training.name for training in which.trainings]
-    assert len(names) == len(set(names)) == trainings
+    assert len(which.trainings) == trainings
+    different = {tuple(sorted(training.settings.items())) for training in which.trainings}
+    assert len(different) == trainings
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("resolutions", [PAPERS, (64, 48), (5, 4, 3)], ids=str)
+@pytest.mark.parametrize("resolutions", [PAPERS, (64, 48), (33, 32)], ids=str)
 def test_comparisons_are_of_methods_that_share_resolutions(
     name: str, resolutions: tuple[int, ...]
 ) -> None:
     which = make_set(name, resolutions)
     cells = {method.name: method.cells for method in which.methods}
     for pair in which.comparisons:
-        shared = set(cells[pair.ours]) & set(cells[pair.theirs])
-        assert shared or not cells[pair.ours], pair
+        assert set(cells[pair.ours]) & set(cells[pair.theirs]), pair
 
 
 @pytest.mark.parametrize("name", SETS)
