@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench import bench_conv1x1 as pointwise
 from bench import bench_conv2d as conv
 from bench import bench_distillation_loss as loss
 from bench import bench_global_avg_pool as pool
@@ -26,7 +27,13 @@ from bench import roofline
 from bench.installed import left_out
 from bench.record import as_packed, check_alike
 from bench.results_file import Results
-from bench.shapes import ARCHITECTURES, batch_norm_layers, conv_layers, short_name
+from bench.shapes import (
+    ARCHITECTURES,
+    batch_norm_layers,
+    conv_layers,
+    pointwise_layers,
+    short_name,
+)
 from bench.timing import DEVICE, ON_GPU, time_interleaved
 
 __all__ = ["main"]
@@ -51,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arch in args.archs:
         bench.pooling(arch)
         bench.layers(conv, "conv2d", conv_layers(arch, conv.RESOLUTIONS), arch)
+        bench.layers(pointwise, "conv1x1", pointwise_layers(arch, pointwise.RESOLUTIONS), arch)
         bench.layers(norm, "switchable_bn_act", batch_norm_layers(arch, norm.RESOLUTIONS), arch)
     results.finish(
         ["bench.kernels", *(sys.argv[1:] if argv is None else argv)],
@@ -148,7 +156,7 @@ class Bench:
         pack: Callable[[Any], Any],
     ) -> Times:
         chosen = [name for name in names if name in runs and name not in self._without]
-        check_alike(runs, chosen, pack)
+        check_alike(runs, [name for name in chosen if name not in pointwise.UNCHECKED], pack)
         return time_interleaved({n: runs[n] for n in chosen}, DEVICE, rounds=self._rounds)
 
     def _add(self, group: str, times: Times, moved_bytes: int) -> None:

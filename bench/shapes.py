@@ -24,6 +24,7 @@ __all__ = [
     "ConvLayer",
     "batch_norm_layers",
     "conv_layers",
+    "pointwise_layers",
     "pooled_map",
     "short_name",
     "walk",
@@ -151,6 +152,23 @@ def conv_layers(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> Co
             kernel, stride = conv.kernel_size[0], conv.stride[0]
             shape = c_in, conv.out_channels, kernel, stride, conv.groups
             found[ConvLayer(inputs[0].sizes, *shape)] += 1
+
+    walk(arch, resolutions, record)
+    return found
+
+
+def pointwise_layers(
+    arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS
+) -> Counter[ConvLayer]:
+    """The 1x1 convolutions of a network, and how many there are of each.
+
+    One with a stride is one without, of the pixels that it keeps.
+    """
+    found: Counter[ConvLayer] = Counter()
+
+    def record(conv: Any, _: Any, output: Pyramid) -> None:
+        if isinstance(conv, Conv2d) and conv.kernel_size == (1, 1):
+            found[ConvLayer(output.sizes, conv.in_channels, conv.out_channels, 1, 1, 1)] += 1
 
     walk(arch, resolutions, record)
     return found

@@ -18,12 +18,22 @@ from torch import Tensor
 from rsfast.kernels._bn_tiles import activate, finalize_tile, find_chunk, merge_chunks
 from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
-__all__ = ["Affine", "StatisticsGrad", "dgrad", "forward", "tiles", "wgrad"]
+__all__ = [
+    "Affine",
+    "StatisticsGrad",
+    "dgrad",
+    "dgrad_tiles",
+    "forward",
+    "tiles",
+    "wgrad",
+    "wgrad_tiles",
+]
 
 # Programs of the weight's gradient: two for each of 132 multiprocessors. A constant, so that sums
 # are split, and results rounded, alike on every GPU.
 PROGRAMS = 264
-GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+# All registers: left alone, ptxas spills a few bytes in float32 to fit more programs.
+GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": 255}
 
 
 class Affine(NamedTuple):
@@ -45,9 +55,26 @@ class StatisticsGrad(NamedTuple):
 
 def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
     """BLOCK_M rows, BLOCK_N output and BLOCK_K input channels. Not timed on a GPU yet."""
+    # Odd channel counts are loaded number by number, and addressed so: half the rows fit.
+    is_odd = num_in % 8 > 0 or num_out % 8 > 0
     if dtype == torch.float32:
+        block = 32 if is_odd else 64
+        return {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": 32}
+    if is_odd:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if num_out <= 64 else 128, "BLOCK_K": 64}
+
+
+def dgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
+    """Like :func:`tiles`; the inner dimension is that of the output."""
+    tile = tiles(dtype, num_out, num_in)
+    return {**tile, "BLOCK_N": tile["BLOCK_K"], "BLOCK_K": tile["BLOCK_N"]}
+
+
+def wgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
+    """Like :func:`tiles`; the inner dimension is that of the rows."""
+    tile = tiles(dtype, num_in, num_out)
+    return {**tile, "BLOCK_M": min(tile["BLOCK_M"], 64)}
 
 
 @triton.jit
@@ -410,9 +437,7 @@ def dgrad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, dshift and dscale [L, C_in]."""
     num_out, num_in = weight.shape
-    # The inner dimension is that of the output here.
-    tile = tiles(x.dtype, num_out, num_in)
-    tile = {**tile, "BLOCK_N": tile["BLOCK_K"], "BLOCK_K": tile["BLOCK_N"]}
+    tile = dgrad_tiles(x.dtype, num_in, num_out)
     count = _row_tiles(level_rows, tile["BLOCK_M"])
     dx = torch.empty_like(x)
     partial = x.new_empty(2, count, num_in, dtype=torch.float32) if affine else None
@@ -449,8 +474,7 @@ def wgrad(
 ) -> Tensor:
     """dweight in the type of the weight; partial sums in float32."""
     num_out, num_in = weight.shape
-    tile = tiles(x.dtype, num_in, num_out)
-    tile["BLOCK_M"] = 64  # the inner dimension
+    tile = wgrad_tiles(x.dtype, num_in, num_out)
     columns = triton.cdiv(num_in, tile["BLOCK_K"]), triton.cdiv(num_out, tile["BLOCK_N"])
     count = _row_tiles(level_rows, tile["BLOCK_M"])
     per_split = triton.cdiv(count, max(1, PROGRAMS // (columns[0] * columns[1])))

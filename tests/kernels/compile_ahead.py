@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -21,6 +22,7 @@ from rsfast.kernels import DISTILL_MODES
 from rsfast.kernels import _bn_backward as bn_backward
 from rsfast.kernels import _bn_forward as bn_forward
 from rsfast.kernels import _bn_tiles as bn_tiles
+from rsfast.kernels import _conv1x1_triton as conv
 from rsfast.kernels import _distillation_loss_triton as loss
 from rsfast.kernels import _global_avg_pool_triton as pool
 from rsfast.kernels import _normalize_triton as pixels
@@ -109,6 +111,67 @@ def normalize() -> Iterator[Case]:
         )
 
 
+def conv1x1() -> Iterator[Case]:
+    # The layers of ResNet-50, and channels that are no multiple of anything.
+    shapes = [(64, 64), (64, 256), (512, 128), (2048, 512), (65, 131)]
+    cases = [*((shape, "bf16") for shape in shapes), ((64, 256), "fp32"), ((65, 131), "fp32")]
+    for (num_in, num_out), dtype in cases:
+        for activation, pending, statistics in (("relu", True, True), (None, False, False)):
+            yield from _conv1x1(num_in, num_out, dtype, activation, pending, statistics)
+    yield from _conv1x1(96, 24, "fp16", "relu6", True, True)
+
+
+def _conv1x1(
+    num_in: int, num_out: int, dtype: str, activation: str | None, pending: bool, statistics: bool
+) -> Iterator[Case]:
+    rows, levels = "*" + dtype, {"level_rows": ("i32",) * NUM_LEVELS}
+    affine = dict.fromkeys(["center_ptr", "scale_ptr", "shift_ptr"], "*fp32") if pending else {}
+    moments = dict.fromkeys(["mean_ptr", "offset_ptr", "slope_ptr"], "*fp32")
+    moments = {"y_ptr": rows, **moments} if statistics else {}
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    tile = conv.tiles(torch_dtype, num_in, num_out)
+    inner = conv.dgrad_tiles(torch_dtype, num_in, num_out)
+    constants = {"L": NUM_LEVELS, "C_IN": num_in, "C_OUT": num_out}
+    constants |= {"ACTIVATION": activation, "HAS_AFFINE": pending}
+    label = f"{num_in} to {num_out} {dtype} {activation} statistics={statistics}"
+
+    def case(kernel: Any, types: dict[str, Any], more: dict[str, Any]) -> Case:
+        types = {**types, **levels}
+        options = conv.GEMM_OPTIONS
+        return Case(f"{kernel.__name__} {label}", kernel, types, {**constants, **more}, options)
+
+    partial = {"partial_ptr": "*fp32"}
+    types = {"x_ptr": rows, "weight_ptr": rows, "y_ptr": rows, **affine}
+    yield case(
+        conv._conv1x1_fwd_kernel,
+        types | (partial if statistics else {}),
+        {"WRITE_STATISTICS": statistics, **tile},
+    )
+    backward = {"HAS_STATISTICS": statistics}
+    types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments}
+    types |= {"x_ptr": rows, **partial} if pending else {}
+    yield case(conv._conv1x1_dgrad_kernel, types, {**backward, **inner})
+    types = {"dy_ptr": rows, "x_ptr": rows, **affine, **moments, **partial}
+    types["tiles_per_split"] = "i32"
+    yield case(
+        conv._conv1x1_wgrad_kernel,
+        types,
+        {**backward, **conv.wgrad_tiles(torch_dtype, num_in, num_out)},
+    )
+    if pending:
+        final = bn_tiles.finalize_tile(num_out)
+        for moments_only in (True, False):
+            types = dict.fromkeys(["partial_ptr", "first_ptr", "second_ptr"], "*fp32")
+            merge = {"L": NUM_LEVELS, "C": num_out, "CHUNK_ROWS": tile["BLOCK_M"], **final}
+            yield Case(
+                f"_conv1x1_merge_kernel C={num_out} {dtype} moments={moments_only}",
+                conv._conv1x1_merge_kernel,
+                {**types, "stride_partial": "i32", **levels},
+                {**merge, "MOMENTS": moments_only},
+                OPTIONS,
+            )
+
+
 class Variant(NamedTuple):
     """What the batch-norm kernels are specialised for, besides C and the type of the rows."""
 
@@ -195,6 +258,7 @@ def _switchable_bn_act(
 
 
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
+    "conv1x1": conv1x1,
     "distillation_loss": distillation_loss,
     "global_avg_pool": global_avg_pool,
     "normalize": normalize,

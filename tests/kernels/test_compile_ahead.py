@@ -18,6 +18,7 @@ import pytest
 COMPILE = Path(__file__).with_name("compile_ahead.py")
 CAPABILITIES = (80, 90)
 NUM_CASES = {
+    "conv1x1": 61,
     "distillation_loss": 99,
     "global_avg_pool": 20,
     "normalize": 6,
