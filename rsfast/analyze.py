@@ -220,9 +220,10 @@ def _analyze(args: argparse.Namespace) -> None:
     rank = distributed.join(args.device)
     model, alpha = checkpoint.load_model(path)
     model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
+    training = _training_settings(path)
     wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
     settings = Settings(
-        data=args.data or str(builtin_root()),
+        data=args.data or training.get("data") or str(builtin_root()),
         resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
         loader=args.loader,
@@ -251,14 +252,13 @@ def _analyze(args: argparse.Namespace) -> None:
         write_rows(folder / "shares.csv", wrong_and_right(hits, model.arch))
         if (path.parent / "summary.csv").exists():
             write_rows(folder / "alpha.csv", alpha_over_epochs(path.parent / "summary.csv"))
-    training = _training_settings(path)
     if training:
         rows = _features(model, training, settings, args.feature_images, rank.device)
         write_rows(folder / "features.csv", rows)
     else:
         print(f"{path} does not say how images were prepared in training: no features.csv")
-    for picture in figures.draw(folder):
-        print(f"written: {picture}")
+    figures.draw(folder)
+    print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
 def _training_settings(path: Path) -> dict[str, Any]:

@@ -331,7 +331,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().error("".join(shown))
+        self.exit(2, f"{self.prog}: error: {''.join(shown)} (--help lists all flags)\n")
 
 
 class _Tuple(argparse.Action):

@@ -108,7 +108,9 @@ def parse_resolutions(text: str) -> list[int]:
         step = numbers[2] if len(numbers) == 3 else 1
         found = list(range(numbers[0], numbers[1] + 1, step)) if step else []
     if not found or min(found) < 1:
-        raise ValueError(f"resolutions must name at least one positive number, got {text!r}")
+        raise ValueError(
+            f"resolutions must name at least one positive number, the lower end first, got {text!r}"
+        )
     return found
 
 
@@ -212,7 +214,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--output",
-        help="folder for accuracy.csv and accuracy.png; beside the checkpoint by default",
+        help="folder for accuracy.csv and accuracy.png; by default evaluation/ beside the "
+        "checkpoint",
     )
     return parser.parse_args(argv)
 
@@ -358,7 +361,8 @@ def _write(found: Evaluation, title: str, folder: Path, per_image: bool) -> None
             _write_images(found, folder / "per_image.csv")
     except OSError as error:
         raise ValueError(f"output folder {folder} cannot be written: {error}") from error
-    print(f"written: {folder / 'accuracy.csv'}, {folder / 'accuracy.png'}")
+    names = ["accuracy.csv", "accuracy.png", *(["per_image.csv"] if per_image else [])]
+    print(f"written: {', '.join(str(folder / name) for name in names)}")
 
 
 def _write_images(found: Evaluation, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""`python -m rsfast.figures FOLDER`: draws every figure anew from the CSV files beside it.
+"""`python -m rsfast.figures FOLDER`: draws figures anew from the CSV files beside them.
 
-The commands that measure write numbers, and call this to draw them; a picture can therefore be made
-again wherever its numbers are.
+Evaluations, analyses and experiments write numbers, and call this to draw them; a picture can
+therefore be made again wherever its numbers are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.ticker import MaxNLocator
 
 from rsfast.plots import accuracy_against_multiply_adds, new_figure, write
 from rsfast.tables import read_rows
@@ -74,7 +76,7 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
     right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider
     right.set_yticks(range(len(pairs)), [f"{a} against {b}" for a, b in pairs], fontsize=8)
     right.invert_yaxis()
-    right.set_xlabel("points of top-1; 95 % intervals: thick over seeds, thin over images")
+    right.set_xlabel("points of top-1\n95 % intervals: thick over seeds, thin over images")
     figure.legend(
         *right.get_legend_handles_labels(),
         loc="outside lower right",
@@ -106,7 +108,8 @@ def _alpha(path: Path, rows: Rows) -> None:
         axes.plot(epochs, shares, marker=".", label=f"{resolution} px")
     axes.set_xlabel("epoch")
     axes.set_ylabel("share in the ensemble (softmax of alpha)")
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, 1.1 * max(float(row["share"]) for row in rows))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     write(figure, path)
 
@@ -150,7 +153,7 @@ def _shares(path: Path, rows: Rows) -> None:
     """Table 1: of all images, those wrong at the row's resolution and right at the column's."""
     groups = _grouped(rows, "method")
     figure, panels = new_figure(len(groups), (3.4 * len(groups) + 1.2, 3.9))
-    highest = max(float(row["share"]) for row in rows)
+    highest = max(1.0, *(float(row["share"]) for row in rows))
     for axes, (method, part) in zip(panels, groups.items(), strict=True):
         names = list(dict.fromkeys(row["wrong_at"] for row in part))
         table = [[math.nan] * len(names) for _ in names]
@@ -179,21 +182,24 @@ def _dense(path: Path, rows: Rows) -> None:
         part = sorted(part, key=lambda row: int(row["resolution"]))
         resolutions = [int(row["resolution"]) for row in part]
         top1 = [float(row["top1"]) for row in part]
-        axes.plot(resolutions, top1, marker=".", label=f"{between} between trained ones")
+        line = "--" if between == "nearest" else "-"
+        label = f"{between} between trained ones"
+        axes.plot(resolutions, top1, marker=".", linestyle=line, label=label)
     trained = {
         int(row["resolution"]): float(row["top1"]) for row in rows if row["trained"] == "True"
     }
     axes.plot(list(trained), list(trained.values()), "o", color="black", label="trained", zorder=3)
     axes.set_xlabel("resolution (px)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("top-1 (%)")
     axes.legend(frameon=False)
     write(figure, path)
 
 
 def _multiply_adds(path: Path, rows: Rows) -> None:
-    """Top-1 of the trained resolutions against the cost of one image (Figure 1)."""
-    trained = {row["resolution"]: row for row in rows if row["trained"] == "True"}
-    accuracy_against_multiply_adds(path, list(trained.values()))
+    """Top-1 against the cost of one image (Figure 1)."""
+    part = [row for row in rows if row["between"] == "interpolate"]
+    accuracy_against_multiply_adds(path, part)
 
 
 def _grouped(rows: Rows, name: str) -> dict[str, Rows]:
@@ -230,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = folder.rglob("*.csv")
         drawn = [path for place in sorted({f.parent for f in files}) for path in draw(place)]
         if not drawn:
-            print(f"rsfast.figures: error: {folder} holds no known CSV files", file=sys.stderr)
+            reason = "holds no known CSV files" if folder.exists() else "does not exist"
+            print(f"rsfast.figures: error: {folder} {reason}", file=sys.stderr)
             return 2
         print("\n".join(map(str, drawn)))
     return 0

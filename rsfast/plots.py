@@ -13,6 +13,9 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 __all__ = ["accuracy_against_multiply_adds", "accuracy_over_epochs", "new_figure", "write"]
 
 
+_MOST_NAMED = 12  # points of a curve
+
+
 def accuracy_over_epochs(
     rows: Sequence[Mapping[str, Any]], resolutions: Sequence[int], path: Path
 ) -> None:
@@ -30,6 +33,7 @@ def accuracy_over_epochs(
         axes.plot(epochs, values, marker="." if len(rows) < 30 else None, label=f"{resolution} px")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axes.set_ylabel("validation top-1 (%)")
     axes.legend(frameon=False)
     write(figure, path)
@@ -56,6 +60,8 @@ def accuracy_against_multiply_adds(path: Path, rows: Sequence[Mapping[str, str]]
                 *zip(*part, strict=True), facecolor=face, edgecolor="C0", label=label, zorder=2
             )
     for cost, value, row in zip(costs, top1, rows, strict=True):
+        if len(rows) > _MOST_NAMED and row["trained"] == "False":
+            continue
         axes.annotate(
             row["resolution"],
             (cost, value),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from rsfast import checkpoint
 from rsfast.config import TrainConfig
-from rsfast.data import Loader
+from rsfast.data import FolderIndex
 from rsfast.distributed import Rank, agree
 from rsfast.metrics import EpochMean
 from rsfast.models.layers import running_statistics
@@ -248,10 +248,10 @@ def versions(run: Run) -> dict[str, Any]:
     return {name: run.facts[name] for name in _VERSIONED if name in run.facts}
 
 
-def digest(loader: Loader) -> str:
-    """A name for the images of a loader, in order."""
-    paths = os.fsencode("\0".join(loader.plan.index.paths))  # names of any bytes
-    return f"{loader.num_images}:{hashlib.sha256(paths).hexdigest()[:16]}"
+def digest(index: FolderIndex) -> str:
+    """A name for the images of a split, in order."""
+    paths = os.fsencode("\0".join(index.paths))  # names of any bytes
+    return f"{len(index)}:{hashlib.sha256(paths).hexdigest()[:16]}"
 
 
 def _rank_state(run: Run) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Run:
         self.vote = Vote(self.rank.host_group)
         self.checkpoint_interval = checkpoint_interval(self.cfg.checkpoint_every)
         self.facts = environment.describe(self.rank.device) if self.rank.is_main else {}
-        self.data_set = {"train": digest(self.train_loader), "val": digest(self.val_loader)}
+        loaders = {"train": self.train_loader, "val": self.val_loader}
+        self.data_set = {name: digest(loader.plan.index) for name, loader in loaders.items()}
 
     @property
     def steps_per_epoch(self) -> int:

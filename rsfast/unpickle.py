@@ -20,7 +20,8 @@ def load_dict(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        reason = "is a folder: name a file in it" if Path(path).is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {path} {reason}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

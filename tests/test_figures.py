@@ -60,3 +60,5 @@ def test_a_folder_with_nothing_to_draw_is_named(
     write_rows(tmp_path / "other.csv", [{"a": 1}])
     assert figures.main([str(tmp_path)]) == 2
     assert f"{tmp_path} holds no known CSV files" in capsys.readouterr().err
+    assert figures.main([str(tmp_path / "none")]) == 2
+    assert "none does not exist" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 import torch
 
 from rsfast.config import TrainConfig, parse_args
+from rsfast.data import index_folder
+from rsfast.data.builtin import builtin_root
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
 from rsfast.experiments.runs import Job, Jobs, test_folder
 from rsfast.experiments.sets import FIG9_CROP_AREA, SETS, ExperimentSet, make_set
 from rsfast.interrupt import STOPPED
+from rsfast.resume import digest
 from rsfast.tables import read_rows
 
 __all__ = ["main"]
@@ -28,7 +32,18 @@ Every flag of rsfast.train that is the same for all rows may follow, --arch, --d
 --resolutions and so on; without --data the built-in set is used."""
 _PYTHON = shlex.quote(sys.executable)
 # What a row or a seed decides.
-_NOT_HERE = ("distill", "bn", "crop", "copies", "seed", "resume", "restart_epoch", "profile")
+_ROWS, _RUNS = "it is what the rows of a set differ in", "every run goes on by itself"
+_NOT_HERE = {
+    "distill": _ROWS,
+    "kd_type": _ROWS,
+    "bn": _ROWS,
+    "crop": _ROWS,
+    "copies": _ROWS,
+    "seed": "--seeds N takes seeds 0 to N - 1",
+    "resume": _RUNS,
+    "restart_epoch": _RUNS,
+    "profile": "it is for one run",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 1 a training or test failed, 2 bad input, 75 stopped by a signal.
     """
     args, rest = _parser().parse_known_args(argv)
+    odd = [name for name in args.sets if name not in SETS]
+    if odd:  # perhaps the value of a flag, before any set
+        print(
+            f"rsfast.experiments: error: sets come first and must be some of {', '.join(SETS)}, "
+            f"got {odd[0]!r}",
+            file=sys.stderr,
+        )
+        return 2
     base = parse_args(rest, "rsfast.experiments", "Settings of all rows")
     seeds = range(args.seeds)
     try:
-        _check(base, args)
+        _check(base, args, rest)
         which = [make_set(name, base.resolutions) for name in dict.fromkeys(args.sets)]
-        jobs = _jobs(which, base, seeds, args.output)
+        jobs = _jobs(which, base, seeds, args.output, _data_set(base))
         code, done = _run(Jobs(args.launch, args.jobs), jobs)
         for part in which:
             names = {f"{t.name}, seed {seed}" for t in part.trainings for seed in seeds}
@@ -57,12 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _check(base: TrainConfig, args: argparse.Namespace) -> None:
-    """Refuses settings that do not go with a set."""
+def _check(base: TrainConfig, args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Refuses settings that do not go with a set, and a report of fewer seeds than there is."""
     usual = TrainConfig()
-    for name in _NOT_HERE:
-        if getattr(base, name) != getattr(usual, name):
-            raise ValueError(f"{name} is what rows or seeds differ in, it cannot be given")
+    flags = {text.split("=")[0] for text in rest}
+    for name, reason in _NOT_HERE.items():
+        given = {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"} & flags
+        if given or getattr(base, name, None) != getattr(usual, name, None):
+            raise ValueError(f"{name} cannot be given: {reason}")
+    for name in args.sets:
+        file = args.output / name / "run.json"
+        done = len(json.loads(file.read_text())["seeds"]) if file.exists() else 0
+        if done > args.seeds:
+            raise ValueError(
+                f"{file.parent} is of {done} seeds, and would be overwritten by {args.seeds}: "
+                f"take --seeds {done}, or another --output"
+            )
     if base.loader == "synthetic":
         raise ValueError("loader must decode images, got 'synthetic', which has nothing to test")
     if "fig9" in args.sets and base.crop_area[0] >= FIG9_CROP_AREA[0]:
@@ -87,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("sets", nargs="+", choices=SETS, metavar="SET", help=", ".join(SETS))
+    add("sets", nargs="+", metavar="SET", help=", ".join(SETS))
     add("--seeds", type=_positive, default=1, help="trainings of each network (default 1)")
     add("--jobs", type=_positive, default=1, help="trainings at a time (default 1)")
     add(
@@ -110,8 +143,23 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _data_set(base: TrainConfig) -> dict[str, str]:
+    """Names for the images of both splits, in the words of a run's log.
+
+    Raises:
+        ValueError: if they cannot be found.
+    """
+    root = Path(base.data) if base.data else builtin_root()
+    splits = {split: index_folder(root / split, strict=base.strict) for split in ("train", "val")}
+    return {f"{split}_set": digest(index) for split, index in splits.items()}
+
+
 def _jobs(
-    which: Sequence[ExperimentSet], base: TrainConfig, seeds: Sequence[int], output: Path
+    which: Sequence[ExperimentSet],
+    base: TrainConfig,
+    seeds: Sequence[int],
+    output: Path,
+    data_set: dict[str, str],
 ) -> list[Job]:
     """Each training of the sets once for each seed, seed by seed; the finished ones are checked."""
     trainings = {training.name: training for part in which for training in part.trainings}
@@ -124,7 +172,7 @@ def _jobs(
                     known = tested.setdefault(between, [])
                     known += [r for r in resolutions if r not in known]
             job = Job.of(base, training, seed, tested, output)
-            job.is_trained()
+            job.check(data_set)
             jobs.append(job)
     return jobs
 
@@ -136,10 +184,10 @@ def _run(runner: Jobs, jobs: Sequence[Job]) -> tuple[int, set[str]]:
         codes.add(outcome.code)
         if outcome.code == 0:
             done.add(job.name)
-            text = _top1(job)
+            text = f"{_top1(job)}  {outcome.reason}"
         else:
-            text = "stopped" if outcome.code == STOPPED else f"failed: {outcome.reason}"
-        print(f"[{number}/{len(jobs)}] {job.name}: {text}", flush=True)
+            text = outcome.reason if outcome.code == STOPPED else f"failed: {outcome.reason}"
+        print(f"[{number}/{len(jobs)}] {job.name}: {text}".rstrip(), flush=True)
     if STOPPED in codes:
         print("stopped; the same command goes on", file=sys.stderr)
         return STOPPED, set()

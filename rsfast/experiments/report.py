@@ -19,12 +19,13 @@ from rsfast.analyze import wrong_and_right
 from rsfast.config import shown
 from rsfast.experiments.compare import Difference, paired_difference, spread
 from rsfast.experiments.results import column_name, read_hits
-from rsfast.experiments.sets import Comparison, ExperimentSet, Method
+from rsfast.experiments.sets import INETS, Comparison, ExperimentSet, Method
 from rsfast.tables import read_rows, write_rows
 
 __all__ = ["reading", "write_report"]
 
 MEAN = "mean"  # over the resolutions
+PAPERS_LARGEST = "I-224"
 _PAPERS_RESOLUTIONS = (224, 192, 160, 128, 96)
 _SHOWN_SETTINGS = (
     *("arch", "epochs", "lr", "warmup_epochs", "weight_decay", "crop_area"),
@@ -76,13 +77,14 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
     text = [
         f"# {which.name}: {which.about}\n",
         _description(about),
+        _training_table(which),
         "## Top-1\n",
         _accuracy_table(which, read_rows(folder / "results.csv")),
         _paper_table(paper, about["settings"]["arch"]),
         "![Top-1 and differences](results.png)\n",
         "## Differences\n",
         _ABOUT_DIFFERENCES,
-        _difference_table(rows),
+        _difference_table(rows, len(which.methods[0].cells)),
         "## Training time\n",
         _about_times(about),
         _time_table(which, read_rows(folder / "times.csv")),
@@ -96,11 +98,16 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
 
 
 _ABOUT_DIFFERENCES = """\
-In points of top-1, with 95 % intervals: over the seeds (paired t-test; would other seeds say the
-same?) and over the validation images (of these networks; would other images?). A difference is
-decided if both leave out zero, which one seed alone never is; it is reproduced if it is decided and
-has the sign of the paper's, which is on ImageNet and from the same places in the order of
-resolutions. All figures are of the last epoch; no network was chosen by its validation accuracy.
+In points of top-1, on the same seeds and images, with two 95 % intervals. That over the seeds
+(paired t-test, with its p) says whether other seeds would show the same; it is empty for one seed,
+and where all seeds differ by the same. That over the images says whether other validation images
+would, with these networks. A difference is "decided" if neither interval holds zero. It is
+"reproduced" if it is decided and has the sign of the paper's, which is of the same methods on
+ImageNet, the largest resolution beside the largest and so on; without a paper's figure it is
+"higher" or "lower". Where a method is the same network as the other one, there is no row, and the
+mean is over the rest.
+
+Figures are of the last epoch; no network was chosen by its validation accuracy.
 """
 
 
@@ -108,7 +115,7 @@ def _paper(which: ExperimentSet, arch: str) -> Paper:
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
     rows: Paper = tomllib.loads(text).get(which.name, {}).get(arch, {})
     largest = next(iter(which.methods[0].cells))
-    found = {f"I-{largest}" if name == "I-224" else name: row for name, row in rows.items()}
+    found = {f"I-{largest}" if name == PAPERS_LARGEST else name: row for name, row in rows.items()}
     fits = all(len(found[m.name]) == len(m.cells) for m in which.methods if m.name in found)
     return found if fits else {}  # it has five resolutions
 
@@ -132,7 +139,8 @@ def reading(difference: Difference, paper: float | None) -> str:
 def _description(about: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {shown(about['settings'][name])}" for name in _SHOWN_SETTINGS)
     environment = about["environment"]
-    machine = environment.get("gpu", f"a CPU, {environment.get('cpu_threads')} threads a process")
+    threads = f"a CPU, threads of a process: {environment.get('cpu_threads')}"
+    machine = environment.get("gpu", threads)
     return (
         f"Data: {about['data']}; "
         f"seeds {', '.join(map(str, about['seeds']))}; {environment['train_images']} training and "
@@ -170,6 +178,7 @@ def _paper_table(paper: Paper, arch: str) -> str:
     header = _line("method", *_PAPERS_RESOLUTIONS, MEAN)
     lines = [f"The paper's ({arch}, ImageNet):\n", header, _rule(len(_PAPERS_RESOLUTIONS) + 2)]
     for name, values in paper.items():
+        name = PAPERS_LARGEST if name.startswith("I-") and name != INETS else name
         lines.append(_line(name, *values, f"{statistics.mean(values):.1f}"))
     return "\n".join(lines) + "\n"
 
@@ -185,14 +194,17 @@ def _spread(values: Sequence[float]) -> str:
     return f"{found.mean:.1f}" if math.isnan(found.sd) else f"{found.mean:.1f} ± {found.sd:.1f}"
 
 
-def _difference_table(rows: Sequence[dict[str, Any]]) -> str:
+def _difference_table(rows: Sequence[dict[str, Any]], all_resolutions: int) -> str:
     names = ("", "at", "difference", "over seeds", "p", "over images", "paper", "reading")
     lines = [_line(*names), _rule(len(names))]
     for row in rows:
         alone = math.isnan(row["p"])
+        bold = row["resolution"] == MEAN
+        others = [r for r in rows if _same_pair(r, row) and r["resolution"] != MEAN]
+        part = f" of {len(others)}" if bold and len(others) < all_resolutions else ""
         cells = (
             f"{row['ours']} against {row['theirs']}",
-            row["resolution"],
+            f"{row['resolution']}{part}",
             f"{row['mean']:+.1f}",
             "" if alone else f"{row['seeds_low']:+.1f} to {row['seeds_high']:+.1f}",
             "" if alone else f"{row['p']:.3f}",
@@ -200,8 +212,21 @@ def _difference_table(rows: Sequence[dict[str, Any]]) -> str:
             "" if row["paper"] is None else f"{row['paper']:+.1f}",
             row["reading"],
         )
-        bold = row["resolution"] == MEAN
         lines.append(_line(*(f"**{cell}**" if bold and cell else cell for cell in cells)))
+    return "\n".join(lines) + "\n"
+
+
+def _same_pair(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (row["ours"], row["theirs"]) == (other["ours"], other["theirs"])
+
+
+def _training_table(which: ExperimentSet) -> str:
+    """What each network is, besides what all have in common."""
+    names = ("network", "resolutions", "distill", "bn", "crop", "copies")
+    lines = [_line(*names), _rule(len(names))]
+    for training in which.trainings:
+        settings = training.settings
+        lines.append(_line(training.name, *(shown(settings[name]) for name in names[1:])))
     return "\n".join(lines) + "\n"
 
 

@@ -29,6 +29,7 @@ from rsfast.seal import write_whole
 __all__ = ["Job", "Jobs", "Outcome", "run_folder_of", "test_folder"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_NOT_STARTED = -1  # instead of an exit code
 _TRAINED = "trained.toml"  # the settings of a training that has ended well
 _TESTED = "tested.json"  # what a finished test was asked for
 
@@ -109,6 +110,27 @@ class Job:
                 )
         return True
 
+    def check(self, data_set: Mapping[str, str]) -> None:
+        """Refuses to go on with what was begun otherwise.
+
+        Args:
+            data_set: names for the images, as a run's log has them.
+
+        Raises:
+            ValueError: if a training here has ended with other settings, or began with other
+                images.
+        """
+        self.is_trained()
+        log = self.folder / "log.jsonl"
+        lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+        for start in (line for line in lines if line["event"] == "start"):
+            for name, images in data_set.items():
+                if start.get(name, images) != images:
+                    raise ValueError(
+                        f"{self.folder} was trained on other images than {self.cfg.data} has: "
+                        f"take another --output"
+                    )
+
     def mark_trained(self) -> None:
         """Says that the training has ended well."""
         write_whole(self.folder / _TRAINED, [self.cfg.to_toml().encode()])
@@ -182,6 +204,7 @@ class Jobs:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return Outcome(1, f"another process is at work in {job.folder}")
+            kept = "(trained before)"
             if not job.is_trained():
                 settings = job.folder / "settings.toml"
                 settings.write_text(job.cfg.to_toml())
@@ -189,6 +212,7 @@ class Jobs:
                 if code:
                     return self._failed(job, code)
                 job.mark_trained()
+                kept = ""
             for between, resolutions in job.untested().items():
                 arguments = [str(job.folder / "last.pt"), "--per-image", "--between", between]
                 arguments += ["--output", str(test_folder(job.folder, between))]
@@ -197,12 +221,13 @@ class Jobs:
                 if code:
                     return self._failed(job, code)
                 job.mark_tested(between, resolutions)
-        return Outcome(0)
+        return Outcome(0, kept)
 
     def _start(self, job: Job, slot: int, lock: int, module: str, *arguments: str) -> int:
         if self._stopped:
-            return STOPPED
+            return _NOT_STARTED
         command = [*shlex.split(self.launch), "-m", f"rsfast.{module}", *arguments]
+        print(f"{job.name}: rsfast.{module}, see {job.folder / 'output.txt'}", flush=True)
         with open(job.folder / "output.txt", "a") as screen:
             screen.write(f"$ {shlex.join(command)}\n")
             screen.flush()
@@ -223,8 +248,11 @@ class Jobs:
 
     def _failed(self, job: Job, code: int) -> Outcome:
         if self._stopped:
-            return Outcome(STOPPED)
-        return Outcome(code, f"exit code {code}, see {job.folder / 'output.txt'}")
+            return Outcome(STOPPED, "not started" if code == _NOT_STARTED else "stopped")
+        screen = job.folder / "output.txt"
+        errors = [line for line in screen.read_text().splitlines() if ": error: " in line]
+        reason = f"{errors[-1]}, " if errors else ""
+        return Outcome(code, f"{reason}exit code {code}, see {screen}")
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:

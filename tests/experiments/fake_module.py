@@ -27,6 +27,7 @@ def train(config: Path) -> int:
     settings = tomllib.loads(config.read_text())
     folder = Path(settings["output"])
     if folder.parent.name in os.environ.get("FAKE_FAILS", "").split():
+        print("fake: error: no luck")
         return 1
     if "FAKE_SLOW" in os.environ:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))

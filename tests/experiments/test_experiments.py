@@ -31,8 +31,16 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+def command_line(output: Path, *arguments: str) -> list[str]:
+    data = output.parent / "images"
+    if not data.exists():
+        make_image_folder(data, train=1, val=1)
+    where = ["--output", str(output), "--launch", FAKE, "--data", str(data)]
+    return [*arguments, *where, *SETTINGS]
+
+
 def run(output: Path, *arguments: str) -> int:
-    return main([*arguments, "--output", str(output), "--launch", FAKE, "--data", "x", *SETTINGS])
+    return main(command_line(output, *arguments))
 
 
 def test_a_set_is_trained_tested_and_reported(tmp_path: Path, calls: Path) -> None:
@@ -56,6 +64,8 @@ def test_a_set_is_trained_tested_and_reported(tmp_path: Path, calls: Path) -> No
 
     text = (report / "README.md").read_text()
     assert "| RS-Net |" in text
+    assert "| rs_net | 48 32 | full | private | single | 1 |" in text
+    assert "| **I-48 against I-Nets** | **mean of 1** |" in text
     assert "the 2 networks of I-Nets together" in text
     times = read_rows(report / "times.csv")
     assert all(float(row["train_s"]) == 2.0 for row in times)  # 10 steps of 8 images, 40 a second
@@ -109,7 +119,7 @@ def test_a_failure_is_named_and_the_rest_goes_on(
     monkeypatch.setenv("FAKE_FAILS", "parallel")
     assert run(tmp_path / "out", "table2") == 1
     screen = capsys.readouterr().out
-    assert "parallel, seed 0: failed: exit code 1, see" in screen
+    assert "parallel, seed 0: failed: fake: error: no luck, exit code 1, see" in screen
     assert screen.count("top-1") == 3
     assert not (tmp_path / "out" / "table2").exists()
     # A set that does not need it is reported.
@@ -160,6 +170,27 @@ def test_runs_that_were_not_alike_are_not_compared(
     assert "inet_48/seed0 has 16: repeat one of them" in error
 
 
+def test_other_images_in_the_same_output_are_refused(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", "table2") == 0
+    log = tmp_path / "out" / "runs" / "rs_net" / "seed0" / "log.jsonl"
+    log.write_text(log.read_text().replace('"step": 0', '"step": 0, "val_set": "7:other"', 1))
+    assert run(tmp_path / "out", "table2") == 2
+    assert "rs_net/seed0 was trained on other images than" in capsys.readouterr().err
+
+
+def test_a_report_of_more_seeds_is_not_overwritten(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", "table2", "--seeds", "2") == 0
+    report = (tmp_path / "out" / "table2" / "README.md").read_bytes()
+    assert run(tmp_path / "out", "table2") == 2
+    assert "is of 2 seeds, and would be overwritten by 1" in capsys.readouterr().err
+    assert (tmp_path / "out" / "table2" / "README.md").read_bytes() == report
+    assert run(tmp_path / "out", "table2", "--seeds", "3") == 0
+
+
 def test_two_commands_do_not_train_the_same_network(
     tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,18 +207,23 @@ def test_two_commands_do_not_train_the_same_network(
 def test_a_signal_lets_trainings_save_and_starts_no_more(
     tmp_path: Path, calls: Path, number: str
 ) -> None:
-    command = [sys.executable, "-m", "rsfast.experiments", "table2", "--jobs", "2"]
-    command += ["--output", str(tmp_path / "out"), "--launch", FAKE, "--data", "x", *SETTINGS]
+    arguments = command_line(tmp_path / "out", "table2", "--jobs", "2")
     process = subprocess.Popen(
-        command, env={**environment(), "FAKE_SLOW": "1"}, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rsfast.experiments", *arguments],
+        env={**environment(), "FAKE_SLOW": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     started = tmp_path / "out" / "runs"
     while len(list(started.glob("*/*/started"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.Signals[number])
-    _, errors = process.communicate(timeout=30)
+    screen, errors = process.communicate(timeout=30)
     assert process.returncode == 75
+    assert screen.count(": stopped\n") == 2
+    assert screen.count(": not started\n") == 2
     assert "the same command goes on" in errors
     assert len(calls.read_text().splitlines()) == 2
 
@@ -195,12 +231,16 @@ def test_a_signal_lets_trainings_save_and_starts_no_more(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table2", "--distill", "vanilla"], "distill is what rows or seeds differ in"),
-        (["table2", "--seed=3"], "seed is what rows or seeds differ in"),
+        (["table2", "--distill", "full"], "distill cannot be given: it is what the rows"),
+        (["table2", "--kd-type", "ens"], "cannot be given: it is what the rows of a set"),
+        (["table2", "--seed=0"], "seed cannot be given: --seeds N takes seeds 0 to N - 1"),
+        (["table2", "--resume", "auto"], "resume cannot be given: every run goes on by itself"),
+        (["table2", "--data", "nowhere"], "nowhere"),
+        (["--data", "nowhere"], "sets come first and must be some of table2"),
         (["fig9", "--crop-area", "0.5", "1"], "crop_area must begin below 0.3"),
         (["fig9"], "crop_area must begin below 0.3"),  # the built-in set's recipe
         (["table2", "--loader", "synthetic"], "loader must decode images"),
-        (["table3"], "invalid choice: 'table3'"),
+        (["table3"], "sets come first and must be some of table2, table5, table6"),
         (["table2", "--seeds", "0"], "must be a number from 1 to 10000, got '0'"),
         (["table2", "--lr", "-1"], "lr must not be negative"),
         (["table2", "--resolutions", "64"], "at least two to compare, got (64,)"),
