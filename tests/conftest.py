@@ -33,3 +33,10 @@ def place(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
 def device(request: pytest.FixtureRequest) -> str:
     skip_unless_it_runs_on(request.param)
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def denormals_are_kept() -> Iterator[None]:
+    """Training flushes them for the whole process: not in the tests of the next file."""
+    yield
+    torch.set_flush_denormal(False)
