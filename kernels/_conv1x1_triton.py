@@ -45,12 +45,12 @@ class Affine(NamedTuple):
 
 
 class StatisticsGrad(NamedTuple):
-    """What the gradients of mean and variance add to that of y: slope * (y - mean) + offset."""
+    """What gradients of mean and variance add to that of y: dmean / m + 2 dvar (y - mean) / m."""
 
     y: Tensor  # [M, C_out]
     mean: Tensor  # [L, C_out] float32
-    offset: Tensor  # [L, C_out] float32, d(mean) / m
-    slope: Tensor  # [L, C_out] float32, 2 d(var) / m
+    dmean: Tensor  # like mean
+    dvar: Tensor  # like mean
 
 
 def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
@@ -117,11 +117,12 @@ def _load_output_gradient(
     dy_ptr,  # [M, C_OUT]
     y_ptr,  # [M, C_OUT] or None
     mean_ptr,  # [L, C_OUT] float32 or None
-    offset_ptr,  # like mean_ptr
-    slope_ptr,  # like mean_ptr
+    dmean_ptr,  # like mean_ptr
+    dvar_ptr,  # like mean_ptr
     offsets,  # [BLOCK_M, BLOCK_N]
     mask,
     level,
+    level_count,  # m, rows of the level; 0 where there is no tile
     cols,  # [BLOCK_N] of the output
     C_OUT: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
@@ -131,8 +132,9 @@ def _load_output_gradient(
     if HAS_STATISTICS:
         inside = cols < C_OUT
         mean = tl.load(mean_ptr + level * C_OUT + cols, mask=inside, other=0.0)
-        offset = tl.load(offset_ptr + level * C_OUT + cols, mask=inside, other=0.0)
-        slope = tl.load(slope_ptr + level * C_OUT + cols, mask=inside, other=0.0)
+        share = 1.0 / tl.maximum(level_count, 1)
+        offset = tl.load(dmean_ptr + level * C_OUT + cols, mask=inside, other=0.0) * share
+        slope = tl.load(dvar_ptr + level * C_OUT + cols, mask=inside, other=0.0) * (2.0 * share)
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         total = dy.to(tl.float32) + (offset[None, :] + slope[None, :] * (y - mean[None, :]))
         dy = tl.where(mask, total, 0.0).to(dy.dtype)
@@ -266,8 +268,8 @@ def _conv1x1_dgrad_kernel(
     shift_ptr,  # like center_ptr
     y_ptr,  # [M, C_OUT] or None
     mean_ptr,  # [L, C_OUT] float32 or None
-    offset_ptr,  # like mean_ptr
-    slope_ptr,  # like mean_ptr
+    dmean_ptr,  # like mean_ptr
+    dvar_ptr,  # like mean_ptr
     dx_ptr,  # [M, C_IN], fully overwritten
     partial_ptr,  # [2, row tiles, C_IN] float32 or None: sums for shift and scale, overwritten
     level_rows,
@@ -282,7 +284,7 @@ def _conv1x1_dgrad_kernel(
     BLOCK_K: tl.constexpr,  # input channels
 ):
     chunk = tl.program_id(1)
-    level, _, _, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
+    level, _, _, level_count, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
     inside = (lanes < count)[:, None]
@@ -294,11 +296,12 @@ def _conv1x1_dgrad_kernel(
             dy_ptr,
             y_ptr,
             mean_ptr,
-            offset_ptr,
-            slope_ptr,
+            dmean_ptr,
+            dvar_ptr,
             rows * C_OUT + cols_n[None, :],
             inside & (cols_n < C_OUT)[None, :],
             level,
+            level_count,
             cols_n,
             C_OUT,
             HAS_STATISTICS,
@@ -335,8 +338,8 @@ def _conv1x1_wgrad_kernel(
     shift_ptr,  # like center_ptr
     y_ptr,  # [M, C_OUT] or None
     mean_ptr,  # [L, C_OUT] float32 or None
-    offset_ptr,  # like mean_ptr
-    slope_ptr,  # like mean_ptr
+    dmean_ptr,  # like mean_ptr
+    dvar_ptr,  # like mean_ptr
     partial_ptr,  # [splits, C_OUT, C_IN] float32, fully overwritten
     level_rows,
     tiles_per_split,
@@ -357,7 +360,7 @@ def _conv1x1_wgrad_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for index in range(0, tiles_per_split):
         # Behind the last tile there are no rows.
-        level, _, _, _, first, count = find_chunk(
+        level, _, _, level_count, first, count = find_chunk(
             split * tiles_per_split + index, level_rows, level_rows, BLOCK_M, L
         )
         rows = (first + lanes)[:, None]
@@ -366,11 +369,12 @@ def _conv1x1_wgrad_kernel(
             dy_ptr,
             y_ptr,
             mean_ptr,
-            offset_ptr,
-            slope_ptr,
+            dmean_ptr,
+            dvar_ptr,
             rows * C_OUT + cols_n[None, :],
             inside & (cols_n < C_OUT)[None, :],
             level,
+            level_count,
             cols_n,
             C_OUT,
             HAS_STATISTICS,
@@ -415,12 +419,9 @@ def forward(
             y,
             partial,
             level_arguments(level_rows),
-            **_sizes(weight, level_rows),
-            ACTIVATION=activation if affine else None,
-            HAS_AFFINE=affine is not None,
+            **_constants(weight, level_rows, affine, activation),
             WRITE_STATISTICS=statistics,
             **tile,
-            **GEMM_OPTIONS,
         )
     if partial is None:
         return y, *(x.new_empty(0, num_out, dtype=torch.float32) for _ in range(2))
@@ -452,12 +453,9 @@ def dgrad(
             dx,
             partial,
             level_arguments(level_rows),
-            **_sizes(weight, level_rows),
-            ACTIVATION=activation if affine else None,
-            HAS_AFFINE=affine is not None,
+            **_constants(weight, level_rows, affine, activation),
             HAS_STATISTICS=statistics is not None,
             **tile,
-            **GEMM_OPTIONS,
         )
     if partial is None:
         return dx, None, None
@@ -490,12 +488,9 @@ def wgrad(
             partial,
             level_arguments(level_rows),
             per_split,
-            **_sizes(weight, level_rows),
-            ACTIVATION=activation if affine else None,
-            HAS_AFFINE=affine is not None,
+            **_constants(weight, level_rows, affine, activation),
             HAS_STATISTICS=statistics is not None,
             **tile,
-            **GEMM_OPTIONS,
         )
     return partial.sum(0).to(weight.dtype)
 
@@ -528,6 +523,11 @@ def _row_tiles(level_rows: Sequence[int], block_m: int) -> int:
     return sum(triton.cdiv(rows, block_m) for rows in level_rows)
 
 
-def _sizes(weight: Tensor, level_rows: Sequence[int]) -> dict[str, Any]:
+def _constants(
+    weight: Tensor, level_rows: Sequence[int], affine: Affine | None, activation: str | None
+) -> dict[str, Any]:
+    """What all three products are compiled for, besides their tiles."""
     num_out, num_in = weight.shape
-    return {"L": len(level_rows), "C_IN": num_in, "C_OUT": num_out}
+    sizes = {"L": len(level_rows), "C_IN": num_in, "C_OUT": num_out}
+    pending = {"ACTIVATION": activation if affine else None, "HAS_AFFINE": affine is not None}
+    return {**sizes, **pending, **GEMM_OPTIONS}

@@ -130,11 +130,8 @@ def _bwd(
     affine = _affine(center, scale, shift)
     statistics = None
     if y is not None and mean is not None and (dmean is not None or dvar is not None):
-        rows = torch.tensor(level_rows, dtype=torch.float32)[:, None].to(y.device)
-        none = torch.zeros_like(mean)
-        offset = none if dmean is None else dmean / rows
-        slope = none if dvar is None else dvar * (2.0 / rows)
-        statistics = kernels.StatisticsGrad(y, mean, offset, slope)
+        grads = (torch.zeros_like(mean) if g is None else g.contiguous() for g in (dmean, dvar))
+        statistics = kernels.StatisticsGrad(y, mean, *grads)
     dy = dy.contiguous()  # a sum's has strides of 0
     rest = weight, x, affine, statistics, level_rows, activation
     dx, dshift, dscale = kernels.dgrad(dy, *rest)

@@ -31,6 +31,7 @@ from rsfast.evaluate import (
     Evaluation,
     Settings,
     add_common_flags,
+    common_settings,
     evaluate,
     parse_resolutions,
 )
@@ -226,12 +227,9 @@ def _analyze(args: argparse.Namespace) -> None:
         data=args.data or training.get("data") or str(builtin_root()),
         resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
-        loader=args.loader,
-        batch_size=args.batch_size,
-        workers=args.workers,
         val_crop=model.val_crop,
-        precision=args.precision,
         calibration_batches=0,
+        **common_settings(args),
     )
     found = {"interpolate": evaluate(model, alpha, settings, rank)}
     largest, smallest = model.resolutions[0], model.resolutions[-1]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "Settings",
     "add_common_flags",
+    "common_settings",
     "evaluate",
     "main",
     "parse_resolutions",
@@ -155,12 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             data=data,
             resolutions=tuple(resolutions),
             between=args.between,
-            loader=args.loader,
-            batch_size=args.batch_size,
-            workers=args.workers,
             val_crop=args.val_crop or model.val_crop,
-            precision=args.precision,
             calibration_batches=args.calibration_batches,
+            **common_settings(args),
         )
         backend = choose_backend(args.kernels, rank.device)
         model.to(rank.device).use_backend(backend)
@@ -236,6 +235,11 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
         "takes triton on a GPU",
     )
+
+
+def common_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the common flags say for :class:`Settings`."""
+    return {name: getattr(args, name) for name in ("loader", "batch_size", "workers", "precision")}
 
 
 def _default_dtype(rank: Rank) -> torch.dtype | None:

@@ -58,19 +58,17 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
     )
 
     points = sorted({row["resolution"] for row in comparisons}, key=_largest_first)
+    colors = {point: f"C{number % 10}" for number, point in enumerate(points)} | {"mean": "black"}
     for row in comparisons:
-        number = points.index(row["resolution"])
+        number, color = points.index(row["resolution"]), colors[row["resolution"]]
         y = pairs.index(_pair(row)) + 0.7 * ((number + 0.5) / len(points) - 0.5)
-        color = "black" if row["resolution"] == "mean" else f"C{number % 10}"
         right.plot(_ends(row, "images"), [y, y], color=color, linewidth=1, alpha=0.5)
         if not math.isnan(float(row["p"])):
             right.plot(_ends(row, "seeds"), [y, y], color=color, linewidth=2.5, alpha=0.5)
         right.plot([float(row["mean"])], [y], "o", color=color, markersize=4)
-    for number, point in enumerate(points):
+    for point in points:
         label = point if point == "mean" else f"{point} px"
-        right.plot(
-            [], [], "o", color="black" if point == "mean" else f"C{number % 10}", label=label
-        )
+        right.plot([], [], "o", color=colors[point], label=label)
     right.axvline(0.0, color="0.4", linewidth=1)
     reach = max(1.0, *(abs(end) for row in comparisons for end in _ends(row, "images")))
     right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rsfast import plots
 from rsfast.seal import write_whole
-from rsfast.tables import as_csv, read_rows
+from rsfast.tables import as_csv, read_log, read_rows
 
 __all__ = ["RunLog"]
 
@@ -41,7 +41,7 @@ class RunLog:
         self._rows: list[dict[str, Any]] = [r for r in rows if int(r["epoch"]) <= epochs_done]
         kept = [
             text
-            for text, line in _read_lines(folder / "log.jsonl")
+            for text, line in read_log(folder / "log.jsonl")
             if _was_before(line, epochs_done, steps_done)
         ]
         write_whole(folder / "log.jsonl", ["".join(kept).encode()])
@@ -87,16 +87,3 @@ def _was_before(line: dict[str, Any], epochs_done: int, steps_done: int | None) 
 
 def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Whole lines only, as text and content: a killed run or machine may have left other things."""
-    found = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "event" in line:
-            found.append((f"{text}\n", line))
-    return found

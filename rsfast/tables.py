@@ -1,16 +1,17 @@
-"""CSV files as lists of rows."""
+"""CSV files and logs as lists of rows."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rsfast.seal import write_whole
 
-__all__ = ["as_csv", "read_columns", "read_rows", "write_rows"]
+__all__ = ["as_csv", "read_columns", "read_log", "read_rows", "write_rows"]
 
 _ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any path
 
@@ -26,6 +27,22 @@ def read_columns(file: Path) -> dict[str, list[str]]:
     with open(file, newline="", **_ENCODING) as lines:
         names, *rows = csv.reader(lines)
     return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def read_log(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a run's log.jsonl as text and content, none if it is not there.
+
+    Whole lines only: a killed run or machine may have left other things.
+    """
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "event" in line:
+            found.append((f"{text}\n", line))
+    return found
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:

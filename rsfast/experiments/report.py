@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -19,13 +20,13 @@ from rsfast.analyze import wrong_and_right
 from rsfast.config import shown
 from rsfast.experiments.compare import Difference, paired_difference, spread
 from rsfast.experiments.results import column_name, read_hits
-from rsfast.experiments.sets import INETS, Comparison, ExperimentSet, Method
+from rsfast.experiments.sets import Comparison, ExperimentSet, Method
 from rsfast.tables import read_rows, write_rows
 
 __all__ = ["reading", "write_report"]
 
 MEAN = "mean"  # over the resolutions
-PAPERS_LARGEST = "I-224"
+_PAPERS_LARGEST = "I-224"
 _PAPERS_RESOLUTIONS = (224, 192, 160, 128, 96)
 _SHOWN_SETTINGS = (
     *("arch", "epochs", "lr", "warmup_epochs", "weight_decay", "crop_area"),
@@ -54,7 +55,8 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
             difference = paired_difference(
                 [hits_of(ours, r) for r in part], [hits_of(theirs, r) for r in part]
             )
-            expected = _paper_difference(paper, pair, [list(ours.cells).index(r) for r in part])
+            levels = [list(ours.cells).index(r) for r in part]
+            expected = _paper_difference(paper, which, pair, levels)
             rows.append(
                 {
                     "ours": pair.ours,
@@ -114,17 +116,18 @@ Figures are of the last epoch; no network was chosen by its validation accuracy.
 def _paper(which: ExperimentSet, arch: str) -> Paper:
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
     rows: Paper = tomllib.loads(text).get(which.name, {}).get(arch, {})
-    largest = next(iter(which.methods[0].cells))
-    found = {f"I-{largest}" if name == PAPERS_LARGEST else name: row for name, row in rows.items()}
-    fits = all(len(found[m.name]) == len(m.cells) for m in which.methods if m.name in found)
-    return found if fits else {}  # it has five resolutions
+    return rows if len(which.methods[0].cells) == len(_PAPERS_RESOLUTIONS) else {}
 
 
-def _paper_difference(paper: Paper, pair: Comparison, levels: Sequence[int]) -> float | None:
-    if pair.ours not in paper or pair.theirs not in paper:
+def _paper_difference(
+    paper: Paper, which: ExperimentSet, pair: Comparison, levels: Sequence[int]
+) -> float | None:
+    largest = f"I-{next(iter(which.methods[0].cells))}"
+    names = (_PAPERS_LARGEST if name == largest else name for name in (pair.ours, pair.theirs))
+    ours, theirs = (paper.get(name) for name in names)
+    if ours is None or theirs is None:
         return None
-    parts = [paper[pair.ours][level] - paper[pair.theirs][level] for level in levels]
-    return round(statistics.mean(parts), 2)
+    return round(statistics.mean(ours[level] - theirs[level] for level in levels), 2)
 
 
 def reading(difference: Difference, paper: float | None) -> str:
@@ -178,7 +181,6 @@ def _paper_table(paper: Paper, arch: str) -> str:
     header = _line("method", *_PAPERS_RESOLUTIONS, MEAN)
     lines = [f"The paper's ({arch}, ImageNet):\n", header, _rule(len(_PAPERS_RESOLUTIONS) + 2)]
     for name, values in paper.items():
-        name = PAPERS_LARGEST if name.startswith("I-") and name != INETS else name
         lines.append(_line(name, *values, f"{statistics.mean(values):.1f}"))
     return "\n".join(lines) + "\n"
 
@@ -197,11 +199,11 @@ def _spread(values: Sequence[float]) -> str:
 def _difference_table(rows: Sequence[dict[str, Any]], all_resolutions: int) -> str:
     names = ("", "at", "difference", "over seeds", "p", "over images", "paper", "reading")
     lines = [_line(*names), _rule(len(names))]
+    levels = Counter(_pair(row) for row in rows if row["resolution"] != MEAN)
     for row in rows:
         alone = math.isnan(row["p"])
         bold = row["resolution"] == MEAN
-        others = [r for r in rows if _same_pair(r, row) and r["resolution"] != MEAN]
-        part = f" of {len(others)}" if bold and len(others) < all_resolutions else ""
+        part = f" of {levels[_pair(row)]}" if bold and levels[_pair(row)] < all_resolutions else ""
         cells = (
             f"{row['ours']} against {row['theirs']}",
             f"{row['resolution']}{part}",
@@ -216,8 +218,8 @@ def _difference_table(rows: Sequence[dict[str, Any]], all_resolutions: int) -> s
     return "\n".join(lines) + "\n"
 
 
-def _same_pair(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (row["ours"], row["theirs"]) == (other["ours"], other["theirs"])
+def _pair(row: dict[str, Any]) -> tuple[str, str]:
+    return row["ours"], row["theirs"]
 
 
 def _training_table(which: ExperimentSet) -> str:

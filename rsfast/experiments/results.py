@@ -7,9 +7,10 @@ of each run) and run.json (settings and environment).
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from rsfast.experiments.runs import run_folder_of, test_folder
 from rsfast.experiments.sets import Cell, ExperimentSet
-from rsfast.tables import read_columns, read_rows, write_rows
+from rsfast.tables import read_columns, read_log, read_rows, write_rows
 
 __all__ = ["collect", "column_name", "read_hits"]
 
@@ -27,7 +28,7 @@ _OF_A_MACHINE = {"data", "output", "resume", "workers", "log_every", "keep", "ch
 # What a run says when it starts that must be the same for all rows.
 _ALIKE = (
     *("total_batch", "world_size", "train_images", "val_images", "classes"),
-    *("train_set", "val_set", "kernels", "device"),
+    *("train_set", "val_set", "kernels", "device", "precision"),
 )
 _NOT_ENVIRONMENT = {"event", "step", "config", "config_hash", "steps_per_epoch"}
 
@@ -63,6 +64,7 @@ def collect(
     runs = [run_folder_of(output, t.name, seed) for t in which.trainings for seed in seeds]
     starts = [_start_of(run) for run in runs]
     _check_alike(runs, starts)
+    read_places, read_costs = functools.cache(read_columns), functools.cache(read_rows)
     columns: dict[str, list[Any]] = {}
     rows = []
     for method in which.methods:
@@ -70,13 +72,13 @@ def collect(
             for seed in seeds:
                 run = run_folder_of(output, cell.training.name, seed)
                 test = test_folder(run, cell.between)
-                images = read_columns(test / "per_image.csv")
+                images = read_places(test / "per_image.csv")
                 for name in ("image", "label"):
                     if columns.setdefault(name, images[name]) != images[name]:
                         raise ValueError(f"{test} is of other images than {runs[0]}")
                 places = images[str(resolution)]
                 columns[column_name(cell, seed, resolution)] = places
-                costs = {row["resolution"]: row for row in read_rows(test / "accuracy.csv")}
+                costs = {row["resolution"]: row for row in read_costs(test / "accuracy.csv")}
                 rows.append(
                     {
                         "method": method.name,
@@ -108,10 +110,10 @@ def collect(
 
 def _check_alike(runs: Sequence[Path], starts: Sequence[dict[str, Any]]) -> None:
     """Refuses rows that are not comparable."""
-    for run, start in zip(runs, starts, strict=True):
-        found = [*((name, start.get(name), starts[0].get(name)) for name in _ALIKE)]
-        precisions = (start["config"]["precision"], starts[0]["config"]["precision"])
-        for name, value, first in [*found, ("precision", *precisions)]:
+    facts = [start | {"precision": start["config"]["precision"]} for start in starts]
+    for run, own in zip(runs, facts, strict=True):
+        for name in _ALIKE:
+            value, first = own.get(name), facts[0].get(name)
             if value != first:
                 raise ValueError(
                     f"all runs of a set must be alike, but {run} has {name} = {value!r} and "
@@ -164,9 +166,8 @@ def _start_of(run: Path) -> dict[str, Any]:
     return next(line for line in _log(run) if line["event"] == "start")
 
 
-def _log(run: Path) -> Iterable[dict[str, Any]]:
-    with open(run / "log.jsonl") as file:
-        return [json.loads(line) for line in file]
+def _log(run: Path) -> list[dict[str, Any]]:
+    return [line for _, line in read_log(run / "log.jsonl")]
 
 
 def read_hits(folder: Path) -> dict[str, NDArray[np.bool_]]:

@@ -25,6 +25,7 @@ from rsfast.experiments.sets import Training
 from rsfast.interrupt import STOPPED
 from rsfast.resume import fixed_settings
 from rsfast.seal import write_whole
+from rsfast.tables import read_log
 
 __all__ = ["Job", "Jobs", "Outcome", "run_folder_of", "test_folder"]
 
@@ -121,8 +122,7 @@ class Job:
                 images.
         """
         self.is_trained()
-        log = self.folder / "log.jsonl"
-        lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+        lines = [line for _, line in read_log(self.folder / "log.jsonl")]
         for start in (line for line in lines if line["event"] == "start"):
             for name, images in data_set.items():
                 if start.get(name, images) != images:

@@ -180,6 +180,15 @@ def test_other_images_in_the_same_output_are_refused(
     assert "rs_net/seed0 was trained on other images than" in capsys.readouterr().err
 
 
+def test_half_a_line_in_a_log_does_not_stop_a_set(tmp_path: Path, calls: Path) -> None:
+    assert run(tmp_path / "out", "table2") == 0
+    report = (tmp_path / "out" / "table2" / "README.md").read_bytes()
+    with open(tmp_path / "out" / "runs" / "rs_net" / "seed0" / "log.jsonl", "a") as log:
+        log.write('{"event": "step", "st')  # the machine went down
+    assert run(tmp_path / "out", "table2") == 0
+    assert (tmp_path / "out" / "table2" / "README.md").read_bytes() == report
+
+
 def test_a_report_of_more_seeds_is_not_overwritten(
     tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,7 +126,7 @@ def _conv1x1(
 ) -> Iterator[Case]:
     rows, levels = "*" + dtype, {"level_rows": ("i32",) * NUM_LEVELS}
     affine = dict.fromkeys(["center_ptr", "scale_ptr", "shift_ptr"], "*fp32") if pending else {}
-    moments = dict.fromkeys(["mean_ptr", "offset_ptr", "slope_ptr"], "*fp32")
+    moments = dict.fromkeys(["mean_ptr", "dmean_ptr", "dvar_ptr"], "*fp32")
     moments = {"y_ptr": rows, **moments} if statistics else {}
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
     tile = conv.tiles(torch_dtype, num_in, num_out)
