@@ -4,8 +4,15 @@ This package knows tensors and row ranges only: nothing of networks, data or con
 """
 
 from rsfast.kernels._checks import BACKENDS, MAX_LEVELS, check_backend, choose_backend
+from rsfast.kernels.bn_act_max_pool import bn_act_max_pool, bn_act_max_pool_reference
 from rsfast.kernels.conv1x1 import Conv1x1Output, conv1x1, conv1x1_reference
 from rsfast.kernels.conv2d import conv2d, conv2d_reference
+from rsfast.kernels.deferred_bn import (
+    apply_bn_act,
+    batch_moments,
+    bn_affine,
+    with_moments_gradient,
+)
 from rsfast.kernels.distillation_loss import (
     DISTILL_MODES,
     distillation_loss,
@@ -22,6 +29,11 @@ __all__ = [
     "Conv1x1Output",
     "DISTILL_MODES",
     "MAX_LEVELS",
+    "apply_bn_act",
+    "batch_moments",
+    "bn_act_max_pool",
+    "bn_act_max_pool_reference",
+    "bn_affine",
     "check_backend",
     "choose_backend",
     "conv1x1",
@@ -38,4 +50,5 @@ __all__ = [
     "switchable_bn_act",
     "switchable_bn_act_reference",
     "teacher_weights",
+    "with_moments_gradient",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rsfast.kernels._bn_tiles import (
     FINALIZE_OPTIONS,
+    Chunks,
     activate,
     finalize_tile,
     find_chunk,
@@ -21,7 +22,7 @@ from rsfast.kernels._bn_tiles import (
 )
 from rsfast.kernels._launch import OPTIONS, on_device_of
 
-__all__ = ["backward"]
+__all__ = ["backward", "finalize_sums"]
 
 
 @triton.jit
@@ -271,28 +272,13 @@ def backward(
     num_channels = x.shape[1]
     chunks = share_out(level_rows, banks, num_channels)
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
-    sums = x.new_empty(2, len(level_rows), num_channels, dtype=torch.float32)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     sizes = {**chunks.sizes, "BATCH_STATISTICS": batch_statistics}
     streaming = {"ACTIVATION": activation, "HAS_MASK": mask is not None, **chunks.tile, **OPTIONS}
-    final = finalize_tile(num_channels)
     with on_device_of(x):
         _bn_bwd_reduce_kernel[chunks.grid](
             dy, x, mask, mean, var, weight, bias, partial, *chunks.levels, eps, **sizes, **streaming
         )
-        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(weight)](
-            partial,
-            var,
-            sums,
-            dweight,
-            dbias,
-            partial.stride(0),
-            *chunks.levels,
-            eps,
-            **sizes,
-            **final,
-            **FINALIZE_OPTIONS,
-        )
+        sums, dweight, dbias = finalize_sums(partial, var, weight, chunks, eps, batch_statistics)
         if join is not None:
             join(sums)
         _bn_bwd_apply_kernel[chunks.grid](
@@ -312,3 +298,37 @@ def backward(
             **streaming,
         )
     return dweight, dbias
+
+
+def finalize_sums(
+    partial: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    chunks: Chunks,
+    eps: float,
+    batch_statistics: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dbias and dweight of each level [2, L, C], and dweight and dbias [B, C]. One launch.
+
+    `partial` [2, chunks, C] has the sums of dz and of dz * (x - mean) of each chunk.
+    """
+    num_channels = partial.shape[2]
+    sums = partial.new_empty(2, chunks.sizes["L"], num_channels)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    final = finalize_tile(num_channels)
+    with on_device_of(partial):
+        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(weight)](
+            partial,
+            var,
+            sums,
+            dweight,
+            dbias,
+            partial.stride(0),
+            *chunks.levels,
+            eps,
+            **chunks.sizes,
+            BATCH_STATISTICS=batch_statistics,
+            **final,
+            **FINALIZE_OPTIONS,
+        )
+    return sums, dweight, dbias

@@ -29,13 +29,13 @@ def check_batch_norm(
             f"x must be contiguous floating point [M, C], got {x.dtype} of shape {tuple(x.shape)}, "
             f"strides {x.stride()}"
         )
-    num_banks = len(norm["weight"])
+    num_banks = len(next(iter(norm.values())))
     for name, tensor in norm.items():
         shape = (num_banks,) if name == "num_batches_tracked" else (num_banks, x.shape[1])
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} must be {list(shape)}: B sets as in weight, C channels as in x, "
-                f"got shape {tuple(tensor.shape)}"
+                f"{name} must be {list(shape)}: B sets as in {next(iter(norm))}, "
+                f"C channels as in x, got shape {tuple(tensor.shape)}"
             )
     if sum(level_rows) != x.shape[0]:
         raise ValueError(

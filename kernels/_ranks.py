@@ -61,7 +61,10 @@ def joint_batch_norm(
     var = share * _Sum.apply(torch.stack([rows.square().mean(0) for rows in centered]))
     level_rows = [len(rows) for rows in levels]
     joint = mean.detach(), var.detach()
-    move_running_statistics(running_mean, running_var, *joint, level_rows, banks, momentum)
+    everyone = dist.get_world_size()
+    move_running_statistics(
+        running_mean, running_var, *joint, level_rows, banks, momentum, everyone
+    )
     for bank in banks:
         num_batches_tracked[bank] += 1
     return [
@@ -78,10 +81,11 @@ def move_running_statistics(
     level_rows: Sequence[int],
     banks: Sequence[int],
     momentum: float,
+    num_ranks: int = 1,
 ) -> None:
-    """Towards joint statistics [L, C], level by level, with the unbiased variance."""
+    """Towards statistics [L, C] of so many ranks, level by level, with the unbiased variance."""
     for level, (rows, bank) in enumerate(zip(level_rows, banks, strict=True)):
-        total = rows * dist.get_world_size()
+        total = rows * num_ranks
         unbiased = var[level] * (total / max(total - 1, 1))
         running_mean[bank].lerp_(mean[level].to(running_mean.dtype), momentum)
         running_var[bank].lerp_(unbiased.to(running_var.dtype), momentum)

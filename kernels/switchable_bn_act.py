@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -136,7 +137,9 @@ def _stats(
     if not synced:
         return own
     mean, var = joint_moments(*own)
-    move_running_statistics(running_mean, running_var, mean, var, level_rows, banks, momentum)
+    everyone = dist.get_world_size()
+    running = running_mean, running_var
+    move_running_statistics(*running, mean, var, level_rows, banks, momentum, everyone)
     return mean, var
 
 
@@ -268,6 +271,32 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 _fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def apply_given_moments(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    activation: str | None,
+    eps: float,
+    *,
+    batch_statistics: bool = True,
+    synced: bool = False,
+) -> Tensor:
+    """The Triton kernels of :func:`switchable_bn_act` behind those of the statistics.
+
+    Mean and variance are those of the levels of x (or of the sets, without `batch_statistics`), and
+    gradients take them so.
+    """
+    save_mask = activation is not None and residual is not None and torch.is_grad_enabled()
+    tensors = x, residual, weight, bias, mean, var, level_rows, banks, activation
+    y, _ = _fwd(*tensors, batch_statistics, save_mask, eps, synced)
+    return y
+
+
 def switchable_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -341,23 +370,8 @@ def switchable_bn_act(
                 momentum,
                 synced,
             )
-        save_mask = activation is not None and residual is not None and torch.is_grad_enabled()
-        y, _ = _fwd(
-            x,
-            residual,
-            weight,
-            bias,
-            mean,
-            var,
-            level_rows,
-            banks,
-            activation,
-            training,
-            save_mask,
-            eps,
-            synced,
-        )
-        return y
+        given = x, residual, weight, bias, mean, var, level_rows, banks, activation
+        return apply_given_moments(*given, eps, batch_statistics=training, synced=synced)
     return switchable_bn_act_reference(
         x,
         weight,

@@ -1,0 +1,291 @@
+"""Triton kernels of :mod:`rsfast.kernels.bn_act_max_pool`, which holds the equations.
+
+Forward a program takes output pixels and reads the nine of each window, of which its neighbours
+find most in the cache. Backward it takes input pixels and gathers from the up to four windows that
+hold each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rsfast.kernels._bn_backward import finalize_sums
+from rsfast.kernels._bn_tiles import activate, find_chunk, load_affine, share_out
+from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
+
+__all__ = ["backward", "forward"]
+
+Maps = tuple[Sequence[int], Sequence[int], int, Sequence[int]]  # heights, widths, N, banks
+Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, var, weight, bias
+
+
+@triton.jit
+def _find_map(
+    level,
+    heights,  # L heights, as of level_arguments
+    widths,
+    num_images,
+    L: tl.constexpr,
+):
+    """(height, width, first row of the level's input, and of its output)."""
+    height = 1
+    width = 1
+    first_in = 0
+    first_out = 0
+    earlier_in = 0
+    earlier_out = 0
+    for candidate in tl.static_range(L):
+        h = (heights[candidate] >> 1) - 1
+        w = (widths[candidate] >> 1) - 1
+        height = tl.where(level == candidate, h, height)
+        width = tl.where(level == candidate, w, width)
+        first_in = tl.where(level == candidate, earlier_in, first_in)
+        first_out = tl.where(level == candidate, earlier_out, first_out)
+        earlier_in += num_images * h * w
+        earlier_out += num_images * ((h + 1) // 2) * ((w + 1) // 2)
+    return height, width, first_in.to(tl.int64), first_out.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["num_images"])
+def _bn_act_max_pool_fwd_kernel(
+    x_ptr,  # [M, C]
+    mean_ptr,  # [L, C] float32
+    var_ptr,  # like mean_ptr, biased
+    gamma_ptr,  # [B, C] float32
+    beta_ptr,  # [B, C] float32
+    y_ptr,  # [M', C] like x, fully overwritten
+    largest_ptr,  # [M', C] uint8, fully overwritten
+    level_rows,  # of the output
+    banks,
+    chunk_rows,
+    heights,  # of the input
+    widths,
+    num_images,
+    eps,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.program_id(1)
+    level, bank, level_first, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
+    height, width, first_in, _ = _find_map(level, heights, widths, num_images, L)
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    lanes = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (cols < C)[None, :]
+    mean, scale, beta, _ = load_affine(
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, level, bank, cols, eps, C
+    )
+    x_ptr += first_in * C
+    for start in range(0, count, BLOCK_M):
+        pixel = (first - level_first).to(tl.int32) + start + lanes
+        image = pixel // (out_height * out_width)
+        rest = pixel % (out_height * out_width)
+        top, left = 2 * (rest // out_width) - 1, 2 * (rest % out_width) - 1
+        mask = (start + lanes < count) & inside
+        best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+        largest = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
+        for place in tl.static_range(9):
+            row, col = top + place // 3, left + place % 3
+            exists = mask & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+            offset = ((image * height + row) * width + col).to(tl.int64) * C
+            x = tl.load(x_ptr + offset + cols[None, :], mask=exists, other=0.0).to(tl.float32)
+            z = (x - mean[None, :]) * scale[None, :] + beta[None, :]
+            if ACTIVATION is not None:
+                z, _ = activate(z, ACTIVATION)
+            # Compared as batch norm would store it, so that equals are equal.
+            z = z.to(y_ptr.dtype.element_ty).to(tl.float32)
+            better = exists & ((z > best) | (z != z))
+            best = tl.where(better, z, best)
+            largest = tl.where(better, place, largest)
+        offsets = (first + start + lanes) * C + cols[None, :]
+        tl.store(y_ptr + offsets, best.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(largest_ptr + offsets, largest.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _load_pooled_dy(
+    dy_ptr,  # [M', C] from the first row of the level's output on
+    largest_ptr,  # [M', C] uint8, likewise
+    pixel,  # [BLOCK_M, 1] of the input, in the level
+    mask,  # [BLOCK_M, BLOCK_C]
+    height,
+    width,
+    cols,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_C] gradient of z: from the windows that the pixel is the largest of."""
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    image, rest = pixel // (height * width), pixel % (height * width)
+    row, col = rest // width + 1, rest % width + 1  # from where the first windows begin
+    dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for up in tl.static_range(2):
+        for left in tl.static_range(2):
+            out_row, out_col = row // 2 - up, col // 2 - left
+            place_row, place_col = row - 2 * out_row, col - 2 * out_col
+            exists = mask & (out_row >= 0) & (out_row < out_height) & (place_row < 3)
+            exists = exists & (out_col >= 0) & (out_col < out_width) & (place_col < 3)
+            offset = ((image * out_height + out_row) * out_width + out_col).to(tl.int64) * C
+            offsets = offset + cols[None, :]
+            largest = tl.load(largest_ptr + offsets, mask=exists, other=9).to(tl.int32)
+            dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            dz += tl.where(largest == 3 * place_row + place_col, dy, 0.0)
+    return dz
+
+
+@triton.jit(do_not_specialize=["num_images"])
+def _bn_act_max_pool_bwd_kernel(
+    dy_ptr,  # [M', C]
+    largest_ptr,  # [M', C] uint8
+    x_ptr,  # [M, C]
+    mean_ptr,  # [L, C] float32
+    var_ptr,  # like mean_ptr, biased
+    gamma_ptr,  # [B, C] float32
+    beta_ptr,  # [B, C] float32
+    partial_ptr,  # [2, chunks, C] float32: sums of dz and dz * (x - mean); None to write dx
+    sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level; None to write sums
+    dx_ptr,  # [M, C] like x, or None; what is written is fully overwritten
+    level_rows,  # of the input
+    banks,
+    chunk_rows,
+    heights,  # of the input
+    widths,
+    num_images,
+    eps,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.program_id(1)
+    if WRITE_DX:  # from the last chunk on: the sums went over those last, they are still cached
+        chunk = tl.num_programs(1) - 1 - chunk
+    level, bank, level_first, total, first, count = find_chunk(
+        chunk, level_rows, banks, chunk_rows, L
+    )
+    height, width, _, first_out = _find_map(level, heights, widths, num_images, L)
+    lanes = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    mean, scale, beta, invstd = load_affine(
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, level, bank, cols, eps, C
+    )
+    if WRITE_DX:
+        mean_dz = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / total
+        slope = tl.load(sums_ptr + (L + level) * C + cols, mask=inside, other=0.0)
+        slope *= invstd / total
+    dy_ptr += first_out * C
+    largest_ptr += first_out * C
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dz_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_M):
+        mask = (start + lanes < count) & inside[None, :]
+        offsets = (first + start + lanes) * C + cols[None, :]
+        x_centered = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        pixel = (first - level_first).to(tl.int32) + start + lanes
+        dz = _load_pooled_dy(
+            dy_ptr, largest_ptr, pixel, mask, height, width, cols, C, BLOCK_M, BLOCK_C
+        )
+        if ACTIVATION is not None:
+            _, kept = activate(x_centered * scale[None, :] + beta[None, :], ACTIVATION)
+            dz = tl.where(kept, dz, 0.0)
+        if WRITE_DX:
+            dx = scale[None, :] * (dz - mean_dz[None, :] - x_centered * slope[None, :])
+            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        else:
+            sum_dz += dz
+            sum_dz_x += dz * x_centered
+    if not WRITE_DX:
+        partial_ptr += chunk.to(tl.int64) * C + cols
+        tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=inside)
+        partial_ptr += tl.num_programs(1).to(tl.int64) * C
+        tl.store(partial_ptr, tl.sum(sum_dz_x, 0), mask=inside)
+
+
+def forward(
+    x: Tensor,
+    moments: Moments,
+    y: Tensor,
+    largest: Tensor,
+    maps: Maps,
+    activation: str | None,
+    eps: float,
+) -> None:
+    """Fills `y` and `largest`. One launch."""
+    heights, widths, num_images, banks = maps
+    halves = [-(-h // 2) * -(-w // 2) for h, w in zip(heights, widths, strict=True)]
+    chunks = share_out([num_images * pixels for pixels in halves], banks, x.shape[1])
+    with on_device_of(x):
+        _bn_act_max_pool_fwd_kernel[chunks.grid](
+            x,
+            *moments,
+            y,
+            largest,
+            *chunks.levels,
+            *_map_arguments(maps),
+            eps,
+            **chunks.sizes,
+            ACTIVATION=activation,
+            **chunks.tile,
+            **OPTIONS,
+        )
+
+
+def backward(
+    dy: Tensor,
+    largest: Tensor,
+    x: Tensor,
+    moments: Moments,
+    maps: Maps,
+    activation: str | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias. Three launches."""
+    heights, widths, num_images, banks = maps
+    level_rows = [num_images * h * w for h, w in zip(heights, widths, strict=True)]
+    chunks = share_out(level_rows, banks, x.shape[1])
+    _, var, weight, _ = moments
+    dx = torch.empty_like(x)
+    partial = x.new_empty(2, chunks.count, x.shape[1], dtype=torch.float32)
+
+    def launch(partial: Tensor | None, sums: Tensor | None, dx: Tensor | None) -> None:
+        with on_device_of(x):
+            _bn_act_max_pool_bwd_kernel[chunks.grid](
+                dy,
+                largest,
+                x,
+                *moments,
+                partial,
+                sums,
+                dx,
+                *chunks.levels,
+                *_map_arguments(maps),
+                eps,
+                **chunks.sizes,
+                ACTIVATION=activation,
+                WRITE_DX=dx is not None,
+                **chunks.tile,
+                **OPTIONS,
+            )
+
+    launch(partial, None, None)
+    sums, dweight, dbias = finalize_sums(partial, var, weight, chunks, eps)
+    launch(None, sums, dx)
+    return dx, dweight, dbias
+
+
+def _map_arguments(maps: Maps) -> tuple[Any, ...]:
+    heights, widths, num_images, _ = maps
+    return level_arguments(heights), level_arguments(widths), num_images
