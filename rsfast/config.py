@@ -130,6 +130,9 @@ class TrainConfig:
     kernels: str = "auto"
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
     on a GPU"""
+    fold_bn: bool = False
+    """apply batch norm inside 1x1 convolutions and the stem's pooling, which are then Triton's; not
+    timed yet, and without effect on synced batch norm"""
     graph: bool = True
     """replay the whole step as one CUDA graph; without effect on a CPU"""
     deterministic: bool = False

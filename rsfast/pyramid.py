@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +41,8 @@ class Pyramid:
         num_images: N, the same for all levels.
         banks: which private batch-norm set each level uses; None lets the network derive it from
             the sizes.
+        moments: mean and biased variance [L, C] of each level's rows, differentiable, if what made
+            the rows has them at hand.
 
     Raises:
         ValueError: if the rows do not fit the sizes, or `banks` has another length than `sizes`.
@@ -51,6 +52,7 @@ class Pyramid:
     sizes: tuple[tuple[int, int], ...]
     num_images: int
     banks: tuple[int, ...] | None = None
+    moments: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.rows.dim() != 2:
@@ -135,11 +137,11 @@ class Pyramid:
 
     def with_rows(self, rows: Tensor) -> Pyramid:
         """The same levels with other channels: `rows` is [M, C']."""
-        return dataclasses.replace(self, rows=rows)
+        return Pyramid(rows, self.sizes, self.num_images, self.banks)
 
     def with_banks(self, banks: Sequence[int]) -> Pyramid:
         """The same pixels, normalised with other batch-norm sets."""
-        return dataclasses.replace(self, banks=tuple(banks))
+        return Pyramid(self.rows, self.sizes, self.num_images, tuple(banks))
 
     def to(self, *args, **kwargs) -> Pyramid:
         """`Tensor.to` on the rows: device, dtype, non_blocking."""

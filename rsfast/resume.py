@@ -61,6 +61,10 @@ _FREE_TO_CHANGE = {
 }
 # And those that may if it goes on from the start of an epoch.
 _FREE_AT_AN_EPOCH = {"loader", "batch_size", "steps_per_epoch"}
+# What runs did before there was a setting for it.
+_BEFORE_THE_SETTING = {"fold_bn": False}
+# What runs did before there was a setting for it.
+_BEFORE_THE_SETTING = {"fold_bn": False}
 
 
 @dataclass
@@ -210,7 +214,8 @@ def config_hash(cfg: TrainConfig) -> str:
 
 
 def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
-    before, now = content["config"], dataclasses.asdict(run.cfg)
+    before = {**_BEFORE_THE_SETTING, **content["config"]}
+    now = dataclasses.asdict(run.cfg)
     for name in fixed_settings(at_an_epoch=True):
         if before.get(name) != now[name]:
             raise ValueError(

@@ -142,7 +142,8 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
             loader.feed(dtype, _PADDED_CHANNELS, cfg.kernels)
     num_classes = len(loaders[0].class_names)
     model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
-    model.to(rank.device).sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
+    model.to(rank.device).fold_batch_norm(cfg.fold_bn)
+    model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
     model.input_mean, model.input_std = loaders[0].mean, loaders[0].std
     model.val_crop, model.class_names = cfg.val_crop, loaders[0].class_names
     loss = MultiResolutionDistillation(

@@ -19,7 +19,7 @@ from rsfast.engine import TrainStep
 from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
-from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d, global_avg_pool
+from rsfast.models.layers import Conv2d, MaxPool2d, SwitchableBatchNorm2d, global_avg_pool
 from rsfast.models.mobilenetv2 import InvertedResidual
 from rsfast.models.resnet import BasicBlock, Bottleneck
 from rsfast.optim import build_optimizer
@@ -33,7 +33,7 @@ def make_network(arch: str) -> RSNet:
     torch.manual_seed(0)
     model = create_model("resnet18" if arch == "one-of-each" else arch, RESOLUTIONS, 4)
     if arch == "one-of-each":
-        stem = [Conv2d(3, 16, 3, stride=2), SwitchableBatchNorm2d(16, 2, "relu6")]
+        stem = [Conv2d(3, 16, 3), SwitchableBatchNorm2d(16, 2, "relu"), MaxPool2d(3, 2, 1)]
         blocks = [Bottleneck(16, 8, 1, 2), InvertedResidual(32, 32, 1, 2, 2)]
         model.backbone = nn.Sequential(*stem, *blocks, BasicBlock(32, 32, 2, 2))
         model.classifier = nn.Linear(32, 4)
@@ -48,13 +48,13 @@ def make_batch(device: str, dtype: torch.dtype) -> Batch:
 
 
 def train(
-    model: RSNet, backend: str, device: str, dtype: torch.dtype
+    model: RSNet, backend: str, device: str, dtype: torch.dtype, *, folded: bool = False
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of a few steps, and the state of the network after them."""
-    model = copy.deepcopy(model).to(device, dtype).use_backend(backend).train()
+    model = copy.deepcopy(model).to(device, dtype).use_backend(backend).fold_batch_norm(folded)
     loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
     optimizer = build_optimizer(model, loss, lr=0.01)
-    step = TrainStep(model, loss, optimizer, precision="fp32", graph=False)
+    step = TrainStep(model.train(), loss, optimizer, precision="fp32", graph=False)
     losses = [step(make_batch(device, dtype)).total for _ in range(STEPS)]
     return losses, {**model.state_dict(), "alpha": loss.alpha.detach()}
 
@@ -69,11 +69,14 @@ def train(
     ],
     indirect=["device"],
 )
-def test_training_on_the_kernels_is_as_good_as_on_pytorch(arch: str, device: str) -> None:
+@pytest.mark.parametrize("folded", [False, True])
+def test_training_on_the_kernels_is_as_good_as_on_pytorch(
+    arch: str, device: str, folded: bool
+) -> None:
     model = make_network(arch)
     exact_losses, exact = train(model, "torch", "cpu", torch.float64)
     eager_losses, eager = train(model, "torch", device, torch.float32)
-    losses, state = train(model, "triton", device, torch.float32)
+    losses, state = train(model, "triton", device, torch.float32, folded=folded)
     eps = torch.finfo(torch.float32).eps
     for ours, theirs, want in zip(losses, eager_losses, exact_losses, strict=True):
         assert abs(ours.cpu() - want) <= 2 * abs(theirs.cpu() - want) + 4 * eps * want

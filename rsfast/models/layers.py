@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsfast import kernels
+from rsfast.models.deferred import DeferredPyramid, PendingNorm
 from rsfast.pyramid import Pyramid
 
 __all__ = [
@@ -33,6 +34,11 @@ class Conv2d(nn.Conv2d):
     level, from and into packed rows. The weight is kept in channels-last memory format and, under
     autocast, cast once. An input with more channels than the weight has (images padded with zeros)
     meets zeros there.
+
+    Attributes:
+        folded: whether a 1x1 convolution applies the batch norm that is pending on its input, and
+            hands the statistics of its output to the next one.
+        backend: what computes it then, "torch" or "triton".
     """
 
     def __init__(
@@ -53,12 +59,16 @@ class Conv2d(nn.Conv2d):
             bias=False,
         )
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        self.folded = False
+        self.backend = "torch"
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
         step = self.stride[0]
         if self.kernel_size == (1, 1) and self.groups == 1:
             if step > 1:
                 x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
+            if self.folded:
+                return self._fold(x)
             return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
         dtype = _autocast_dtype(x.rows)
         weight = self.weight.to(dtype)
@@ -67,6 +77,15 @@ class Conv2d(nn.Conv2d):
         rows = kernels.conv2d(x.rows.to(dtype), weight, x.sizes, x.num_images, step, self.groups)
         sizes = tuple((-(-height // step), -(-width // step)) for height, width in x.sizes)
         return Pyramid(rows, sizes, x.num_images, x.banks)
+
+    def _fold(self, x: Pyramid) -> Pyramid:
+        rows, affine = x.pending.as_affine() if isinstance(x, DeferredPyramid) else (x.rows, {})
+        dtype = _autocast_dtype(rows)
+        weight = self.weight.flatten(1).to(dtype)
+        options = {**affine, "statistics": self.training, "backend": self.backend}
+        y, *moments = kernels.conv1x1(rows.to(dtype), weight, x.level_rows, **options)
+        known = (moments[0], moments[1]) if self.training else None
+        return Pyramid(y, x.sizes, x.num_images, x.banks, known)
 
     def single(self) -> nn.Conv2d:
         """A plain convolution with a copy of the weight."""
@@ -95,6 +114,8 @@ class SwitchableBatchNorm2d(nn.Module):
             others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
         backend: what computes it, "torch" or "triton".
         synced: whether training statistics are those of all ranks.
+        deferred: whether a training batch norm without residual is left to what reads its output.
+            Not if it is synced.
     """
 
     running_mean: Tensor
@@ -113,6 +134,7 @@ class SwitchableBatchNorm2d(nn.Module):
         self.banks_in_use = tuple(range(num_banks))
         self.backend = "torch"
         self.synced = False
+        self.deferred = False
         self.weight = nn.Parameter(torch.ones(num_banks, num_features))
         self.bias = nn.Parameter(torch.zeros(num_banks, num_features))
         self.register_buffer("running_mean", torch.zeros(num_banks, num_features))
@@ -123,6 +145,11 @@ class SwitchableBatchNorm2d(nn.Module):
         banks = x.banks if x.banks is not None else tuple(range(x.num_levels))
         if self.training:
             self.banks_in_use = tuple(sorted(set(banks)))
+        if self.training and self.deferred and not self.synced:
+            pending = self._measure(x, banks)
+            if residual is None:
+                return DeferredPyramid(pending)
+            return x.with_rows(pending.apply(residual.rows))
         rows = kernels.switchable_bn_act(
             x.rows,
             self.weight,
@@ -141,6 +168,22 @@ class SwitchableBatchNorm2d(nn.Module):
             backend=self.backend,
         )
         return x.with_rows(rows)
+
+    def _measure(self, x: Pyramid, banks: tuple[int, ...]) -> PendingNorm:
+        """Statistics of x, tracked, and nothing else."""
+        mean, var = kernels.batch_moments(
+            x.rows,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            x.level_rows,
+            banks,
+            known=x.moments,
+            momentum=self.momentum,
+            backend=self.backend,
+        )
+        settings = banks, self.activation, self.eps, self.backend
+        return PendingNorm(x, mean, var, self.weight, self.bias, *settings)
 
     def single(self, mixture: Sequence[tuple[int, float]]) -> BatchNormAct2d:
         """Plain batch norm whose parameters and statistics are a weighted sum of sets.
@@ -183,9 +226,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """Max pooling of every level."""
+    """Max pooling of every level; one of 3x3 with stride 2 applies what is pending on its input."""
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
+        geometry = self.kernel_size, self.stride, self.padding
+        if isinstance(x, DeferredPyramid) and geometry == (3, 2, 1):
+            sizes = tuple((-(-height // 2), -(-width // 2)) for height, width in x.sizes)
+            return Pyramid(x.pending.max_pool(), sizes, x.num_images, x.banks)
         in_order = x.rows.is_cuda and torch.are_deterministic_algorithms_enabled()
         pool = self.in_order if in_order else super().forward
         return Pyramid.pack([pool(level) for level in x.levels()], x.banks)

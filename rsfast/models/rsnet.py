@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rsfast import kernels
 from rsfast.models import deploy
-from rsfast.models.layers import SwitchableBatchNorm2d, global_avg_pool
+from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d, global_avg_pool
 from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.resnet import DEPTHS, ResNet
 from rsfast.pyramid import Pyramid, check_resolutions
@@ -30,6 +30,7 @@ class RSNet(nn.Module):
         val_crop: how validation images were cut in training, "center" or "none".
         class_names: names of the classes if known.
         backend: what computes batch norm and pooling, "torch" or "triton".
+        folded: see :meth:`fold_batch_norm`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RSNet(nn.Module):
         self.val_crop = "center"
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
+        self.folded = False
         num_banks = len(self.resolutions) if bn == "private" else 1
         self.backbone = MobileNetV2(num_banks) if arch == "mobilenetv2" else ResNet(arch, num_banks)
         self.classifier = nn.Linear(self.backbone.out_channels, num_classes)
@@ -93,6 +95,24 @@ class RSNet(nn.Module):
         self.backend = kernels.check_backend(backend)
         for norm in self.batch_norms():
             norm.backend = self.backend
+        for conv in self.convolutions():
+            conv.backend = self.backend
+        return self
+
+    def fold_batch_norm(self, folded: bool = True) -> RSNet:
+        """Chooses who applies training batch norm, and returns the network.
+
+        Args:
+            folded: the 1x1 convolution or the stem's pooling that reads its output, where one
+                does, and 1x1 convolutions compute the statistics of what they write; fewer passes
+                over the pixels, in products that are Triton's, not the vendor library's. Synced
+                batch norm is not folded.
+        """
+        self.folded = folded
+        for norm in self.batch_norms():
+            norm.deferred = folded
+        for conv in self.convolutions():
+            conv.folded = folded
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:
@@ -123,6 +143,10 @@ class RSNet(nn.Module):
     def batch_norms(self) -> list[SwitchableBatchNorm2d]:
         """All batch-norm layers, in forward order of construction."""
         return [m for m in self.modules() if isinstance(m, SwitchableBatchNorm2d)]
+
+    def convolutions(self) -> list[Conv2d]:
+        """All convolutions, in forward order of construction."""
+        return [m for m in self.modules() if isinstance(m, Conv2d)]
 
     def settings(self) -> dict[str, Any]:
         """The arguments of :func:`create_model` that make this network."""
