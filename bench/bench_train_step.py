@@ -33,10 +33,12 @@ COMPILE_MODES = {
 }
 # In the names of design: authors_fp32 and authors_amp are a list of tensors through every layer,
 # eager; the next three are that compiled; separate_amp is five trainings of one resolution each.
+# rsfast_folded is rsfast_graph with batch norm inside 1x1 convolutions and the stem's pooling.
+_RIVALS = ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp"]
 IMPLEMENTATIONS = (
-    ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp", "rsfast_eager", "rsfast_graph"]
+    [*_RIVALS, "rsfast_eager", "rsfast_folded", "rsfast_graph"]
     if ON_GPU
-    else ["authors_fp32", "separate_amp", "rsfast_eager"]
+    else ["authors_fp32", "separate_amp", "rsfast_folded", "rsfast_eager"]
 )
 
 Step = Callable[[], Tensor]
@@ -70,7 +72,7 @@ def make_data(setting: Setting) -> _Data:
 def make_step(setting: Setting, impl: str) -> Step:
     """Trains on one batch and returns the loss, detached."""
     if impl.startswith("rsfast"):
-        return _rsfast(setting, graph=impl == "rsfast_graph")
+        return _rsfast(setting, graph=impl != "rsfast_eager", folded=impl == "rsfast_folded")
     if impl == "separate_amp":
         return _separate(setting)
     precision = "fp32" if impl == "authors_fp32" else setting.precision
@@ -133,24 +135,24 @@ def _separate(setting: Setting) -> Step:
     return step
 
 
-def rsfast_step(setting: Setting, *, graph: bool) -> TrainStep:
+def rsfast_step(setting: Setting, *, graph: bool, folded: bool = False) -> TrainStep:
     """rsfast's own, from the weights that the rivals start from."""
     backend = choose_backend("auto", DEVICE)
     net = official.from_state_dict(_network(setting).state_dict(), setting.resolutions)
-    net.to(DEVICE).use_backend(backend).train()
+    net.to(DEVICE).use_backend(backend).fold_batch_norm(folded).train()
     loss = MultiResolutionDistillation(len(setting.resolutions), backend=backend).to(DEVICE)
     optimizer = build_optimizer(net, loss, lr=1e-4)
     return TrainStep(net, loss, optimizer, precision=setting.precision, graph=graph)
 
 
-def _rsfast(setting: Setting, *, graph: bool) -> Step:
+def _rsfast(setting: Setting, *, graph: bool, folded: bool) -> Step:
     images, labels = make_data(setting)
     pyramid = Pyramid.pack(images)
     if ON_GPU:  # what the loader hands over
         rows = nn.functional.pad(pyramid.rows, (0, 1))
         pyramid = pyramid.with_rows(rows.to(PRECISIONS[setting.precision] or torch.float32))
     batch = Batch(pyramid, labels, labels)
-    step = rsfast_step(setting, graph=graph)
+    step = rsfast_step(setting, graph=graph, folded=folded)
     return lambda: step(batch).total
 
 

@@ -59,9 +59,9 @@ def test_the_step_race_writes_images_per_second(tmp_path: Path) -> None:
         assert row["unit"] == "images/s"
         assert row["n"] == 2
         assert row["value"] > 0
-    fastest = rows["train_step/resnet18/fp32/b2/rsfast_eager"]["value"]
+    ours = [row["value"] for name, row in rows.items() if "/rsfast_" in name]
     if not torch.cuda.is_available():
-        assert rows["loader/pil/cpu"]["demand_images_per_s"] == fastest
+        assert rows["loader/pil/cpu"]["demand_images_per_s"] == max(ours)
     assert {"end_to_end/resnet18/fp32/b2/synthetic", "card/floor_flops/resnet18"} <= set(rows)
     assert (tmp_path / "plots.png").read_bytes().startswith(b"\x89PNG")
     readme = (tmp_path / "README.md").read_text()
