@@ -9,7 +9,8 @@ over the whole run.
     signal   {"at", "step"}      SIGTERM at "start" (while loaders are made), before the "step",
                                  in the "validation", or while a "checkpoint" is written
     nan      {"step", "level"}   one image of one level is NaN
-    delay    {"step", "seconds"} sleeps before the step
+    delay    {"step", "seconds"} sleeps before the step; with "until_signal" no longer than until
+                                 a signal is there
     decode   {"step"}            the loader cannot decode an image of the step
     write    {"number"}          the disk is full at that write of a checkpoint, from 0
 
@@ -32,9 +33,11 @@ from typing import Any
 from rsfast import resume, seal, train
 from rsfast import run as running
 from rsfast.data import Batch, pil
+from rsfast.interrupt import Interrupt
 from rsfast.run import Run
 
 Fault = dict[str, Any]
+SIGNALS: list[int] = []  # that this process has got
 
 
 class FaultyStep:
@@ -59,7 +62,7 @@ class FaultyStep:
         if self._due("signal", step) and self._faults["signal"]["at"] == "step":
             os.kill(os.getpid(), signal.SIGTERM)
         if self._due("delay", step):
-            time.sleep(self._faults["delay"]["seconds"])
+            delay(**self._faults["delay"])
         if self._due("nan", step):
             batch.images.level(self._faults["nan"]["level"])[0] = float("nan")
         return self._step(batch)
@@ -67,6 +70,12 @@ class FaultyStep:
     def _due(self, kind: str, step: int) -> bool:
         fault = self._faults.get(kind)
         return fault is not None and fault.get("step") == step and is_here(fault)
+
+
+def delay(seconds: float, until_signal: bool = False, **_: Any) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not (until_signal and SIGNALS):
+        time.sleep(0.05)
 
 
 def kill_if_due(kills: Fault, step: int, rank: int) -> None:
@@ -139,6 +148,13 @@ def inject(faults: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return loaders(*arguments)
 
+    take = Interrupt._take
+
+    def noted(self: Interrupt, number: int, frame: Any) -> None:
+        SIGNALS.append(number)
+        take(self, number, frame)
+
+    Interrupt._take = noted  # type: ignore[method-assign]
     train.build = faulty_build
     running._loaders = faulty_loaders
     if signals_at("validation", faults):

@@ -172,7 +172,8 @@ def test_a_signal_to_torchrun_saves_the_run(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     log, output = tmp_path / "log.jsonl", tmp_path / "run"
-    faults = {"delay": {"step": 5, "seconds": 2}, "log": str(log)}
+    # torchrun passes a signal on when it comes to it.
+    faults = {"delay": {"step": 5, "seconds": 50, "until_signal": True}, "log": str(log)}
     launcher = "-m torch.distributed.run --standalone --nproc-per-node=2"
     launcher += " --signals-to-handle=SIGTERM,SIGUSR1"
     arguments = [FAULTS, json.dumps(faults), *flags(folder, output, batch=3)]
