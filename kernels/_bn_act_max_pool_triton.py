@@ -19,7 +19,11 @@ from rsfast.kernels._bn_backward import finalize_sums
 from rsfast.kernels._bn_tiles import activate, find_chunk, load_affine, share_out
 from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["TILE_ELEMENTS", "backward", "forward"]
+
+# One 16-byte load for each of 128 threads; with two, addresses take twice the registers, and some
+# shapes spill. Not timed on a GPU yet.
+TILE_ELEMENTS = 1024
 
 Maps = tuple[Sequence[int], Sequence[int], int, Sequence[int]]  # heights, widths, N, banks
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, var, weight, bias
@@ -100,7 +104,7 @@ def _bn_act_max_pool_fwd_kernel(
             x = tl.load(x_ptr + offset + cols[None, :], mask=exists, other=0.0).to(tl.float32)
             z = (x - mean[None, :]) * scale[None, :] + beta[None, :]
             if ACTIVATION is not None:
-                z, _ = activate(z, ACTIVATION)
+                z, _kept = activate(z, ACTIVATION)
             # Compared as batch norm would store it, so that equals are equal.
             z = z.to(y_ptr.dtype.element_ty).to(tl.float32)
             better = exists & ((z > best) | (z != z))
@@ -199,7 +203,7 @@ def _bn_act_max_pool_bwd_kernel(
             dy_ptr, largest_ptr, pixel, mask, height, width, cols, C, BLOCK_M, BLOCK_C
         )
         if ACTIVATION is not None:
-            _, kept = activate(x_centered * scale[None, :] + beta[None, :], ACTIVATION)
+            _z, kept = activate(x_centered * scale[None, :] + beta[None, :], ACTIVATION)
             dz = tl.where(kept, dz, 0.0)
         if WRITE_DX:
             dx = scale[None, :] * (dz - mean_dz[None, :] - x_centered * slope[None, :])
@@ -226,7 +230,8 @@ def forward(
     """Fills `y` and `largest`. One launch."""
     heights, widths, num_images, banks = maps
     halves = [-(-h // 2) * -(-w // 2) for h, w in zip(heights, widths, strict=True)]
-    chunks = share_out([num_images * pixels for pixels in halves], banks, x.shape[1])
+    level_rows = [num_images * pixels for pixels in halves]
+    chunks = share_out(level_rows, banks, x.shape[1], TILE_ELEMENTS)
     with on_device_of(x):
         _bn_act_max_pool_fwd_kernel[chunks.grid](
             x,
@@ -255,7 +260,7 @@ def backward(
     """dx, dweight and dbias. Three launches."""
     heights, widths, num_images, banks = maps
     level_rows = [num_images * h * w for h, w in zip(heights, widths, strict=True)]
-    chunks = share_out(level_rows, banks, x.shape[1])
+    chunks = share_out(level_rows, banks, x.shape[1], TILE_ELEMENTS)
     _, var, weight, _ = moments
     dx = torch.empty_like(x)
     partial = x.new_empty(2, chunks.count, x.shape[1], dtype=torch.float32)

@@ -54,12 +54,12 @@ class Chunks(NamedTuple):
     sizes: dict[str, int]  # L, C
 
 
-def tile(num_channels: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_C) for rows of C channels."""
+def tile(num_channels: int, elements: int = TILE_ELEMENTS) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_C) of so many elements, for rows of C channels."""
     padded = {width: triton.cdiv(num_channels, width) * width for width in _BLOCK_C}
     fitting = [width for width in _BLOCK_C if padded[width] <= _MAX_IDLE * num_channels]
     block_c = fitting[0] if fitting else min(_BLOCK_C, key=lambda width: (padded[width], -width))
-    return TILE_ELEMENTS // block_c, block_c
+    return elements // block_c, block_c
 
 
 def finalize_tile(num_channels: int) -> dict[str, int]:
@@ -71,9 +71,14 @@ def finalize_tile(num_channels: int) -> dict[str, int]:
     return {"BLOCK_K": block_k, "BLOCK_C": block_c}
 
 
-def share_out(level_rows: Sequence[int], banks: Sequence[int], num_channels: int) -> Chunks:
-    """About PROGRAMS programs, whole tiles each, no chunk across a level's end."""
-    block_m, block_c = tile(num_channels)
+def share_out(
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    num_channels: int,
+    elements: int = TILE_ELEMENTS,
+) -> Chunks:
+    """About PROGRAMS programs, whole tiles of so many elements, no chunk across a level's end."""
+    block_m, block_c = tile(num_channels, elements)
     groups = triton.cdiv(num_channels, block_c)
     wanted = max(PROGRAMS // groups - len(level_rows), 1)
     rows = triton.cdiv(triton.cdiv(sum(level_rows), wanted), block_m) * block_m

@@ -19,8 +19,8 @@ Statistics are those of y as stored, each tile's about its own mean. Bytes with 
 one read of x and one write of y forward; backward reads dy twice, x twice and, for gradients of the
 statistics, y twice, and writes dx once. Three launches more than plain matrix products, of [L, C].
 
-Nothing in rsfast uses it yet: whether it beats cuBLAS with batch norm in passes of its own has to
-be timed on a GPU first.
+Networks use it when their batch norm is folded (`RSNet.fold_batch_norm`), which they are not unless
+asked: whether it beats cuBLAS with batch norm in passes of its own has to be timed on a GPU first.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _fwd(
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and var; without `statistics` the last two have no rows."""
-    kernels = load_kernels("_conv1x1_triton")
+    kernels = load_kernels("_conv1x1_forward")
     affine = _affine(center, scale, shift)
     return kernels.forward(x, weight, affine, level_rows, activation, statistics)
 
@@ -126,7 +126,7 @@ def _bwd(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dcenter, dscale and dshift (no rows where nothing is pending)."""
-    kernels = load_kernels("_conv1x1_triton")
+    kernels = load_kernels("_conv1x1_backward")
     affine = _affine(center, scale, shift)
     statistics = None
     if y is not None and mean is not None and (dmean is not None or dvar is not None):
@@ -156,7 +156,7 @@ def _affine(center: Tensor | None, scale: Tensor | None, shift: Tensor | None) -
     """What is pending, as the kernels take it."""
     if center is None:
         return None
-    return load_kernels("_conv1x1_triton").Affine(center, scale, shift)
+    return load_kernels("_conv1x1_tiles").Affine(center, scale, shift)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -19,10 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rsfast.kernels import DISTILL_MODES
+from rsfast.kernels import _bn_act_max_pool_triton as max_pool
 from rsfast.kernels import _bn_backward as bn_backward
 from rsfast.kernels import _bn_forward as bn_forward
 from rsfast.kernels import _bn_tiles as bn_tiles
-from rsfast.kernels import _conv1x1_triton as conv
+from rsfast.kernels import _conv1x1_backward as conv_backward
+from rsfast.kernels import _conv1x1_forward as conv_forward
+from rsfast.kernels import _conv1x1_tiles as conv_tiles
+from rsfast.kernels import _deferred_bn_triton as deferred
 from rsfast.kernels import _distillation_loss_triton as loss
 from rsfast.kernels import _global_avg_pool_triton as pool
 from rsfast.kernels import _normalize_triton as pixels
@@ -129,34 +133,34 @@ def _conv1x1(
     moments = dict.fromkeys(["mean_ptr", "dmean_ptr", "dvar_ptr"], "*fp32")
     moments = {"y_ptr": rows, **moments} if statistics else {}
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-    tile = conv.tiles(torch_dtype, num_in, num_out)
-    inner = conv.dgrad_tiles(torch_dtype, num_in, num_out)
+    tile = conv_tiles.tiles(torch_dtype, num_in, num_out)
+    inner = conv_backward.dgrad_tiles(torch_dtype, num_in, num_out)
     constants = {"L": NUM_LEVELS, "C_IN": num_in, "C_OUT": num_out}
     constants |= {"ACTIVATION": activation, "HAS_AFFINE": pending}
     label = f"{num_in} to {num_out} {dtype} {activation} statistics={statistics}"
 
     def case(kernel: Any, types: dict[str, Any], more: dict[str, Any]) -> Case:
         types = {**types, **levels}
-        options = conv.GEMM_OPTIONS
+        options = conv_tiles.GEMM_OPTIONS
         return Case(f"{kernel.__name__} {label}", kernel, types, {**constants, **more}, options)
 
     partial = {"partial_ptr": "*fp32"}
     types = {"x_ptr": rows, "weight_ptr": rows, "y_ptr": rows, **affine}
     yield case(
-        conv._conv1x1_fwd_kernel,
+        conv_forward._conv1x1_fwd_kernel,
         types | (partial if statistics else {}),
         {"WRITE_STATISTICS": statistics, **tile},
     )
     backward = {"HAS_STATISTICS": statistics}
     types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments}
     types |= {"x_ptr": rows, **partial} if pending else {}
-    yield case(conv._conv1x1_dgrad_kernel, types, {**backward, **inner})
+    yield case(conv_backward._conv1x1_dgrad_kernel, types, {**backward, **inner})
     types = {"dy_ptr": rows, "x_ptr": rows, **affine, **moments, **partial}
     types["tiles_per_split"] = "i32"
     yield case(
-        conv._conv1x1_wgrad_kernel,
+        conv_backward._conv1x1_wgrad_kernel,
         types,
-        {**backward, **conv.wgrad_tiles(torch_dtype, num_in, num_out)},
+        {**backward, **conv_backward.wgrad_tiles(torch_dtype, num_in, num_out)},
     )
     if pending:
         final = bn_tiles.finalize_tile(num_out)
@@ -165,11 +169,72 @@ def _conv1x1(
             merge = {"L": NUM_LEVELS, "C": num_out, "CHUNK_ROWS": tile["BLOCK_M"], **final}
             yield Case(
                 f"_conv1x1_merge_kernel C={num_out} {dtype} moments={moments_only}",
-                conv._conv1x1_merge_kernel,
+                conv_tiles._conv1x1_merge_kernel,
                 {**types, "stride_partial": "i32", **levels},
                 {**merge, "MOMENTS": moments_only},
                 OPTIONS,
             )
+
+
+def deferred_bn() -> Iterator[Case]:
+    by_level = {"L": NUM_LEVELS, "BLOCK_C": deferred.BLOCK_C}
+    rows_and_sets = {"level_rows": ("i32",) * NUM_LEVELS, "banks": ("i32",) * NUM_LEVELS}
+    banks = {"banks": rows_and_sets["banks"], "eps": "fp32"}
+
+    def floats(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "*fp32")
+
+    moved = floats("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr")
+    moved |= {"num_batches_ptr": "*i64", **rows_and_sets, "momentum": "fp32"}
+    affine = floats("var_ptr", "gamma_ptr", "beta_ptr", "scale_ptr", "shift_ptr")
+    grads = floats("dscale_ptr", "dshift_ptr", "var_ptr", "gamma_ptr")
+    grads |= floats("dvar_ptr", "dgamma_ptr", "dbeta_ptr")
+    kernels = {
+        deferred._move_running_statistics_kernel: moved,
+        deferred._bn_affine_fwd_kernel: affine | banks,
+        deferred._bn_affine_bwd_kernel: grads | banks,
+    }
+    for channels, (kernel, types) in itertools.product((65, 2048), kernels.items()):
+        yield Case(
+            f"{kernel.__name__} C={channels}", kernel, types, {**by_level, "C": channels}, OPTIONS
+        )
+    for channels, dtype in ((64, "bf16"), (65, "fp16"), (2048, "bf16"), (96, "fp32")):
+        rows = dict.fromkeys(["grad_ptr", "x_ptr", "dx_ptr"], "*" + dtype)
+        block_m, block_c = bn_tiles.tile(channels)
+        yield Case(
+            f"_moments_bwd_kernel C={channels} {dtype}",
+            deferred._moments_bwd_kernel,
+            rows
+            | floats("mean_ptr", "dmean_ptr", "dvar_ptr")
+            | rows_and_sets
+            | {"chunk_rows": "i32"},
+            {"L": NUM_LEVELS, "C": channels, "BLOCK_M": block_m, "BLOCK_C": block_c},
+            OPTIONS,
+        )
+
+
+def bn_act_max_pool() -> Iterator[Case]:
+    names = ("level_rows", "banks", "heights", "widths")
+    levels = dict.fromkeys(names, ("i32",) * NUM_LEVELS) | {"chunk_rows": "i32", "eps": "fp32"}
+    affine = dict.fromkeys(["mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"], "*fp32")
+    shapes = [(64, "bf16", "relu"), (64, "fp16", "relu"), (64, "fp32", "relu")]
+    for channels, dtype, activation in (*shapes, (64, "bf16", None), (65, "bf16", "relu6")):
+        rows = "*" + dtype
+        block_m, block_c = bn_tiles.tile(channels, max_pool.TILE_ELEMENTS)
+        constants = {"L": NUM_LEVELS, "C": channels, "ACTIVATION": activation}
+        constants |= {"BLOCK_M": block_m, "BLOCK_C": block_c}
+        label = f"C={channels} {dtype} {activation}"
+        types = {"x_ptr": rows, "largest_ptr": "*u8", "num_images": "i32", **affine, **levels}
+        kernel = max_pool._bn_act_max_pool_fwd_kernel
+        yield Case(
+            f"{kernel.__name__} {label}", kernel, {**types, "y_ptr": rows}, constants, OPTIONS
+        )
+        kernel = max_pool._bn_act_max_pool_bwd_kernel
+        types |= {"dy_ptr": rows}
+        for more in ({"partial_ptr": "*fp32"}, {"sums_ptr": "*fp32", "dx_ptr": rows}):
+            writes = {"WRITE_DX": "dx_ptr" in more}
+            name = f"{kernel.__name__} {label} {writes}"
+            yield Case(name, kernel, {**types, **more}, {**constants, **writes}, OPTIONS)
 
 
 class Variant(NamedTuple):
@@ -258,7 +323,9 @@ def _switchable_bn_act(
 
 
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
+    "bn_act_max_pool": bn_act_max_pool,
     "conv1x1": conv1x1,
+    "deferred_bn": deferred_bn,
     "distillation_loss": distillation_loss,
     "global_avg_pool": global_avg_pool,
     "normalize": normalize,

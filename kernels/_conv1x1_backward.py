@@ -1,0 +1,286 @@
+"""Backward Triton kernels of :mod:`rsfast.kernels.conv1x1`, which holds the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rsfast.kernels._bn_tiles import activate, find_chunk
+from rsfast.kernels._conv1x1_tiles import (
+    Affine,
+    constants,
+    load_affine,
+    load_input,
+    merge,
+    row_tiles,
+    tiles,
+)
+from rsfast.kernels._launch import level_arguments, on_device_of
+
+__all__ = ["StatisticsGrad", "dgrad", "dgrad_tiles", "wgrad", "wgrad_tiles"]
+
+# Programs of the weight's gradient: two for each of 132 multiprocessors. A constant, so that sums
+# are split, and results rounded, alike on every GPU.
+PROGRAMS = 264
+
+
+class StatisticsGrad(NamedTuple):
+    """What gradients of mean and variance add to that of y: dmean / m + 2 dvar (y - mean) / m."""
+
+    y: Tensor  # [M, C_out]
+    mean: Tensor  # [L, C_out] float32
+    dmean: Tensor  # like mean
+    dvar: Tensor  # like mean
+
+
+def dgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
+    """Like :func:`tiles`; the inner dimension is that of the output."""
+    tile = tiles(dtype, num_out, num_in)
+    return {**tile, "BLOCK_N": tile["BLOCK_K"], "BLOCK_K": tile["BLOCK_N"]}
+
+
+def wgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
+    """Like :func:`tiles`; the inner dimension is that of the rows."""
+    if dtype == torch.float32:  # products of more spill
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
+    return {**tiles(dtype, num_in, num_out), "BLOCK_M": 64}
+
+
+@triton.jit
+def _load_output_gradient(
+    dy_ptr,  # [M, C_OUT]
+    y_ptr,  # [M, C_OUT] or None
+    mean_ptr,  # [L, C_OUT] float32 or None
+    dmean_ptr,  # like mean_ptr
+    dvar_ptr,  # like mean_ptr
+    offsets,  # [BLOCK_M, BLOCK_N]
+    mask,
+    level,
+    level_count,  # m, rows of the level; 0 where there is no tile
+    cols,  # [BLOCK_N] of the output
+    C_OUT: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+):
+    """The gradient of y with that of its statistics, in the type of dy; 0 where masked."""
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+    if HAS_STATISTICS:
+        inside = cols < C_OUT
+        mean = tl.load(mean_ptr + level * C_OUT + cols, mask=inside, other=0.0)
+        share = 1.0 / tl.maximum(level_count, 1)
+        offset = tl.load(dmean_ptr + level * C_OUT + cols, mask=inside, other=0.0) * share
+        slope = tl.load(dvar_ptr + level * C_OUT + cols, mask=inside, other=0.0) * (2.0 * share)
+        y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        total = dy.to(tl.float32) + (offset[None, :] + slope[None, :] * (y - mean[None, :]))
+        dy = tl.where(mask, total, 0.0).to(dy.dtype)
+    return dy
+
+
+@triton.jit
+def _conv1x1_dgrad_kernel(
+    dy_ptr,  # [M, C_OUT]
+    weight_ptr,  # [C_OUT, C_IN]
+    x_ptr,  # [M, C_IN] or None
+    center_ptr,  # [L, C_IN] float32 or None
+    scale_ptr,  # like center_ptr
+    shift_ptr,  # like center_ptr
+    y_ptr,  # [M, C_OUT] or None
+    mean_ptr,  # [L, C_OUT] float32 or None
+    dmean_ptr,  # like mean_ptr
+    dvar_ptr,  # like mean_ptr
+    dx_ptr,  # [M, C_IN], fully overwritten
+    partial_ptr,  # [2, row tiles, C_IN] float32 or None: sums for shift and scale, overwritten
+    level_rows,
+    L: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # output channels, the inner dimension
+    BLOCK_K: tl.constexpr,  # input channels
+):
+    chunk = tl.program_id(1)
+    level, _, _, level_count, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
+    lanes = tl.arange(0, BLOCK_M)
+    rows = (first + lanes)[:, None]
+    inside = (lanes < count)[:, None]
+    cols_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, C_OUT, BLOCK_N):
+        cols_n = start + tl.arange(0, BLOCK_N)
+        dy = _load_output_gradient(
+            dy_ptr,
+            y_ptr,
+            mean_ptr,
+            dmean_ptr,
+            dvar_ptr,
+            rows * C_OUT + cols_n[None, :],
+            inside & (cols_n < C_OUT)[None, :],
+            level,
+            level_count,
+            cols_n,
+            C_OUT,
+            HAS_STATISTICS,
+        )
+        weight = tl.load(
+            weight_ptr + cols_n[:, None] * C_IN + cols_k[None, :],
+            mask=(cols_n < C_OUT)[:, None] & (cols_k < C_IN)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(dy, weight, acc, input_precision="ieee")
+    offsets = rows * C_IN + cols_k[None, :]
+    mask = inside & (cols_k < C_IN)[None, :]
+    if HAS_AFFINE:
+        center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, level, cols_k, C_IN)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - center[None, :]
+        if ACTIVATION is not None:
+            _, kept = activate(x * scale[None, :] + shift[None, :], ACTIVATION)
+            acc = tl.where(kept, acc, 0.0)
+        acc = tl.where(mask, acc, 0.0)
+        partial_ptr += chunk.to(tl.int64) * C_IN + cols_k
+        tl.store(partial_ptr, tl.sum(acc, 0), mask=cols_k < C_IN)
+        partial_ptr += tl.num_programs(1).to(tl.int64) * C_IN
+        tl.store(partial_ptr, tl.sum(acc * x, 0), mask=cols_k < C_IN)
+        acc = acc * scale[None, :]
+    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _conv1x1_wgrad_kernel(
+    dy_ptr,  # [M, C_OUT]
+    x_ptr,  # [M, C_IN]
+    center_ptr,  # [L, C_IN] float32 or None
+    scale_ptr,  # like center_ptr
+    shift_ptr,  # like center_ptr
+    y_ptr,  # [M, C_OUT] or None
+    mean_ptr,  # [L, C_OUT] float32 or None
+    dmean_ptr,  # like mean_ptr
+    dvar_ptr,  # like mean_ptr
+    partial_ptr,  # [splits, C_OUT, C_IN] float32, fully overwritten
+    level_rows,
+    tiles_per_split,
+    L: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # rows, the inner dimension
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(2)
+    lanes = tl.arange(0, BLOCK_M)
+    cols_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for index in range(0, tiles_per_split):
+        # Behind the last tile there are no rows.
+        level, _, _, level_count, first, count = find_chunk(
+            split * tiles_per_split + index, level_rows, level_rows, BLOCK_M, L
+        )
+        rows = (first + lanes)[:, None]
+        inside = (lanes < count)[:, None]
+        dy = _load_output_gradient(
+            dy_ptr,
+            y_ptr,
+            mean_ptr,
+            dmean_ptr,
+            dvar_ptr,
+            rows * C_OUT + cols_n[None, :],
+            inside & (cols_n < C_OUT)[None, :],
+            level,
+            level_count,
+            cols_n,
+            C_OUT,
+            HAS_STATISTICS,
+        )
+        x = load_input(
+            x_ptr + rows * C_IN + cols_k[None, :],
+            inside & (cols_k < C_IN)[None, :],
+            center_ptr,
+            scale_ptr,
+            shift_ptr,
+            level,
+            cols_k,
+            C_IN,
+            ACTIVATION,
+            HAS_AFFINE,
+        )
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
+    offsets = cols_n[:, None] * C_IN + cols_k[None, :]
+    mask = (cols_n < C_OUT)[:, None] & (cols_k < C_IN)[None, :]
+    tl.store(partial_ptr + split.to(tl.int64) * (C_OUT * C_IN) + offsets, acc, mask=mask)
+
+
+def dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    affine: Affine | None,
+    statistics: StatisticsGrad | None,
+    level_rows: Sequence[int],
+    activation: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dshift and dscale [L, C_in]."""
+    num_out, num_in = weight.shape
+    tile = dgrad_tiles(x.dtype, num_in, num_out)
+    count = row_tiles(level_rows, tile["BLOCK_M"])
+    dx = torch.empty_like(x)
+    partial = x.new_empty(2, count, num_in, dtype=torch.float32) if affine else None
+    with on_device_of(x):
+        _conv1x1_dgrad_kernel[triton.cdiv(num_in, tile["BLOCK_K"]), count](
+            dy,
+            weight,
+            x if affine else None,
+            *(affine or (None,) * 3),
+            *(statistics or (None,) * 4),
+            dx,
+            partial,
+            level_arguments(level_rows),
+            **constants(weight, level_rows, affine, activation),
+            HAS_STATISTICS=statistics is not None,
+            **tile,
+        )
+    if partial is None:
+        return dx, None, None
+    return dx, *merge(partial, level_rows, tile["BLOCK_M"], moments=False)
+
+
+def wgrad(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    affine: Affine | None,
+    statistics: StatisticsGrad | None,
+    level_rows: Sequence[int],
+    activation: str | None,
+) -> Tensor:
+    """dweight in the type of the weight; partial sums in float32."""
+    num_out, num_in = weight.shape
+    tile = wgrad_tiles(x.dtype, num_in, num_out)
+    columns = triton.cdiv(num_in, tile["BLOCK_K"]), triton.cdiv(num_out, tile["BLOCK_N"])
+    count = row_tiles(level_rows, tile["BLOCK_M"])
+    per_split = triton.cdiv(count, max(1, PROGRAMS // (columns[0] * columns[1])))
+    splits = triton.cdiv(count, per_split)
+    partial = x.new_empty(splits, num_out, num_in, dtype=torch.float32)
+    with on_device_of(x):
+        _conv1x1_wgrad_kernel[(*columns, splits)](
+            dy,
+            x,
+            *(affine or (None,) * 3),
+            *(statistics or (None,) * 4),
+            partial,
+            level_arguments(level_rows),
+            per_split,
+            **constants(weight, level_rows, affine, activation),
+            HAS_STATISTICS=statistics is not None,
+            **tile,
+        )
+    return partial.sum(0).to(weight.dtype)

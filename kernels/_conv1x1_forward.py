@@ -1,0 +1,111 @@
+"""Forward Triton kernel of :mod:`rsfast.kernels.conv1x1`, which holds the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rsfast.kernels._bn_tiles import find_chunk
+from rsfast.kernels._conv1x1_tiles import Affine, constants, load_input, merge, row_tiles, tiles
+from rsfast.kernels._launch import level_arguments, on_device_of
+
+__all__ = ["forward"]
+
+
+@triton.jit
+def _conv1x1_fwd_kernel(
+    x_ptr,  # [M, C_IN]
+    weight_ptr,  # [C_OUT, C_IN]
+    center_ptr,  # [L, C_IN] float32 or None
+    scale_ptr,  # like center_ptr
+    shift_ptr,  # like center_ptr
+    y_ptr,  # [M, C_OUT], fully overwritten
+    partial_ptr,  # [3, row tiles, C_OUT] float32 or None: mean, m2, rest of mean; overwritten
+    level_rows,
+    L: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    WRITE_STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Neighbouring programs share rows of x, which are many; the weight stays in the L2 cache.
+    chunk = tl.program_id(1)
+    level, _, _, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
+    lanes = tl.arange(0, BLOCK_M)
+    rows = (first + lanes)[:, None]
+    inside = (lanes < count)[:, None]
+    cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, C_IN, BLOCK_K):
+        cols_k = start + tl.arange(0, BLOCK_K)
+        x = load_input(
+            x_ptr + rows * C_IN + cols_k[None, :],
+            inside & (cols_k < C_IN)[None, :],
+            center_ptr,
+            scale_ptr,
+            shift_ptr,
+            level,
+            cols_k,
+            C_IN,
+            ACTIVATION,
+            HAS_AFFINE,
+        )
+        weight = tl.load(
+            weight_ptr + cols_n[None, :] * C_IN + cols_k[:, None],
+            mask=(cols_n < C_OUT)[None, :] & (cols_k < C_IN)[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows * C_OUT + cols_n[None, :], y, mask=inside & (cols_n < C_OUT)[None, :])
+    if WRITE_STATISTICS:
+        # Of what is stored, as a batch norm that reads it would see; about the tile's own mean.
+        y = y.to(tl.float32)
+        mean = tl.sum(tl.where(inside, y, 0.0), 0) / count
+        deviation = tl.where(inside, y - mean[None, :], 0.0)
+        rest = tl.sum(deviation, 0) / count  # the digits that a large mean has no room for
+        deviation = tl.where(inside, deviation - rest[None, :], 0.0)
+        partial_ptr += chunk.to(tl.int64) * C_OUT + cols_n
+        stride = tl.num_programs(1).to(tl.int64) * C_OUT
+        tl.store(partial_ptr, mean, mask=cols_n < C_OUT)
+        tl.store(partial_ptr + stride, tl.sum(deviation * deviation, 0), mask=cols_n < C_OUT)
+        tl.store(partial_ptr + 2 * stride, rest, mask=cols_n < C_OUT)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    affine: Affine | None,
+    level_rows: Sequence[int],
+    activation: str | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and biased variance [L, C_out] of it (no rows without `statistics`)."""
+    num_out, num_in = weight.shape
+    tile = tiles(x.dtype, num_in, num_out)
+    count = row_tiles(level_rows, tile["BLOCK_M"])
+    y = x.new_empty(len(x), num_out)
+    partial = x.new_empty(3, count, num_out, dtype=torch.float32) if statistics else None
+    with on_device_of(x):
+        _conv1x1_fwd_kernel[triton.cdiv(num_out, tile["BLOCK_N"]), count](
+            x,
+            weight,
+            *(affine or (None,) * 3),
+            y,
+            partial,
+            level_arguments(level_rows),
+            **constants(weight, level_rows, affine, activation),
+            WRITE_STATISTICS=statistics,
+            **tile,
+        )
+    if partial is None:
+        return y, *(x.new_empty(0, num_out, dtype=torch.float32) for _ in range(2))
+    return y, *merge(partial, level_rows, tile["BLOCK_M"], moments=True)

@@ -1,0 +1,177 @@
+"""What the Triton kernels of :mod:`rsfast.kernels.conv1x1` have in common.
+
+A tile of rows never crosses a level's end, so that everything that differs between levels (what is
+pending on the input, the statistics of the output) is one vector per tile. Partial sums are added
+up in a fixed order by a launch of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rsfast.kernels._bn_tiles import activate, finalize_tile, merge_chunks
+from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
+
+__all__ = [
+    "Affine",
+    "constants",
+    "load_affine",
+    "load_input",
+    "merge",
+    "row_tiles",
+    "tiles",
+]
+
+# All registers: left alone, ptxas spills a few bytes in float32 to fit more programs.
+GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": 255}
+
+
+class Affine(NamedTuple):
+    """What is pending on the input, [L, C_in] float32 each."""
+
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
+    """BLOCK_M rows, BLOCK_N output and BLOCK_K input channels. Not timed on a GPU yet."""
+    # Odd channel counts are loaded number by number, and addressed so: half the rows fit.
+    is_odd = num_in % 8 > 0 or num_out % 8 > 0
+    if dtype == torch.float32:
+        block = 32 if is_odd else 64
+        return {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": 32}
+    if is_odd:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    return {"BLOCK_M": 128, "BLOCK_N": 64 if num_out <= 64 else 128, "BLOCK_K": 64}
+
+
+@triton.jit
+def load_input(
+    x_ptrs,
+    mask,  # [BLOCK_M, BLOCK_K]
+    center_ptr,  # [L, C_IN] float32 or None
+    scale_ptr,  # like center_ptr
+    shift_ptr,  # like center_ptr
+    level,
+    cols,  # [BLOCK_K] of the input
+    C_IN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+):
+    """The input with what is pending on it, in the type of x; 0 where masked."""
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    if HAS_AFFINE:
+        center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, level, cols, C_IN)
+        z = (x.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :]
+        if ACTIVATION is not None:
+            z, _ = activate(z, ACTIVATION)
+        x = tl.where(mask, z, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def load_affine(center_ptr, scale_ptr, shift_ptr, level, cols, C_IN: tl.constexpr):
+    offsets = level * C_IN + cols
+    inside = cols < C_IN
+    center = tl.load(center_ptr + offsets, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + offsets, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + offsets, mask=inside, other=0.0)
+    return center, scale, shift
+
+
+@triton.jit(do_not_specialize=["stride_partial"])
+def _conv1x1_merge_kernel(
+    partial_ptr,  # [2, row tiles, C] float32, or [3, ...] of moments
+    first_ptr,  # [L, C] float32: mean, or sum of the first; fully overwritten
+    second_ptr,  # [L, C] float32: biased variance, or sum of the second; fully overwritten
+    stride_partial,  # row tiles * C
+    level_rows,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    MOMENTS: tl.constexpr,  # else plain sums
+    CHUNK_ROWS: tl.constexpr,  # BLOCK_M of the launch before
+    BLOCK_K: tl.constexpr,  # row tiles
+    BLOCK_C: tl.constexpr,
+):
+    wanted = tl.program_id(1)
+    rows = 0
+    first_chunk = 0
+    earlier = 0
+    for level in tl.static_range(L):
+        count = (level_rows[level] >> 1) - 1
+        rows = tl.where(wanted == level, count, rows)
+        first_chunk = tl.where(wanted == level, earlier, first_chunk)
+        earlier += tl.cdiv(count, CHUNK_ROWS)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if MOMENTS:
+        first, second = merge_chunks(
+            partial_ptr,
+            stride_partial,
+            first_chunk,
+            rows,
+            CHUNK_ROWS,
+            cols,
+            C,
+            True,
+            BLOCK_K,
+            BLOCK_C,
+        )
+        second = second / rows
+    else:
+        lanes = tl.arange(0, BLOCK_K)[:, None]
+        chunks = tl.cdiv(rows, CHUNK_ROWS)
+        sums = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        other_sums = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        for start in range(0, chunks, BLOCK_K):
+            mask = (start + lanes < chunks) & (cols < C)[None, :]
+            ptrs = partial_ptr + (first_chunk + start + lanes).to(tl.int64) * C + cols[None, :]
+            sums += tl.load(ptrs, mask=mask, other=0.0)
+            other_sums += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
+        first, second = tl.sum(sums, 0), tl.sum(other_sums, 0)
+    tl.store(first_ptr + wanted * C + cols, first, mask=cols < C)
+    tl.store(second_ptr + wanted * C + cols, second, mask=cols < C)
+
+
+def merge(
+    partial: Tensor, level_rows: Sequence[int], chunk_rows: int, *, moments: bool
+) -> tuple[Tensor, Tensor]:
+    """Two [L, C] of two partial results by row tile: mean and variance, or two sums."""
+    num_channels = partial.shape[-1]
+    first, second = (partial.new_empty(len(level_rows), num_channels) for _ in range(2))
+    final = finalize_tile(num_channels)
+    with on_device_of(partial):
+        _conv1x1_merge_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(level_rows)](
+            partial,
+            first,
+            second,
+            partial.stride(0),
+            level_arguments(level_rows),
+            L=len(level_rows),
+            C=num_channels,
+            MOMENTS=moments,
+            CHUNK_ROWS=chunk_rows,
+            **final,
+            **OPTIONS,
+        )
+    return first, second
+
+
+def row_tiles(level_rows: Sequence[int], block_m: int) -> int:
+    return sum(triton.cdiv(rows, block_m) for rows in level_rows)
+
+
+def constants(
+    weight: Tensor, level_rows: Sequence[int], affine: Affine | None, activation: str | None
+) -> dict[str, Any]:
+    """What all three products are compiled for, besides their tiles."""
+    num_out, num_in = weight.shape
+    sizes = {"L": len(level_rows), "C_IN": num_in, "C_OUT": num_out}
+    pending = {"ACTIVATION": activation if affine else None, "HAS_AFFINE": affine is not None}
+    return {**sizes, **pending, **GEMM_OPTIONS}
