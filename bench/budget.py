@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3, help="in a round (3)")
     args = parser.parse_args(argv)
     setting = bench.Setting(args.arch, args.batch, args.precision, tuple(args.resolutions))
+    torch.backends.cudnn.benchmark = True  # as a run has it
     results = Results(args.output, "budget", DEVICE)
     floors = _floors(setting, results)
     losses: dict[str, float] = {}

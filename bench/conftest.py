@@ -21,6 +21,7 @@ def copy_bandwidth() -> float:
 
 
 def pytest_configure(config: Any) -> None:
+    torch.backends.cudnn.benchmark = True  # as a run has it
     if hasattr(config.option, "benchmark_timer"):
         config.option.benchmark_timer = "bench.timing.synchronized_clock"
 

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
+from bench import bench_bn_act_max_pool as max_pool
 from bench import bench_conv1x1 as pointwise
 from bench import bench_conv2d as conv
 from bench import bench_distillation_loss as loss
 from bench import bench_global_avg_pool as pool
 from bench import bench_normalize as pixels
+from bench import bench_stem as stem
 from bench import bench_switchable_bn_act as norm
 from bench import roofline
 from bench.installed import left_out
@@ -51,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     missing = left_out() if ON_GPU else f"rsfast, compiled (no GPU), {left_out()}"
     print(f"left out: {', '.join([missing, *args.without])}")
+    torch.backends.cudnn.benchmark = True  # as a run has it
     results = Results(args.output, "kernels", DEVICE)
     bench = Bench(args.rounds, results, args.without)
     bench.losses()
     bench.normalization()
+    if any(arch.startswith("resnet") for arch in args.archs):
+        bench.stem()
     for arch in args.archs:
         bench.pooling(arch)
         bench.layers(conv, "conv2d", conv_layers(arch, conv.RESOLUTIONS), arch)
@@ -103,6 +108,13 @@ class Bench:
                 moved = pixels.moved_bytes(dtype, channels)
                 self._add(f"normalize/C{channels}/{short_name(dtype)}/forward", times, moved)
 
+    def stem(self) -> None:
+        """The first convolution of a ResNet and what follows it: the same in all of them."""
+        for module, op in ((stem, "stem"), (max_pool, "bn_act_max_pool")):
+            for dtype in module.DTYPES:
+                for direction in module.PASSES:
+                    self._layer(module, op, module.STEM, dtype, direction)
+
     def pooling(self, arch: str) -> None:
         """Pooling of one network."""
         for dtype in pool.DTYPES:
@@ -140,7 +152,7 @@ class Bench:
                 self._add(f"{op}/{arch}/{short_name(dtype)}/{direction}", totals, in_all)
 
     def _layer(self, module: Any, op: str, layer: Any, dtype: torch.dtype, direction: str) -> Times:
-        key = (layer, dtype, direction)
+        key = (op, layer, dtype, direction)
         if key not in self._layers:
             runs = module.make_runs(layer, dtype, direction)
             self._layers[key] = self._time(runs, module.IMPLEMENTATIONS, as_packed)

@@ -54,7 +54,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[st
     for row in rows:
         kind, *middle, impl = row["name"].split("/")
         is_layer = kind == "kernel" and middle[0] in ("conv2d", "switchable_bn_act")
-        if kind == "card" or (is_layer and middle[1] not in ARCHITECTURES):
+        if kind in ("card", "conv") or (is_layer and middle[1] not in ARCHITECTURES):
             continue
         label = impl
         if kind == "train_step":  # float32 and 16 bits race each other

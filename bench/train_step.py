@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="in a round (5)")
     parser.add_argument("--loaders", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
+    torch.backends.cudnn.benchmark = True  # as a run has it
     results = Results(args.output, "train_step", DEVICE)
     copy, rate = roofline.measure_card(results)
     resolutions = tuple(args.resolutions)
