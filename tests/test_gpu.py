@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers import make_image_folder
 from kernel_helpers import host_must_not_wait
@@ -35,23 +37,53 @@ def make_batch(device: str, num_images: int = 8) -> Batch:
 
 
 def make_step(
-    arch: str, device: str, precision: str, *, graph: bool = False, backend: str | None = None
+    arch: str,
+    device: str,
+    precision: str,
+    *,
+    graph: bool = False,
+    backend: str | None = None,
+    folded: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[RSNet, TrainStep]:
     torch.manual_seed(0)
     backend = backend or choose_backend("auto", torch.device(device))
-    model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device)
-    loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device)
+    model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device, dtype)
+    model.fold_batch_norm(folded)
+    loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
     optimizer = build_optimizer(model, loss, lr=0.003)
     return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
 
+@pytest.mark.parametrize("folded", [False, True], ids=["whole", "folded"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.03)])
-def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float) -> None:
-    _, gpu_step = make_step(arch, "cuda", precision)
+def test_first_loss_is_that_of_the_cpu(
+    arch: str, precision: str, bound: float, folded: bool
+) -> None:
+    _, gpu_step = make_step(arch, "cuda", precision, folded=folded)
     _, cpu_step = make_step(arch, "cpu", "fp32")
     exact = float(cpu_step(make_batch("cpu")).total)
     assert float(gpu_step(make_batch("cuda")).total) == pytest.approx(exact, rel=bound)
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["whole", "folded"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("arch", ["resnet50", "mobilenetv2"])
+def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorch(
+    arch: str, precision: str, folded: bool
+) -> None:
+    def losses(precision: str, batch: Batch, **settings: Any) -> Tensor:
+        _, step = make_step(arch, "cuda", precision, **settings)
+        return torch.stack([step(batch).total for _ in range(50)]).double()
+
+    batch = make_batch("cuda")
+    wide = Batch(batch.images.to(torch.float64), batch.labels, batch.indices)
+    exact = losses("fp32", wide, backend="torch", dtype=torch.float64)
+    eager = losses(precision, batch, backend="torch")
+    ours = losses(precision, batch, folded=folded, graph=True)
+    # Means, because errors of single steps are luck.
+    assert (ours - exact).abs().mean() <= 2 * (eager - exact).abs().mean()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -62,10 +94,14 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "folded resnet50"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_nothing_waits_for_the_device_between_log_lines(precision: str, graph: bool) -> None:
-    _, step = make_step("resnet18", "cuda", precision, graph=graph)
+def test_nothing_waits_for_the_device_between_log_lines(
+    precision: str, graph: bool, arch: str
+) -> None:
+    folded, name = arch.startswith("folded"), arch.split()[-1]
+    _, step = make_step(name, "cuda", precision, graph=graph, folded=folded)
     batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
     with host_must_not_wait():
@@ -74,7 +110,7 @@ def test_nothing_waits_for_the_device_between_log_lines(precision: str, graph: b
             meter.add(step(batch))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "folded"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
     precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +121,9 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         runs = []
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
-            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
+            folded = {"backend": "triton", "folded": True}
+            choice = folded if backend == "folded" else {"backend": backend}
+            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, **choice)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))
