@@ -1,16 +1,91 @@
-"""The packages of rsfast: `kernels/` is installed as `rsfast.kernels`."""
+"""The packages of rsfast, and its optional extension `rsfast._C` from csrc/.
+
+`kernels/` is installed as `rsfast.kernels`. RSFAST_BUILD_CUDA=1 builds the extension or says what
+is missing, 0 leaves it out; without it, it is built where that can be. The build sees PyTorch only
+with `pip install --no-build-isolation`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from typing import Any
 
 from setuptools import setup
 
-setup(
-    packages=[
-        "rsfast",
-        "rsfast.data",
-        "rsfast.experiments",
-        "rsfast.kernels",
-        "rsfast.models",
-        "rsfast.recipes",
-    ],
-    package_dir={"rsfast": "rsfast", "rsfast.kernels": "kernels"},
-    package_data={"rsfast.experiments": ["*.toml"], "rsfast.recipes": ["*.toml"]},
-)
+VARIABLE = "RSFAST_BUILD_CUDA"
+SOURCES = ["csrc/ops.cpp", "csrc/switchable_bn_act.cu"]
+OLDEST_TORCH = (2, 11)  # whose stable ABI the extension is written for
+# Ampere and Hopper; newer ones compile the PTX of the latter.
+ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
+
+
+def missing() -> str | None:
+    """What this environment lacks to build the extension; None if nothing."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else "nvcc"
+    if not shutil.which(nvcc):
+        return "the CUDA compiler nvcc, in PATH or in the folder bin of CUDA_HOME"
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch, which a build sees with pip install --no-build-isolation"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"a PyTorch with CUDA, torch {torch.__version__} is without"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"PyTorch {oldest} or newer, found {torch.__version__}"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    if f"release {torch.version.cuda.split('.')[0]}." not in version:
+        return f"the compiler nvcc of CUDA {torch.version.cuda}, as PyTorch has, found {version!r}"
+    return None
+
+
+def build_options() -> dict[str, Any]:
+    """Arguments of `setup` for the extension, or none of them.
+
+    Raises:
+        SystemExit: if the extension is asked for and cannot be built.
+    """
+    choice = os.environ.get(VARIABLE, "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"{VARIABLE} must be 0, 1 or not set, got {choice!r}")
+    lacking = None if choice == "0" else missing()
+    if choice == "1" and lacking:
+        raise SystemExit(f"{VARIABLE}=1 needs {lacking}")
+    if choice == "0" or lacking:
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    target = OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48
+    flags = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={target:#x}"]
+    nvcc_flags = [f"-gencode={architecture}" for architecture in ARCHITECTURES]
+    extension = CUDAExtension(
+        "rsfast._C",
+        SOURCES,
+        extra_compile_args={"cxx": flags, "nvcc": flags + nvcc_flags},
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "rsfast",
+            "rsfast.data",
+            "rsfast.experiments",
+            "rsfast.kernels",
+            "rsfast.models",
+            "rsfast.recipes",
+        ],
+        package_dir={"rsfast": "rsfast", "rsfast.kernels": "kernels"},
+        package_data={"rsfast.experiments": ["*.toml"], "rsfast.recipes": ["*.toml"]},
+        **build_options(),
+    )

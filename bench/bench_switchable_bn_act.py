@@ -32,7 +32,8 @@ from rsfast import Pyramid
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
 IMPLEMENTATIONS = ["eager", "compiled", "rsfast"] if ON_GPU else ["eager", "reference"]
-IMPLEMENTATIONS += sorted(INSTALLED & {"apex_groupbn", "cudnn_graph"}) if ON_GPU else []
+_OPTIONAL = {"apex_groupbn", "cudnn_graph", "rsfast_cuda"}  # the last: one launch each way
+IMPLEMENTATIONS += sorted(INSTALLED & _OPTIONAL) if ON_GPU else []
 CASES = sorted({n for arch in ARCHITECTURES for n in batch_norm_layers(arch, RESOLUTIONS)}, key=str)
 
 
@@ -136,6 +137,8 @@ def make_runs(
         compiled = torch.compile(eager, dynamic=False, fullgraph=True)
         runs["compiled"] = lambda: run_levels(compiled, *arguments)
         runs["rsfast"] = lambda: run_packed(switchable_bn_act, backend="triton")
+        if "rsfast_cuda" in INSTALLED:
+            runs["rsfast_cuda"] = lambda: run_packed(switchable_bn_act, backend="cuda")
         apex = (
             apex_batch_norm(*arguments[:4], layer.activation)
             if "apex_groupbn" in INSTALLED

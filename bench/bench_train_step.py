@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.installed import INSTALLED
 from bench.rivals import AuthorsNet, authors_loss
 from bench.shapes import RESOLUTIONS
 from bench.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.data import Batch
 from rsfast.engine import PRECISIONS, TrainStep
-from rsfast.kernels import choose_backend
+from rsfast.kernels import choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.optim import build_optimizer
@@ -33,12 +34,14 @@ COMPILE_MODES = {
 }
 # In the names of design: authors_fp32 and authors_amp are a list of tensors through every layer,
 # eager; the next three are that compiled; separate_amp is five trainings of one resolution each.
-# rsfast_folded is rsfast_graph with batch norm inside 1x1 convolutions and the stem's pooling.
+# rsfast_folded_* is rsfast_graph with batch norm inside convolutions and the stem's pooling,
+# rsfast_cuda is rsfast_graph with batch norm in CUDA C++.
 _RIVALS = ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp"]
+_VARIANTS = ["rsfast_folded_1x1", "rsfast_folded_all", *sorted(INSTALLED & {"rsfast_cuda"})]
 IMPLEMENTATIONS = (
-    [*_RIVALS, "rsfast_eager", "rsfast_folded", "rsfast_graph"]
+    [*_RIVALS, "rsfast_eager", *_VARIANTS, "rsfast_graph"]
     if ON_GPU
-    else ["authors_fp32", "separate_amp", "rsfast_folded", "rsfast_eager"]
+    else ["authors_fp32", "separate_amp", "rsfast_folded_all", "rsfast_eager"]
 )
 
 Step = Callable[[], Tensor]
@@ -72,7 +75,9 @@ def make_data(setting: Setting) -> _Data:
 def make_step(setting: Setting, impl: str) -> Step:
     """Trains on one batch and returns the loss, detached."""
     if impl.startswith("rsfast"):
-        return _rsfast(setting, graph=impl != "rsfast_eager", folded=impl == "rsfast_folded")
+        into = impl.removeprefix("rsfast_folded_") if "folded" in impl else "none"
+        backend = "cuda" if impl == "rsfast_cuda" else choose_backend("auto", DEVICE)
+        return _rsfast(setting, graph=impl != "rsfast_eager", into=into, backend=backend)
     if impl == "separate_amp":
         return _separate(setting)
     precision = "fp32" if impl == "authors_fp32" else setting.precision
@@ -135,24 +140,27 @@ def _separate(setting: Setting) -> Step:
     return step
 
 
-def rsfast_step(setting: Setting, *, graph: bool, folded: bool = False) -> TrainStep:
+def rsfast_step(
+    setting: Setting, *, graph: bool, into: str = "none", backend: str | None = None
+) -> TrainStep:
     """rsfast's own, from the weights that the rivals start from."""
-    backend = choose_backend("auto", DEVICE)
+    backend = backend or choose_backend("auto", DEVICE)
     net = official.from_state_dict(_network(setting).state_dict(), setting.resolutions)
-    net.to(DEVICE).use_backend(backend).fold_batch_norm(folded).train()
-    loss = MultiResolutionDistillation(len(setting.resolutions), backend=backend).to(DEVICE)
+    net.to(DEVICE).use_backend(backend).fold_batch_norm(into).train()
+    plain = without_extension(backend)
+    loss = MultiResolutionDistillation(len(setting.resolutions), backend=plain).to(DEVICE)
     optimizer = build_optimizer(net, loss, lr=1e-4)
     return TrainStep(net, loss, optimizer, precision=setting.precision, graph=graph)
 
 
-def _rsfast(setting: Setting, *, graph: bool, folded: bool) -> Step:
+def _rsfast(setting: Setting, *, graph: bool, into: str, backend: str) -> Step:
     images, labels = make_data(setting)
     pyramid = Pyramid.pack(images)
     if ON_GPU:  # what the loader hands over
         rows = nn.functional.pad(pyramid.rows, (0, 1))
         pyramid = pyramid.with_rows(rows.to(PRECISIONS[setting.precision] or torch.float32))
     batch = Batch(pyramid, labels, labels)
-    step = rsfast_step(setting, graph=graph, folded=folded)
+    step = rsfast_step(setting, graph=graph, into=into, backend=backend)
     return lambda: step(batch).total
 
 

@@ -36,8 +36,8 @@ from rsfast.engine import PRECISIONS
 __all__ = ["GROUPS", "RULES", "Event", "group_of", "main", "read", "shares", "spend"]
 
 GROUPS = (
-    *("conv1x1", "conv_kxk", "batch_norm", "pool", "loss", "optimizer", "all_reduce", "copies"),
-    *("other", "idle"),
+    *("conv1x1", "conv_kxk", "conv_folded", "batch_norm", "pool", "loss", "optimizer"),
+    *("all_reduce", "copies", "other", "idle"),
 )
 
 # The first that is found in the names of the operations, "innermost < caller < ...", decides; if
@@ -48,7 +48,9 @@ RULES = (
     ("all_reduce", r"nccl|c10d::"),
     ("optimizer", r"Optimizer\.|_fused_sgd|FusedSgd|_foreach_|multi_tensor"),
     ("loss", r"(?i)distillation_loss|soft_?max|nll_?loss|cross_entropy|kl_div|xlogy"),
-    ("conv1x1", r"rsfast::conv1x1|_conv1x1_|aten::(convolution\w*|add_?) 1x1"),
+    # Of all sizes, with the batch norm in them.
+    ("conv_folded", r"folded_conv2d"),
+    ("conv1x1", r"aten::(convolution\w*|add_?) 1x1"),
     ("conv_kxk", r"rsfast::conv2d|aten::(convolution\w*|add_?) kxk"),
     # cuDNN's and CUTLASS's kernels, whose names may end in relu. In a graph of authors_* they are
     # those of 1x1 convolutions too; rsfast multiplies matrices there.

@@ -1,6 +1,6 @@
-"""Rivals from packages that are used when they are there: NVIDIA Apex and cudnn-frontend.
+"""What is timed when it is there: NVIDIA Apex, cudnn-frontend, and rsfast's own extension.
 
-Neither can be required: Apex has to be built from source (what PyPI calls apex is unrelated), and
+None can be required: Apex has to be built from source (what PyPI calls apex is unrelated), and
 both need a GPU. Their results are checked before they are timed, like everybody's.
 """
 
@@ -15,12 +15,17 @@ from torch import Tensor
 __all__ = ["INSTALLED", "apex_batch_norm", "apex_cross_entropy", "cudnn_batch_norm", "left_out"]
 
 # What each rival is found by.
-_MODULES = {"apex_groupbn": "bnp", "apex_xentropy": "xentropy_cuda", "cudnn_graph": "cudnn"}
+_MODULES = {
+    "apex_groupbn": "bnp",
+    "apex_xentropy": "xentropy_cuda",
+    "cudnn_graph": "cudnn",
+    "rsfast_cuda": "rsfast._C",
+}
 INSTALLED = {name for name, module in _MODULES.items() if importlib.util.find_spec(module)}
 
 
 def left_out() -> str:
-    """Names of the rivals that are not installed."""
+    """Names of what is not installed."""
     return ", ".join(sorted(set(_MODULES) - INSTALLED)) or "none"
 
 

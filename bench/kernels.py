@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from bench import bench_bn_act_max_pool as max_pool
-from bench import bench_conv1x1 as pointwise
 from bench import bench_conv2d as conv
 from bench import bench_distillation_loss as loss
+from bench import bench_folded_conv2d as folded
 from bench import bench_global_avg_pool as pool
 from bench import bench_normalize as pixels
 from bench import bench_stem as stem
@@ -33,7 +33,6 @@ from bench.shapes import (
     ARCHITECTURES,
     batch_norm_layers,
     conv_layers,
-    pointwise_layers,
     short_name,
 )
 from bench.timing import DEVICE, ON_GPU, time_interleaved
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arch in args.archs:
         bench.pooling(arch)
         bench.layers(conv, "conv2d", conv_layers(arch, conv.RESOLUTIONS), arch)
-        bench.layers(pointwise, "conv1x1", pointwise_layers(arch, pointwise.RESOLUTIONS), arch)
+        bench.layers(folded, "folded_conv2d", folded.folded_layers(arch), arch)
         bench.layers(norm, "switchable_bn_act", batch_norm_layers(arch, norm.RESOLUTIONS), arch)
     results.finish(
         ["bench.kernels", *(sys.argv[1:] if argv is None else argv)],
@@ -168,7 +167,7 @@ class Bench:
         pack: Callable[[Any], Any],
     ) -> Times:
         chosen = [name for name in names if name in runs and name not in self._without]
-        check_alike(runs, [name for name in chosen if name not in pointwise.UNCHECKED], pack)
+        check_alike(runs, [name for name in chosen if name not in folded.UNCHECKED], pack)
         return time_interleaved({n: runs[n] for n in chosen}, DEVICE, rounds=self._rounds)
 
     def _add(self, group: str, times: Times, moved_bytes: int) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast.kernels._bn_backward import finalize_sums
-from rsfast.kernels._bn_tiles import activate, find_chunk, load_affine, share_out
+from rsfast.kernels._bn_tiles import activate, find_chunk, find_map, load_affine, share_out
 from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
 __all__ = ["TILE_ELEMENTS", "backward", "forward"]
@@ -27,33 +27,6 @@ TILE_ELEMENTS = 1024
 
 Maps = tuple[Sequence[int], Sequence[int], int, Sequence[int]]  # heights, widths, N, banks
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, var, weight, bias
-
-
-@triton.jit
-def _find_map(
-    level,
-    heights,  # L heights, as of level_arguments
-    widths,
-    num_images,
-    L: tl.constexpr,
-):
-    """(height, width, first row of the level's input, and of its output)."""
-    height = 1
-    width = 1
-    first_in = 0
-    first_out = 0
-    earlier_in = 0
-    earlier_out = 0
-    for candidate in tl.static_range(L):
-        h = (heights[candidate] >> 1) - 1
-        w = (widths[candidate] >> 1) - 1
-        height = tl.where(level == candidate, h, height)
-        width = tl.where(level == candidate, w, width)
-        first_in = tl.where(level == candidate, earlier_in, first_in)
-        first_out = tl.where(level == candidate, earlier_out, first_out)
-        earlier_in += num_images * h * w
-        earlier_out += num_images * ((h + 1) // 2) * ((w + 1) // 2)
-    return height, width, first_in.to(tl.int64), first_out.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["num_images"])
@@ -80,7 +53,7 @@ def _bn_act_max_pool_fwd_kernel(
 ):
     chunk = tl.program_id(1)
     level, bank, level_first, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
-    height, width, first_in, _ = _find_map(level, heights, widths, num_images, L)
+    height, width, first_in, _ = find_map(level, heights, widths, num_images, L, 2)
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -179,7 +152,7 @@ def _bn_act_max_pool_bwd_kernel(
     level, bank, level_first, total, first, count = find_chunk(
         chunk, level_rows, banks, chunk_rows, L
     )
-    height, width, _, first_out = _find_map(level, heights, widths, num_images, L)
+    height, width, _, first_out = find_map(level, heights, widths, num_images, L, 2)
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C

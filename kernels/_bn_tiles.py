@@ -21,6 +21,7 @@ __all__ = [
     "activate",
     "finalize_tile",
     "find_chunk",
+    "find_map",
     "load_affine",
     "load_invstd",
     "load_origin",
@@ -123,6 +124,34 @@ def find_chunk(
         earlier_rows += rows
         index -= num_chunks
     return level, bank, level_first.to(tl.int64), level_count, first.to(tl.int64), count
+
+
+@triton.jit
+def find_map(
+    level,
+    heights,  # L heights, as of level_arguments
+    widths,
+    num_images,
+    L: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """(height, width, first row of the level before, and after, a window moves with the stride)."""
+    height = 1
+    width = 1
+    first_in = 0
+    first_out = 0
+    earlier_in = 0
+    earlier_out = 0
+    for candidate in tl.static_range(L):
+        h = (heights[candidate] >> 1) - 1
+        w = (widths[candidate] >> 1) - 1
+        height = tl.where(level == candidate, h, height)
+        width = tl.where(level == candidate, w, width)
+        first_in = tl.where(level == candidate, earlier_in, first_in)
+        first_out = tl.where(level == candidate, earlier_out, first_out)
+        earlier_in += num_images * h * w
+        earlier_out += num_images * ((h + STRIDE - 1) // STRIDE) * ((w + STRIDE - 1) // STRIDE)
+    return height, width, first_in.to(tl.int64), first_out.to(tl.int64)
 
 
 @triton.jit

@@ -17,7 +17,9 @@ __all__ = [
     "check_kernel_dtype",
     "check_levels",
     "choose_backend",
+    "load_extension",
     "load_kernels",
+    "without_extension",
 ]
 
 BACKENDS = ("torch", "triton")
@@ -29,16 +31,20 @@ MAX_LEVELS = 8  # each program looks for its level among all
 def choose_backend(choice: str, device: torch.device) -> str:
     """The backend of a run: `choice`, or for "auto" Triton on a GPU and PyTorch elsewhere.
 
+    "cuda" is Triton with training batch norm in CUDA C++.
+
     Raises:
-        ValueError: if the choice is neither "auto" nor a backend, or Triton cannot run there.
-        ImportError: if Triton is chosen and absent.
+        ValueError: if the choice is neither "auto" nor a backend, or cannot run there.
+        ImportError: if Triton, or the extension, is chosen and absent.
     """
     if choice == "auto":
         choice = "triton" if device.type == "cuda" else "torch"
-    if check_backend(choice) == "triton":
+    if check_backend(choice, "cuda") == "cuda":
+        load_extension()
+    if choice != "torch":
         missing = load_kernels("_launch").missing_on(device)
         if missing:
-            raise ValueError(f"kernels triton needs {missing}: choose torch")
+            raise ValueError(f"kernels {choice} needs {missing}: choose torch")
     return choice
 
 
@@ -63,15 +69,35 @@ def load_kernels(name: str) -> ModuleType:
     return importlib.import_module(f"rsfast.kernels.{name}")
 
 
-def check_backend(backend: str) -> str:
-    """`backend`, if it is one.
+def check_backend(backend: str, *own: str) -> str:
+    """`backend`, if it is one, or one of those that only an operation of its `own` has.
 
     Raises:
         ValueError: if it is not.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend not in (*BACKENDS, *own):
+        raise ValueError(f"backend must be one of {(*BACKENDS, *own)}, got {backend!r}")
     return backend
+
+
+def without_extension(backend: str) -> str:
+    """The backend of operations that are not in the extension: for "cuda" that is Triton."""
+    return "triton" if backend == "cuda" else backend
+
+
+def load_extension() -> None:
+    """Imports `rsfast._C`, which defines the operators `torch.ops.rsfast_C`.
+
+    Raises:
+        ImportError: with the install command, if the extension was not built.
+    """
+    try:
+        importlib.import_module("rsfast._C")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "backend cuda needs the extension rsfast._C: in the sources of rsfast, "
+            "RSFAST_BUILD_CUDA=1 pip install --no-build-isolation . , or choose triton"
+        ) from error
 
 
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Switchable batch norm in pieces, for what applies it later: see :mod:`rsfast.kernels.conv1x1`.
+"""Switchable batch norm in pieces, for what applies it later (:mod:`rsfast.kernels.folded_conv2d`).
 
 Training batch norm of the rows x of level l with set b = banks[l] (RS-Net paper, equation 3) is
 

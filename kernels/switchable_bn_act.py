@@ -24,6 +24,9 @@ launch over all levels. It moves 3 elements per element forward (2 reads, 1 writ
 (4, 1); a residual adds 1 and 1. Where the gradient flows is recomputed from x, or kept as one bit
 per element when there is a residual: y is not read again. In 16 bits that is 16 bytes per element,
 20.4 with a residual; at 4.3 TB/s 3.7 and 4.7 ps.
+
+Backend "cuda", training: one launch each way, which reads once what the chip can hold
+(:mod:`rsfast.kernels._bn_cuda`). Evaluation, and statistics over all ranks, are as for "triton".
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsfast.kernels._bn_checks import check_batch_norm, check_batch_norm_for_triton
+from rsfast.kernels._bn_cuda import check_one_pass_rows, switchable_bn_act_one_pass
 from rsfast.kernels._checks import check_backend, load_kernels
 from rsfast.kernels._ranks import (
     average_over_ranks,
@@ -320,7 +324,7 @@ def switchable_bn_act(
     Args:
         x: [M, C] contiguous rows of all levels, floating point. For "triton" float16, bfloat16 or
             float32, at most 8 levels of at least one row; everything else contiguous and on the
-            same device, parameters and statistics float32.
+            same device, parameters and statistics float32. For "cuda" not float32, C % 8 = 0.
         weight: [B, C] scale (gamma) of each of the B sets.
         bias: [B, C] shift (beta).
         running_mean: [B, C]; updated in place when training.
@@ -336,14 +340,15 @@ def switchable_bn_act(
         synced: batch statistics are those of all ranks of the default process group, each with the
             same `level_rows`, and so are their gradients. Gradients of weight and bias stay
             this rank's share.
-        backend: "torch" for the reference, "triton" for the fused kernels.
+        backend: "torch" for the reference, "triton" for the fused kernels, "cuda" for the same in
+            one launch each way.
 
     Returns:
         [M, C] in the dtype of `x`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
-        ImportError: if Triton is asked for and absent.
+        ImportError: if Triton, or the extension of "cuda", is asked for and absent.
     """
     norm = {
         "weight": weight,
@@ -355,10 +360,15 @@ def switchable_bn_act(
     check_batch_norm(x, norm, level_rows, banks, residual)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    if check_backend(backend) == "triton":
+    if check_backend(backend, "cuda") != "torch":
         check_batch_norm_for_triton(x, norm, level_rows, residual)
         mean, var = running_mean, running_var
         synced = synced and training
+        if backend == "cuda" and training and not synced:
+            check_one_pass_rows(x)
+            options = {"activation": activation, "momentum": momentum, "eps": eps}
+            levels = {"level_rows": level_rows, "banks": banks}
+            return switchable_bn_act_one_pass(x, **norm, **levels, residual=residual, **options)
         if training:
             mean, var = _stats(
                 x.detach(),

@@ -25,7 +25,7 @@ from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
-from rsfast.models.rsnet import ARCHITECTURES, BN_MODES
+from rsfast.models.rsnet import ARCHITECTURES, BN_MODES, FOLDS
 from rsfast.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.pyramid import check_resolutions
 
@@ -51,7 +51,8 @@ _CHOICES: dict[str, Sequence[str]] = {
     "precision": tuple(PRECISIONS),
     "decay": DECAY_MODES,
     "device": ("auto", "cpu", "cuda"),
-    "kernels": ("auto", *KERNEL_BACKENDS),
+    "kernels": ("auto", *KERNEL_BACKENDS, "cuda"),
+    "fold_bn": tuple(FOLDS),
     "optimizer": OPTIMIZERS,
 }
 _LARGEST = 2**31 - 1  # of any count
@@ -129,10 +130,10 @@ class TrainConfig:
     """auto takes a GPU where there is one"""
     kernels: str = "auto"
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
-    on a GPU"""
-    fold_bn: bool = False
-    """apply batch norm inside 1x1 convolutions and the stem's pooling, which are then Triton's; not
-    timed yet, and without effect on synced batch norm"""
+    on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), not timed yet"""
+    fold_bn: str = "none"
+    """convolutions that apply batch norm themselves, and are Triton's then; so is the stem's
+    pooling; not timed yet, and without effect on synced batch norm"""
     graph: bool = True
     """replay the whole step as one CUDA graph; without effect on a CPU"""
     deterministic: bool = False
@@ -185,6 +186,8 @@ class TrainConfig:
                 "optimizer apex_sgd takes its learning rate from the host, which a captured step "
                 "cannot: add --no-graph"
             )
+        if self.kernels == "cuda" and self.fold_bn != "none":
+            raise ValueError(f"fold_bn must be none for kernels cuda, got {self.fold_bn!r}")
         if self.profile is not None:
             profiled_steps(self.profile)
         checkpoint_interval(self.checkpoint_every)

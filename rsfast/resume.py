@@ -62,9 +62,7 @@ _FREE_TO_CHANGE = {
 # And those that may if it goes on from the start of an epoch.
 _FREE_AT_AN_EPOCH = {"loader", "batch_size", "steps_per_epoch"}
 # What runs did before there was a setting for it.
-_BEFORE_THE_SETTING = {"fold_bn": False}
-# What runs did before there was a setting for it.
-_BEFORE_THE_SETTING = {"fold_bn": False}
+_BEFORE_THE_SETTING = {"fold_bn": "none"}
 
 
 @dataclass

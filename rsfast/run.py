@@ -24,7 +24,7 @@ from rsfast.data.builtin import builtin_root
 from rsfast.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.interrupt import Vote
-from rsfast.kernels import MAX_LEVELS, choose_backend
+from rsfast.kernels import MAX_LEVELS, choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet, create_model
@@ -139,7 +139,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         # What autocast would cast to, and the channels that tensor cores take.
         dtype = PRECISIONS[cfg.precision or "fp32"] or torch.float32
         for loader in loaders:
-            loader.feed(dtype, _PADDED_CHANNELS, cfg.kernels)
+            loader.feed(dtype, _PADDED_CHANNELS, without_extension(cfg.kernels))
     num_classes = len(loaders[0].class_names)
     model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
     model.to(rank.device).fold_batch_norm(cfg.fold_bn)
@@ -151,7 +151,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         cfg.distill,
         cfg.label_smoothing,
         copies=cfg.copies,
-        backend=cfg.kernels,
+        backend=without_extension(cfg.kernels),
     )
     loss.to(rank.device)
     optimizer = build_optimizer(
@@ -199,10 +199,12 @@ def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     output = str(run_folder(cfg))
     kernels = choose_backend(cfg.kernels, rank.device)
     levels = cfg.copies * len(cfg.resolutions)
-    if kernels == "triton" and levels > MAX_LEVELS:
+    if kernels != "torch" and levels > MAX_LEVELS:
         raise ValueError(
-            f"resolutions times copies must be at most {MAX_LEVELS} for triton, got {levels}"
+            f"resolutions times copies must be at most {MAX_LEVELS} for {kernels}, got {levels}"
         )
+    if kernels == "cuda" and precision == "fp32":
+        raise ValueError("kernels cuda needs precision bf16 or fp16, got fp32")
     return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
 
 

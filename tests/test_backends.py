@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernel_helpers import CPU_OR_GPU, gpu, max_error
 from rsfast import Pyramid, create_model
+from rsfast.config import TrainConfig
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.kernels import choose_backend
@@ -48,10 +49,10 @@ def make_batch(device: str, dtype: torch.dtype) -> Batch:
 
 
 def train(
-    model: RSNet, backend: str, device: str, dtype: torch.dtype, *, folded: bool = False
+    model: RSNet, backend: str, device: str, dtype: torch.dtype, into: str = "none"
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of a few steps, and the state of the network after them."""
-    model = copy.deepcopy(model).to(device, dtype).use_backend(backend).fold_batch_norm(folded)
+    model = copy.deepcopy(model).to(device, dtype).use_backend(backend).fold_batch_norm(into)
     loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
     optimizer = build_optimizer(model, loss, lr=0.01)
     step = TrainStep(model.train(), loss, optimizer, precision="fp32", graph=False)
@@ -69,14 +70,14 @@ def train(
     ],
     indirect=["device"],
 )
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("into", ["none", "1x1", "all"])
 def test_training_on_the_kernels_is_as_good_as_on_pytorch(
-    arch: str, device: str, folded: bool
+    arch: str, device: str, into: str
 ) -> None:
     model = make_network(arch)
     exact_losses, exact = train(model, "torch", "cpu", torch.float64)
     eager_losses, eager = train(model, "torch", device, torch.float32)
-    losses, state = train(model, "triton", device, torch.float32, folded=folded)
+    losses, state = train(model, "triton", device, torch.float32, into)
     eps = torch.finfo(torch.float32).eps
     for ours, theirs, want in zip(losses, eager_losses, exact_losses, strict=True):
         assert abs(ours.cpu() - want) <= 2 * abs(theirs.cpu() - want) + 4 * eps * want
@@ -133,7 +134,7 @@ def test_auto_is_triton_on_a_gpu_and_pytorch_elsewhere() -> None:
     assert choose_backend("auto", torch.device("cpu")) == "torch"
     assert choose_backend("torch", torch.device("cuda")) == "torch"
     with pytest.raises(ValueError, match="backend must be one of"):
-        choose_backend("cuda", torch.device("cpu"))
+        choose_backend("hip", torch.device("cpu"))
 
 
 def test_triton_kernels_on_a_cpu_are_refused_before_anything_is_built(tmp_path: Path) -> None:
@@ -159,9 +160,30 @@ def test_a_missing_triton_is_named_where_it_is_chosen(monkeypatch: pytest.Monkey
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
-        create_model("resnet18", RESOLUTIONS, 4, backend="cuda")
+        create_model("resnet18", RESOLUTIONS, 4, backend="hip")
     with pytest.raises(ValueError, match="backend must be one of"):
         MultiResolutionDistillation(2, backend="cuda")
+
+
+def test_cuda_is_for_batch_norm_and_triton_for_the_rest() -> None:
+    model = create_model("resnet18", RESOLUTIONS, 4, backend="cuda")
+    assert {norm.backend for norm in model.batch_norms()} == {model.backend} == {"cuda"}
+    assert {conv.backend for conv in model.convolutions()} == {"triton"}
+    with pytest.raises(ValueError, match="batch norm of backend cuda cannot be folded, got 'all'"):
+        model.fold_batch_norm("all")
+    model.use_backend("triton").fold_batch_norm("1x1")
+    with pytest.raises(ValueError, match="batch norm of backend cuda cannot be folded, got '1x1'"):
+        model.use_backend("cuda")
+    assert model.backend == "triton"
+    with pytest.raises(ValueError, match="fold_bn must be none for kernels cuda, got '1x1'"):
+        TrainConfig(kernels="cuda", fold_bn="1x1")
+
+
+def test_a_missing_extension_is_named_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setitem(sys.modules, "rsfast._C", None)
+    with pytest.raises(ImportError, match="RSFAST_BUILD_CUDA=1 pip install --no-build-isolation"):
+        choose_backend("cuda", torch.device("cuda"))
 
 
 def test_an_old_triton_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

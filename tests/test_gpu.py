@@ -43,35 +43,33 @@ def make_step(
     *,
     graph: bool = False,
     backend: str | None = None,
-    folded: bool = False,
+    into: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[RSNet, TrainStep]:
     torch.manual_seed(0)
     backend = backend or choose_backend("auto", torch.device(device))
     model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device, dtype)
-    model.fold_batch_norm(folded)
+    model.fold_batch_norm(into)
     loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
     optimizer = build_optimizer(model, loss, lr=0.003)
     return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["whole", "folded"])
+@pytest.mark.parametrize("into", ["none", "1x1", "all"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.03)])
-def test_first_loss_is_that_of_the_cpu(
-    arch: str, precision: str, bound: float, folded: bool
-) -> None:
-    _, gpu_step = make_step(arch, "cuda", precision, folded=folded)
+def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float, into: str) -> None:
+    _, gpu_step = make_step(arch, "cuda", precision, into=into)
     _, cpu_step = make_step(arch, "cpu", "fp32")
     exact = float(cpu_step(make_batch("cpu")).total)
     assert float(gpu_step(make_batch("cuda")).total) == pytest.approx(exact, rel=bound)
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["whole", "folded"])
+@pytest.mark.parametrize("into", ["none", "1x1", "all"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("arch", ["resnet50", "mobilenetv2"])
 def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorch(
-    arch: str, precision: str, folded: bool
+    arch: str, precision: str, into: str
 ) -> None:
     def losses(precision: str, batch: Batch, **settings: Any) -> Tensor:
         _, step = make_step(arch, "cuda", precision, **settings)
@@ -81,7 +79,7 @@ def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorc
     wide = Batch(batch.images.to(torch.float64), batch.labels, batch.indices)
     exact = losses("fp32", wide, backend="torch", dtype=torch.float64)
     eager = losses(precision, batch, backend="torch")
-    ours = losses(precision, batch, folded=folded, graph=True)
+    ours = losses(precision, batch, into=into, graph=True)
     # Means, because errors of single steps are luck.
     assert (ours - exact).abs().mean() <= 2 * (eager - exact).abs().mean()
 
@@ -100,8 +98,8 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
 def test_nothing_waits_for_the_device_between_log_lines(
     precision: str, graph: bool, arch: str
 ) -> None:
-    folded, name = arch.startswith("folded"), arch.split()[-1]
-    _, step = make_step(name, "cuda", precision, graph=graph, folded=folded)
+    into, name = "all" if arch.startswith("folded") else "none", arch.split()[-1]
+    _, step = make_step(name, "cuda", precision, graph=graph, into=into)
     batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
     with host_must_not_wait():
@@ -121,7 +119,7 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         runs = []
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
-            folded = {"backend": "triton", "folded": True}
+            folded = {"backend": "triton", "into": "all"}
             choice = folded if backend == "folded" else {"backend": backend}
             model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, **choice)
             batch, losses = make_batch("cuda"), []

@@ -1,7 +1,7 @@
 """Deferred normalisation: a Pyramid whose batch norm waits for whoever reads it.
 
-A 1x1 convolution or the stem's pooling applies it on the way in and saves passes over the pixels;
-for anything else that asks for the rows it is applied then, once.
+A folded convolution or the stem's pooling applies it on the way in, which saves passes over the
+pixels; for anything else that asks for the rows it is applied then, once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PendingNorm:
         )
 
     def as_affine(self) -> tuple[Tensor, dict[str, Any]]:
-        """The rows as they are, and what :func:`rsfast.kernels.conv1x1` is to do with them."""
+        """The rows as they are, and what `rsfast.kernels.folded_conv2d` is to do with them."""
         rows, mean, var = self.x.rows, self.mean, self.var
         if self.x.moments is None:
             rows, mean, var = kernels.with_moments_gradient(

@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
     meets zeros there.
 
     Attributes:
-        folded: whether a 1x1 convolution applies the batch norm that is pending on its input, and
+        folded: whether, in training, it applies the batch norm that is pending on its input, and
             hands the statistics of its output to the next one.
         backend: what computes it then, "torch" or "triton".
     """
@@ -63,29 +63,37 @@ class Conv2d(nn.Conv2d):
         self.backend = "torch"
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
+        if self.folded and self.training:
+            return self._fold(x)
         step = self.stride[0]
         if self.kernel_size == (1, 1) and self.groups == 1:
             if step > 1:
                 x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
-            if self.folded:
-                return self._fold(x)
             return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
         dtype = _autocast_dtype(x.rows)
         weight = self.weight.to(dtype)
         if x.num_channels > self.in_channels:
             weight = F.pad(weight, (0, 0, 0, 0, 0, x.num_channels - self.in_channels))
         rows = kernels.conv2d(x.rows.to(dtype), weight, x.sizes, x.num_images, step, self.groups)
-        sizes = tuple((-(-height // step), -(-width // step)) for height, width in x.sizes)
-        return Pyramid(rows, sizes, x.num_images, x.banks)
+        return Pyramid(rows, self._out_sizes(x), x.num_images, x.banks)
 
     def _fold(self, x: Pyramid) -> Pyramid:
         rows, affine = x.pending.as_affine() if isinstance(x, DeferredPyramid) else (x.rows, {})
         dtype = _autocast_dtype(rows)
-        weight = self.weight.flatten(1).to(dtype)
-        options = {**affine, "statistics": self.training, "backend": self.backend}
-        y, *moments = kernels.conv1x1(rows.to(dtype), weight, x.level_rows, **options)
-        known = (moments[0], moments[1]) if self.training else None
-        return Pyramid(y, x.sizes, x.num_images, x.banks, known)
+        y, mean, var = kernels.folded_conv2d(
+            rows.to(dtype),
+            self.weight.to(dtype),
+            x.sizes,
+            x.num_images,
+            stride=self.stride[0],
+            **affine,
+            backend=self.backend,
+        )
+        return Pyramid(y, self._out_sizes(x), x.num_images, x.banks, (mean, var))
+
+    def _out_sizes(self, x: Pyramid) -> tuple[tuple[int, int], ...]:
+        step = self.stride[0]
+        return tuple((-(-height // step), -(-width // step)) for height, width in x.sizes)
 
     def single(self) -> nn.Conv2d:
         """A plain convolution with a copy of the weight."""
@@ -112,7 +120,7 @@ class SwitchableBatchNorm2d(nn.Module):
         num_batches_tracked: [B] int64.
         banks_in_use: the sets of the last training forward. An optimiser step must leave all
             others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
-        backend: what computes it, "torch" or "triton".
+        backend: what computes it, "torch", "triton" or "cuda".
         synced: whether training statistics are those of all ranks.
         deferred: whether a training batch norm without residual is left to what reads its output.
             Not if it is synced.

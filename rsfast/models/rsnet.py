@@ -14,10 +14,11 @@ from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.resnet import DEPTHS, ResNet
 from rsfast.pyramid import Pyramid, check_resolutions
 
-__all__ = ["ARCHITECTURES", "RSNet", "create_model"]
+__all__ = ["ARCHITECTURES", "FOLDS", "RSNet", "create_model"]
 
 ARCHITECTURES = (*DEPTHS, "mobilenetv2")
 BN_MODES = ("private", "shared")
+FOLDS = {"none": (), "1x1": (1,), "all": (1, 3)}  # sizes of convolutions
 
 
 class RSNet(nn.Module):
@@ -29,7 +30,7 @@ class RSNet(nn.Module):
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
         class_names: names of the classes if known.
-        backend: what computes batch norm and pooling, "torch" or "triton".
+        backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
         folded: see :meth:`fold_batch_norm`.
     """
 
@@ -52,7 +53,7 @@ class RSNet(nn.Module):
         self.val_crop = "center"
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
-        self.folded = False
+        self.folded = "none"
         num_banks = len(self.resolutions) if bn == "private" else 1
         self.backbone = MobileNetV2(num_banks) if arch == "mobilenetv2" else ResNet(arch, num_banks)
         self.classifier = nn.Linear(self.backbone.out_channels, num_classes)
@@ -80,39 +81,51 @@ class RSNet(nn.Module):
         if images.num_channels != 3 and not (may_be_padded and images.num_channels > 3):
             raise ValueError(f"images must have 3 channels (RGB), got {images.num_channels}")
         x = self.backbone(images.with_banks(self._banks_of(images)))
-        return self.classifier(global_avg_pool(x, self.backend))
+        return self.classifier(global_avg_pool(x, kernels.without_extension(self.backend)))
 
     def use_backend(self, backend: str) -> RSNet:
         """Chooses what computes batch norm and pooling, and returns the network.
 
         Args:
-            backend: "torch", plain PyTorch on any device, or "triton", the fused kernels, for a
-                GPU and at most 8 levels.
+            backend: "torch", plain PyTorch on any device; "triton", the fused kernels, for a GPU
+                and at most 8 levels; or "cuda", that with training batch norm in CUDA C++, for
+                float16 and bfloat16, which cannot be folded.
 
         Raises:
-            ValueError: if there is no such backend.
+            ValueError: if there is no such backend, or it cannot be folded and is to be.
         """
-        self.backend = kernels.check_backend(backend)
+        self._check_choice(kernels.check_backend(backend, "cuda"), self.folded)
+        self.backend = backend
         for norm in self.batch_norms():
-            norm.backend = self.backend
+            norm.backend = backend
         for conv in self.convolutions():
-            conv.backend = self.backend
+            conv.backend = kernels.without_extension(backend)
         return self
 
-    def fold_batch_norm(self, folded: bool = True) -> RSNet:
+    def fold_batch_norm(self, into: str) -> RSNet:
         """Chooses who applies training batch norm, and returns the network.
 
+        A convolution that it is folded into applies it to what it reads, and computes the
+        statistics of what it writes: fewer passes over the pixels, in products that are Triton's,
+        not the vendor library's. The stem's pooling applies it, too. Synced batch norm is not
+        folded.
+
         Args:
-            folded: the 1x1 convolution or the stem's pooling that reads its output, where one
-                does, and 1x1 convolutions compute the statistics of what they write; fewer passes
-                over the pixels, in products that are Triton's, not the vendor library's. Synced
-                batch norm is not folded.
+            into: "none", convolutions of "1x1", or "all", which are those of the images and
+                depthwise ones left out.
+
+        Raises:
+            ValueError: if it is something else.
         """
-        self.folded = folded
+        if into not in FOLDS:
+            raise ValueError(f"into must be one of {tuple(FOLDS)}, got {into!r}")
+        self._check_choice(self.backend, into)
+        self.folded = into
         for norm in self.batch_norms():
-            norm.deferred = folded
+            norm.deferred = into != "none"
         for conv in self.convolutions():
-            conv.folded = folded
+            plain = conv.groups == 1 and conv.in_channels > 3
+            conv.folded = plain and conv.kernel_size[0] in FOLDS[into]
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:
@@ -156,6 +169,11 @@ class RSNet(nn.Module):
             "num_classes": self.num_classes,
             "bn": self.bn,
         }
+
+    @staticmethod
+    def _check_choice(backend: str, folded: str) -> None:
+        if backend == "cuda" and folded != "none":
+            raise ValueError(f"batch norm of backend cuda cannot be folded, got {folded!r}")
 
     def _banks_of(self, images: Pyramid) -> tuple[int, ...]:
         num_banks = 1 if self.bn == "shared" else len(self.resolutions)

@@ -23,11 +23,11 @@ from rsfast.kernels import _bn_act_max_pool_triton as max_pool
 from rsfast.kernels import _bn_backward as bn_backward
 from rsfast.kernels import _bn_forward as bn_forward
 from rsfast.kernels import _bn_tiles as bn_tiles
-from rsfast.kernels import _conv1x1_backward as conv_backward
-from rsfast.kernels import _conv1x1_forward as conv_forward
-from rsfast.kernels import _conv1x1_tiles as conv_tiles
 from rsfast.kernels import _deferred_bn_triton as deferred
 from rsfast.kernels import _distillation_loss_triton as loss
+from rsfast.kernels import _folded_conv2d_backward as conv_backward
+from rsfast.kernels import _folded_conv2d_forward as conv_forward
+from rsfast.kernels import _folded_conv2d_tiles as conv_tiles
 from rsfast.kernels import _global_avg_pool_triton as pool
 from rsfast.kernels import _normalize_triton as pixels
 from rsfast.kernels._launch import OPTIONS
@@ -115,20 +115,33 @@ def normalize() -> Iterator[Case]:
         )
 
 
-def conv1x1() -> Iterator[Case]:
+def folded_conv2d() -> Iterator[Case]:
     # The layers of ResNet-50, and channels that are no multiple of anything.
     shapes = [(64, 64), (64, 256), (512, 128), (2048, 512), (65, 131)]
     cases = [*((shape, "bf16") for shape in shapes), ((64, 256), "fp32"), ((65, 131), "fp32")]
     for (num_in, num_out), dtype in cases:
         for activation, pending, statistics in (("relu", True, True), (None, False, False)):
-            yield from _conv1x1(num_in, num_out, dtype, activation, pending, statistics)
-    yield from _conv1x1(96, 24, "fp16", "relu6", True, True)
+            options = activation, pending, statistics
+            yield from _folded_conv2d((num_in, num_out, 1, 1), dtype, *options)
+    yield from _folded_conv2d((96, 24, 1, 1), "fp16", "relu6", True, True)
+    # 3x3, with both strides, and a strided shortcut.
+    for geometry in ((64, 64, 3, 1), (512, 512, 3, 2), (256, 512, 1, 2)):
+        yield from _folded_conv2d(geometry, "bf16", "relu", True, True)
+    yield from _folded_conv2d((64, 64, 3, 1), "fp16", None, False, False)
+    yield from _folded_conv2d((64, 64, 3, 2), "fp32", "relu", True, True)
+    yield from _folded_conv2d((65, 131, 3, 1), "bf16", "relu6", True, True)
 
 
-def _conv1x1(
-    num_in: int, num_out: int, dtype: str, activation: str | None, pending: bool, statistics: bool
+def _folded_conv2d(
+    geometry: tuple[int, int, int, int],
+    dtype: str,
+    activation: str | None,
+    pending: bool,
+    statistics: bool,
 ) -> Iterator[Case]:
+    num_in, num_out, kernel, stride = geometry
     rows, levels = "*" + dtype, {"level_rows": ("i32",) * NUM_LEVELS}
+    maps = dict.fromkeys(["heights", "widths"], levels["level_rows"]) | {"num_images": "i32"}
     affine = dict.fromkeys(["center_ptr", "scale_ptr", "shift_ptr"], "*fp32") if pending else {}
     moments = dict.fromkeys(["mean_ptr", "dmean_ptr", "dvar_ptr"], "*fp32")
     moments = {"y_ptr": rows, **moments} if statistics else {}
@@ -137,39 +150,41 @@ def _conv1x1(
     inner = conv_backward.dgrad_tiles(torch_dtype, num_in, num_out)
     constants = {"L": NUM_LEVELS, "C_IN": num_in, "C_OUT": num_out}
     constants |= {"ACTIVATION": activation, "HAS_AFFINE": pending}
-    label = f"{num_in} to {num_out} {dtype} {activation} statistics={statistics}"
+    constants |= {"KERNEL": kernel, "STRIDE": stride}
+    label = f"{num_in} to {num_out} k={kernel} s={stride} {dtype} {activation}"
+    label += f" statistics={statistics}"
 
-    def case(kernel: Any, types: dict[str, Any], more: dict[str, Any]) -> Case:
-        types = {**types, **levels}
+    def case(function: Any, types: dict[str, Any], more: dict[str, Any]) -> Case:
+        types = {**types, **levels, **maps}
         options = conv_tiles.GEMM_OPTIONS
-        return Case(f"{kernel.__name__} {label}", kernel, types, {**constants, **more}, options)
+        return Case(f"{function.__name__} {label}", function, types, {**constants, **more}, options)
 
     partial = {"partial_ptr": "*fp32"}
     types = {"x_ptr": rows, "weight_ptr": rows, "y_ptr": rows, **affine}
     yield case(
-        conv_forward._conv1x1_fwd_kernel,
+        conv_forward._folded_conv2d_fwd_kernel,
         types | (partial if statistics else {}),
         {"WRITE_STATISTICS": statistics, **tile},
     )
     backward = {"HAS_STATISTICS": statistics}
     types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments}
     types |= {"x_ptr": rows, **partial} if pending else {}
-    yield case(conv_backward._conv1x1_dgrad_kernel, types, {**backward, **inner})
+    yield case(conv_backward._folded_conv2d_dgrad_kernel, types, {**backward, **inner})
     types = {"dy_ptr": rows, "x_ptr": rows, **affine, **moments, **partial}
     types["tiles_per_split"] = "i32"
     yield case(
-        conv_backward._conv1x1_wgrad_kernel,
+        conv_backward._folded_conv2d_wgrad_kernel,
         types,
         {**backward, **conv_backward.wgrad_tiles(torch_dtype, num_in, num_out)},
     )
-    if pending:
+    if pending and kernel * stride == 1:
         final = bn_tiles.finalize_tile(num_out)
         for moments_only in (True, False):
             types = dict.fromkeys(["partial_ptr", "first_ptr", "second_ptr"], "*fp32")
             merge = {"L": NUM_LEVELS, "C": num_out, "CHUNK_ROWS": tile["BLOCK_M"], **final}
             yield Case(
-                f"_conv1x1_merge_kernel C={num_out} {dtype} moments={moments_only}",
-                conv_tiles._conv1x1_merge_kernel,
+                f"_folded_conv2d_merge_kernel C={num_out} {dtype} moments={moments_only}",
+                conv_tiles._folded_conv2d_merge_kernel,
                 {**types, "stride_partial": "i32", **levels},
                 {**merge, "MOMENTS": moments_only},
                 OPTIONS,
@@ -324,7 +339,7 @@ def _switchable_bn_act(
 
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "bn_act_max_pool": bn_act_max_pool,
-    "conv1x1": conv1x1,
+    "folded_conv2d": folded_conv2d,
     "deferred_bn": deferred_bn,
     "distillation_loss": distillation_loss,
     "global_avg_pool": global_avg_pool,

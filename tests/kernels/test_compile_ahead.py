@@ -19,9 +19,9 @@ COMPILE = Path(__file__).with_name("compile_ahead.py")
 CAPABILITIES = (80, 90)
 NUM_CASES = {
     "bn_act_max_pool": 15,
-    "conv1x1": 61,
     "deferred_bn": 10,
     "distillation_loss": 99,
+    "folded_conv2d": 79,
     "global_avg_pool": 20,
     "normalize": 6,
     "switchable_bn_act": 122,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bench.inputs import make_bn_inputs
+from bn_helpers import STATE, VARIANTS, assert_as_good_as_pytorch, run, to_float64
 from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,
     PLACES,
     capture_without_host_sync,
-    max_error,
     on_another_stream,
     run_python,
 )
@@ -27,7 +27,6 @@ STATS = torch.ops.rsfast.switchable_bn_act_stats
 FWD = torch.ops.rsfast.switchable_bn_act_fwd
 BWD = torch.ops.rsfast.switchable_bn_act_bwd
 
-STATE = ("running_mean", "running_var", "num_batches_tracked")
 # Rows of each level, their sets, channels: odd channel counts, one row, one set for all levels,
 # sets out of order and unused, more chunks than the finalising kernels read at once.
 SHAPES = [
@@ -42,14 +41,6 @@ LONG = [
     pytest.param((300, 40), (0, 2), 640, id="300+40-C640"),
     pytest.param((40, 3), (2, 1), 2047, id="40+3-C2047"),
 ]
-VARIANTS = [
-    pytest.param(None, False, id="plain"),
-    pytest.param("relu", False, id="relu"),
-    pytest.param("relu6", False, id="relu6"),
-    pytest.param(None, True, id="add"),
-    pytest.param("relu", True, id="add-relu"),
-    pytest.param("relu6", True, id="add-relu6"),
-]
 LARGE = {
     "level_rows": (5000, 1234, 77),
     "banks": (0, 1, 2),
@@ -57,71 +48,6 @@ LARGE = {
     "training": True,
 }
 MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval")]
-
-
-def run(function: Any, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """y, every gradient, and the state afterwards; `inputs` stay as they are."""
-    inputs = {name: None if t is None else t.detach().clone() for name, t in inputs.items()}
-    dy = inputs.pop("dy")
-    wanted = ["x", "weight", "bias"] + ["residual"] * (inputs["residual"] is not None)
-    leaves = [inputs[name].requires_grad_() for name in wanted]
-    y = function(**inputs, **options)
-    grads = torch.autograd.grad(y, leaves, dy)
-    results = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
-    return {"y": y.detach(), **results, **{name: inputs[name] for name in STATE}}
-
-
-def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: t.double() if t is not None and t.is_floating_point() else t
-        for name, t in inputs.items()
-    }
-
-
-def assert_as_good_as_pytorch(inputs: dict[str, Any], **options: Any) -> None:
-    exact = run(switchable_bn_act_reference, to_float64(inputs), **options)
-    eager = run(switchable_bn_act_reference, inputs, **options)
-    ours = run(switchable_bn_act, inputs, backend="triton", **options)
-    operands = float32_operands(inputs, options)
-    for name, want in exact.items():
-        if name == "num_batches_tracked":
-            assert torch.equal(ours[name], want)
-            continue
-        assert ours[name].dtype == eager[name].dtype
-        assert torch.isfinite(ours[name]).all(), name
-        step = torch.finfo(ours[name].dtype).eps * want.abs().max().item()
-        step += torch.finfo(torch.float32).eps * operands.get(name, 0.0)
-        bound = 2 * max_error(eager[name], want) + step
-        error = max_error(ours[name], want)
-        assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
-
-
-def float32_operands(inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
-    """Sizes of what the results are sums of, which float32 rounds once.
-
-    PyTorch's CPU kernels add up in float64 and so do not show this rounding.
-    """
-    levels = zip(
-        inputs["x"].double().split(options["level_rows"]),
-        inputs["dy"].double().split(options["level_rows"]),
-        options["banks"],
-        strict=True,
-    )
-    sizes = dict.fromkeys(("dx", "dweight", "dbias", "running_mean"), 0.0)
-    for x, dy, bank in levels:
-        mean, var = inputs["running_mean"][bank], inputs["running_var"][bank]
-        if options["training"]:
-            mean, var = x.mean(0), x.var(0, correction=0)
-        invstd = torch.rsqrt(var.double() + 1e-5)
-        # A mean in float32 is off by a rounding, in deviations:
-        offset = (mean.abs() * invstd).max().item()
-        sizes["running_mean"] = max(sizes["running_mean"], 0.1 * mean.abs().max().item())
-        weighted = dy.abs() * ((x - mean) * invstd).abs()
-        sizes["dbias"] += dy.abs().sum(0).max().item()
-        sizes["dweight"] += weighted.sum(0).max().item() + offset * dy.abs().sum(0).max().item()
-        scale = (inputs["weight"][bank].double().abs() * invstd).max().item()
-        sizes["dx"] = max(sizes["dx"], scale * (1 + offset) * dy.abs().max().item())
-    return sizes
 
 
 @pytest.fixture(params=[8, None], ids=["long-chunks", "short-chunks"])
@@ -337,7 +263,7 @@ def test_whole_graph_compiles(training: bool, device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "backend must be one of"),
+        ({"backend": "cudnn"}, "backend must be one of"),
         ({"x": torch.zeros(12, 3).double()}, "x must be float16, bfloat16 or float32"),
         ({"x": torch.zeros(3, 12).t()}, "x must be contiguous"),
         ({"x": torch.zeros(12, 3, device="meta")}, "weight must be contiguous .* on meta"),

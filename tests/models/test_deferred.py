@@ -36,9 +36,9 @@ def make_images(num_images: int = 4) -> list[Tensor]:
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def train_once(model: RSNet, *, folded: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def train_once(model: RSNet, into: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The logits of a step; gradients and state after it."""
-    model = copy.deepcopy(model).fold_batch_norm(folded).train()
+    model = copy.deepcopy(model).fold_batch_norm(into).train()
     loss = MultiResolutionDistillation(len(RESOLUTIONS)).double()
     logits = model(make_images())
     loss(logits, torch.tensor([0, 3, 1, 3])).total.backward()
@@ -46,11 +46,20 @@ def train_once(model: RSNet, *, folded: bool) -> tuple[Tensor, dict[str, Tensor]
     return logits.detach(), {**grads, **model.state_dict()}
 
 
-@pytest.mark.parametrize("bn", ["private", "shared"])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
-def test_a_folded_network_trains_as_it_does_unfolded(arch: str, bn: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "into", "bn"),
+    [
+        ("resnet18", "1x1", "private"),
+        ("resnet18", "all", "private"),
+        ("resnet50", "1x1", "shared"),
+        ("resnet50", "all", "private"),
+        ("mobilenetv2", "1x1", "private"),
+        ("mobilenetv2", "all", "shared"),
+    ],
+)
+def test_a_folded_network_trains_as_it_does_unfolded(arch: str, into: str, bn: str) -> None:
     model = make_network(arch, bn)
-    (want, exact), (ours, found) = (train_once(model, folded=f) for f in (False, True))
+    (want, exact), (ours, found) = (train_once(model, choice) for choice in ("none", into))
     torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-9)
     assert found.keys() == exact.keys()
     for name, tensor in exact.items():
@@ -63,41 +72,48 @@ def test_evaluation_is_not_changed_at_all(arch: str) -> None:
     model, images = make_network(arch).eval(), make_images()
     with torch.no_grad():
         want = model(images)
-        assert torch.equal(model.fold_batch_norm()(images), want)
+        assert torch.equal(model.fold_batch_norm("all")(images), want)
 
 
-def test_most_of_the_batch_norms_of_a_resnet50_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    applied, absorbed, pooled = [], [], []
-    spies = {"apply_bn_act": applied, "bn_affine": absorbed, "bn_act_max_pool": pooled}
-    for name, calls in spies.items():
-        function = getattr(kernels, name)
-
-        def spy(*args, function=function, calls=calls, **options):
-            calls.append(options)
-            return function(*args, **options)
-
-        monkeypatch.setattr(kernels, name, spy)
-    make_network("resnet50").fold_batch_norm().train()(make_images())
-    # Of 53: the stem's goes into the pooling; of each of 16 blocks the second goes into the third
-    # convolution; the first, the last and that of a shortcut are applied, each once.
-    assert (len(pooled), len(absorbed), len(applied)) == (1, 16, 16 + 16 + 4)
-
-
-def test_statistics_come_from_the_convolution_that_wrote_the_rows(
+@pytest.mark.parametrize(
+    ("into", "pooled", "absorbed", "applied", "measured"),
+    [
+        # Of 53: the stem's goes into the pooling; of each of 16 blocks the second goes into the
+        # third convolution; the first, the last and that of a shortcut are applied, each once.
+        # Only what follows the stem and the 3x3 of each block has to be measured.
+        ("1x1", 1, 16, 16 + 16 + 4, 1 + 16),
+        ("all", 1, 16 + 16, 16 + 4, 1),
+    ],
+)
+def test_most_of_the_batch_norms_of_a_resnet50_are_folded(
     monkeypatch: pytest.MonkeyPatch,
+    into: str,
+    pooled: int,
+    absorbed: int,
+    applied: int,
+    measured: int,
 ) -> None:
-    known = []
-    batch_moments = kernels.batch_moments
+    calls: dict[str, list[dict]] = {}
+    for name in ("apply_bn_act", "bn_affine", "bn_act_max_pool", "batch_moments"):
+        calls[name] = spy_on(monkeypatch, name)
+    make_network("resnet50").fold_batch_norm(into).train()(make_images())
+    assert len(calls["bn_act_max_pool"]) == pooled
+    assert len(calls["bn_affine"]) == absorbed
+    assert len(calls["apply_bn_act"]) == applied
+    assert len(calls["batch_moments"]) == 53
+    assert sum(options["known"] is None for options in calls["batch_moments"]) == measured
+
+
+def spy_on(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict]:
+    """Keyword arguments of the calls of an operation to come."""
+    calls, function = [], getattr(kernels, name)
 
     def spy(*args, **options):
-        known.append(options["known"] is not None)
-        return batch_moments(*args, **options)
+        calls.append(options)
+        return function(*args, **options)
 
-    monkeypatch.setattr(kernels, "batch_moments", spy)
-    make_network("resnet50").fold_batch_norm().train()(make_images())
-    # Only what follows the stem and the 3x3 of each block has to be measured.
-    assert len(known) == 53
-    assert known.count(False) == 1 + 16
+    monkeypatch.setattr(kernels, name, spy)
+    return calls
 
 
 def make_layer(**settings: bool) -> tuple[SwitchableBatchNorm2d, Pyramid]:
@@ -113,10 +129,7 @@ def test_rows_that_are_asked_for_are_normalised_once(monkeypatch: pytest.MonkeyP
     plain = copy.deepcopy(norm)
     plain.deferred = False
     want = plain(x)
-    calls, apply_bn_act = [], kernels.apply_bn_act
-    monkeypatch.setattr(
-        kernels, "apply_bn_act", lambda *a, **o: calls.append(1) or apply_bn_act(*a, **o)
-    )
+    calls = spy_on(monkeypatch, "apply_bn_act")
     y = norm(x)
     assert isinstance(y, DeferredPyramid)
     assert (y.num_channels, y.num_levels, y.level_rows) == (6, 2, (32, 8))
@@ -168,26 +181,33 @@ def test_pooling_of_another_shape_gets_normalised_rows() -> None:
 
 
 def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorch() -> None:
-    exact = fifty_losses(torch.float64, folded=False)
-    eager = fifty_losses(torch.float32, folded=False)
-    ours = fifty_losses(torch.float32, folded=True)
+    exact = fifty_losses(torch.float64, "none")
+    eager = fifty_losses(torch.float32, "none")
+    ours = fifty_losses(torch.float32, "all")
     rounding = torch.finfo(torch.float32).eps * exact.abs().max()
     # Means, because errors of single steps are luck; a small rate, so that they do not multiply.
     assert (ours - exact).abs().mean() <= 2 * (eager - exact).abs().mean() + rounding
     assert exact[-1] < 0.9 * exact[0]
 
 
-def fifty_losses(dtype: torch.dtype, *, folded: bool) -> Tensor:
+def fifty_losses(dtype: torch.dtype, into: str) -> Tensor:
     torch.manual_seed(0)
     model = create_model("resnet18", (32, 24), 4)
     stem = [Conv2d(3, 16, 3), SwitchableBatchNorm2d(16, 2, "relu"), MaxPool2d(3, 2, 1)]
     blocks = [Bottleneck(16, 8, 1, 2), Bottleneck(32, 16, 2, 2), InvertedResidual(64, 64, 1, 2, 2)]
     model.backbone = nn.Sequential(*stem, *blocks)
     model.classifier = nn.Linear(64, 4)
-    model.to(dtype).fold_batch_norm(folded).train()
+    model.to(dtype).fold_batch_norm(into).train()
     loss = MultiResolutionDistillation(2).to(dtype)
     step = TrainStep(model, loss, build_optimizer(model, loss, lr=1e-2), precision="fp32")
     generator = torch.Generator().manual_seed(1)
     levels = [torch.randn(8, 3, r, r, generator=generator).to(dtype) for r in (32, 24)]
     batch = Batch(Pyramid.pack(levels), torch.arange(8) % 4, torch.arange(8))
     return torch.stack([step(batch).total for _ in range(50)]).double()
+
+
+def test_an_unknown_place_to_fold_into_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"into must be one of \('none', '1x1', 'all'\), got '3x3'"
+    ):
+        create_model("resnet18", RESOLUTIONS, 4).fold_batch_norm("3x3")

@@ -1,8 +1,6 @@
-"""Forward Triton kernel of :mod:`rsfast.kernels.conv1x1`, which holds the equations."""
+"""Forward Triton kernel of :mod:`rsfast.kernels.folded_conv2d`, which holds the equations."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,25 +8,41 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast.kernels._bn_tiles import find_chunk
-from rsfast.kernels._conv1x1_tiles import Affine, constants, load_input, merge, row_tiles, tiles
-from rsfast.kernels._launch import level_arguments, on_device_of
+from rsfast.kernels._folded_conv2d_tiles import (
+    Affine,
+    Maps,
+    constants,
+    find_window,
+    launch_arguments,
+    load_input,
+    merge,
+    row_tiles,
+    rows_at_tap,
+    tiles,
+)
+from rsfast.kernels._launch import on_device_of
 
 __all__ = ["forward"]
 
 
-@triton.jit
-def _conv1x1_fwd_kernel(
+@triton.jit(do_not_specialize=["num_images"])
+def _folded_conv2d_fwd_kernel(
     x_ptr,  # [M, C_IN]
-    weight_ptr,  # [C_OUT, C_IN]
+    weight_ptr,  # [C_OUT, KERNEL, KERNEL, C_IN]
     center_ptr,  # [L, C_IN] float32 or None
     scale_ptr,  # like center_ptr
     shift_ptr,  # like center_ptr
     y_ptr,  # [M, C_OUT], fully overwritten
     partial_ptr,  # [3, row tiles, C_OUT] float32 or None: mean, m2, rest of mean; overwritten
-    level_rows,
+    level_rows,  # of the output
+    heights,  # of the input
+    widths,
+    num_images,
     L: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     WRITE_STATISTICS: tl.constexpr,
@@ -38,17 +52,20 @@ def _conv1x1_fwd_kernel(
 ):
     # Neighbouring programs share rows of x, which are many; the weight stays in the L2 cache.
     chunk = tl.program_id(1)
-    level, _, _, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
+    level, _, level_first, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
     inside = (lanes < count)[:, None]
     cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, C_IN, BLOCK_K):
-        cols_k = start + tl.arange(0, BLOCK_K)
+    window = find_window(level, level_first, rows, heights, widths, num_images, L, STRIDE)
+    STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    for step in range(0, KERNEL * KERNEL * STEPS):
+        tap, cols_k = step // STEPS, step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
+        rows_in, exist = rows_at_tap(window, rows, inside, tap, KERNEL, STRIDE)
         x = load_input(
-            x_ptr + rows * C_IN + cols_k[None, :],
-            inside & (cols_k < C_IN)[None, :],
+            x_ptr + rows_in * C_IN + cols_k[None, :],
+            exist & (cols_k < C_IN)[None, :],
             center_ptr,
             scale_ptr,
             shift_ptr,
@@ -59,7 +76,9 @@ def _conv1x1_fwd_kernel(
             HAS_AFFINE,
         )
         weight = tl.load(
-            weight_ptr + cols_n[None, :] * C_IN + cols_k[:, None],
+            weight_ptr
+            + cols_n[None, :] * (KERNEL * KERNEL * C_IN)
+            + (tap * C_IN + cols_k)[:, None],
             mask=(cols_n < C_OUT)[None, :] & (cols_k < C_IN)[:, None],
             other=0.0,
         )
@@ -84,25 +103,26 @@ def forward(
     x: Tensor,
     weight: Tensor,
     affine: Affine | None,
-    level_rows: Sequence[int],
+    maps: Maps,
     activation: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and biased variance [L, C_out] of it (no rows without `statistics`)."""
-    num_out, num_in = weight.shape
+    num_out, num_in = weight.shape[:2]
     tile = tiles(x.dtype, num_in, num_out)
+    level_rows = maps.rows_out
     count = row_tiles(level_rows, tile["BLOCK_M"])
-    y = x.new_empty(len(x), num_out)
+    y = x.new_empty(sum(level_rows), num_out)
     partial = x.new_empty(3, count, num_out, dtype=torch.float32) if statistics else None
     with on_device_of(x):
-        _conv1x1_fwd_kernel[triton.cdiv(num_out, tile["BLOCK_N"]), count](
+        _folded_conv2d_fwd_kernel[triton.cdiv(num_out, tile["BLOCK_N"]), count](
             x,
             weight,
             *(affine or (None,) * 3),
             y,
             partial,
-            level_arguments(level_rows),
-            **constants(weight, level_rows, affine, activation),
+            *launch_arguments(maps, level_rows),
+            **constants(weight, maps, affine, activation),
             WRITE_STATISTICS=statistics,
             **tile,
         )

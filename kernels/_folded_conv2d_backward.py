@@ -1,8 +1,7 @@
-"""Backward Triton kernels of :mod:`rsfast.kernels.conv1x1`, which holds the equations."""
+"""Backward Triton kernels of :mod:`rsfast.kernels.folded_conv2d`, which holds the equations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,17 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._bn_tiles import activate, find_chunk
-from rsfast.kernels._conv1x1_tiles import (
+from rsfast.kernels._bn_tiles import activate, find_chunk, find_map
+from rsfast.kernels._folded_conv2d_tiles import (
     Affine,
+    Maps,
     constants,
+    find_window,
+    launch_arguments,
     load_affine,
     load_input,
     merge,
     row_tiles,
+    rows_at_tap,
     tiles,
 )
-from rsfast.kernels._launch import level_arguments, on_device_of
+from rsfast.kernels._launch import on_device_of
 
 __all__ = ["StatisticsGrad", "dgrad", "dgrad_tiles", "wgrad", "wgrad_tiles"]
 
@@ -46,9 +49,8 @@ def dgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]
 
 def wgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
     """Like :func:`tiles`; the inner dimension is that of the rows."""
-    if dtype == torch.float32:  # products of more spill
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
-    return {**tiles(dtype, num_in, num_out), "BLOCK_M": 64}
+    tile = tiles(dtype, num_in, num_out)
+    return {**tile, "BLOCK_M": min(tile["BLOCK_M"], 64)}
 
 
 @triton.jit
@@ -80,10 +82,10 @@ def _load_output_gradient(
     return dy
 
 
-@triton.jit
-def _conv1x1_dgrad_kernel(
+@triton.jit(do_not_specialize=["num_images"])
+def _folded_conv2d_dgrad_kernel(
     dy_ptr,  # [M, C_OUT]
-    weight_ptr,  # [C_OUT, C_IN]
+    weight_ptr,  # [C_OUT, KERNEL, KERNEL, C_IN]
     x_ptr,  # [M, C_IN] or None
     center_ptr,  # [L, C_IN] float32 or None
     scale_ptr,  # like center_ptr
@@ -94,10 +96,15 @@ def _conv1x1_dgrad_kernel(
     dvar_ptr,  # like mean_ptr
     dx_ptr,  # [M, C_IN], fully overwritten
     partial_ptr,  # [2, row tiles, C_IN] float32 or None: sums for shift and scale, overwritten
-    level_rows,
+    level_rows,  # of the input
+    heights,  # of the input
+    widths,
+    num_images,
     L: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
@@ -106,22 +113,37 @@ def _conv1x1_dgrad_kernel(
     BLOCK_K: tl.constexpr,  # input channels
 ):
     chunk = tl.program_id(1)
-    level, _, _, level_count, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
+    level, _, level_first, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
     inside = (lanes < count)[:, None]
+    height, width, _, first_out = find_map(level, heights, widths, num_images, L, STRIDE)
+    out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
+    level_count = num_images * out_height * out_width
+    pixel = (rows - level_first).to(tl.int32)
+    image, rest = pixel // (height * width), pixel % (height * width)
+    row, col = rest // width + KERNEL // 2, rest % width + KERNEL // 2
     cols_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(0, C_OUT, BLOCK_N):
-        cols_n = start + tl.arange(0, BLOCK_N)
+    STEPS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    for step in range(0, KERNEL * KERNEL * STEPS):
+        tap, cols_n = step // STEPS, step % STEPS * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows_out = rows
+        exist = inside
+        if KERNEL * STRIDE > 1:  # the window that sees the pixel at this tap, if there is one
+            up, left = row - tap // KERNEL, col - tap % KERNEL
+            exist = inside & (up >= 0) & (left >= 0) & (up % STRIDE == 0) & (left % STRIDE == 0)
+            up, left = up // STRIDE, left // STRIDE
+            exist = exist & (up < out_height) & (left < out_width)
+            rows_out = first_out + ((image * out_height + up) * out_width + left)
         dy = _load_output_gradient(
             dy_ptr,
             y_ptr,
             mean_ptr,
             dmean_ptr,
             dvar_ptr,
-            rows * C_OUT + cols_n[None, :],
-            inside & (cols_n < C_OUT)[None, :],
+            rows_out * C_OUT + cols_n[None, :],
+            exist & (cols_n < C_OUT)[None, :],
             level,
             level_count,
             cols_n,
@@ -129,7 +151,9 @@ def _conv1x1_dgrad_kernel(
             HAS_STATISTICS,
         )
         weight = tl.load(
-            weight_ptr + cols_n[:, None] * C_IN + cols_k[None, :],
+            weight_ptr
+            + cols_n[:, None] * (KERNEL * KERNEL * C_IN)
+            + (tap * C_IN + cols_k)[None, :],
             mask=(cols_n < C_OUT)[:, None] & (cols_k < C_IN)[None, :],
             other=0.0,
         )
@@ -151,8 +175,8 @@ def _conv1x1_dgrad_kernel(
     tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _conv1x1_wgrad_kernel(
+@triton.jit(do_not_specialize=["num_images", "tiles_per_split"])
+def _folded_conv2d_wgrad_kernel(
     dy_ptr,  # [M, C_OUT]
     x_ptr,  # [M, C_IN]
     center_ptr,  # [L, C_IN] float32 or None
@@ -162,12 +186,17 @@ def _conv1x1_wgrad_kernel(
     mean_ptr,  # [L, C_OUT] float32 or None
     dmean_ptr,  # like mean_ptr
     dvar_ptr,  # like mean_ptr
-    partial_ptr,  # [splits, C_OUT, C_IN] float32, fully overwritten
-    level_rows,
+    partial_ptr,  # [splits, C_OUT, KERNEL, KERNEL, C_IN] float32, fully overwritten
+    level_rows,  # of the output
+    heights,  # of the input
+    widths,
+    num_images,
     tiles_per_split,
     L: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
@@ -177,12 +206,14 @@ def _conv1x1_wgrad_kernel(
 ):
     split = tl.program_id(2)
     lanes = tl.arange(0, BLOCK_M)
-    cols_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    tap = tl.program_id(0) // STEPS
+    cols_k = tl.program_id(0) % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
     cols_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for index in range(0, tiles_per_split):
         # Behind the last tile there are no rows.
-        level, _, _, level_count, first, count = find_chunk(
+        level, _, level_first, level_count, first, count = find_chunk(
             split * tiles_per_split + index, level_rows, level_rows, BLOCK_M, L
         )
         rows = (first + lanes)[:, None]
@@ -201,9 +232,11 @@ def _conv1x1_wgrad_kernel(
             C_OUT,
             HAS_STATISTICS,
         )
+        window = find_window(level, level_first, rows, heights, widths, num_images, L, STRIDE)
+        rows_in, exist = rows_at_tap(window, rows, inside, tap, KERNEL, STRIDE)
         x = load_input(
-            x_ptr + rows * C_IN + cols_k[None, :],
-            inside & (cols_k < C_IN)[None, :],
+            x_ptr + rows_in * C_IN + cols_k[None, :],
+            exist & (cols_k < C_IN)[None, :],
             center_ptr,
             scale_ptr,
             shift_ptr,
@@ -214,9 +247,10 @@ def _conv1x1_wgrad_kernel(
             HAS_AFFINE,
         )
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
-    offsets = cols_n[:, None] * C_IN + cols_k[None, :]
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    offsets = cols_n[:, None] * (TAPS * C_IN) + (tap * C_IN + cols_k)[None, :]
     mask = (cols_n < C_OUT)[:, None] & (cols_k < C_IN)[None, :]
-    tl.store(partial_ptr + split.to(tl.int64) * (C_OUT * C_IN) + offsets, acc, mask=mask)
+    tl.store(partial_ptr + split.to(tl.int64) * (C_OUT * TAPS * C_IN) + offsets, acc, mask=mask)
 
 
 def dgrad(
@@ -225,17 +259,18 @@ def dgrad(
     x: Tensor,
     affine: Affine | None,
     statistics: StatisticsGrad | None,
-    level_rows: Sequence[int],
+    maps: Maps,
     activation: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, dshift and dscale [L, C_in]."""
-    num_out, num_in = weight.shape
+    num_out, num_in = weight.shape[:2]
     tile = dgrad_tiles(x.dtype, num_in, num_out)
+    level_rows = maps.rows_in
     count = row_tiles(level_rows, tile["BLOCK_M"])
     dx = torch.empty_like(x)
     partial = x.new_empty(2, count, num_in, dtype=torch.float32) if affine else None
     with on_device_of(x):
-        _conv1x1_dgrad_kernel[triton.cdiv(num_in, tile["BLOCK_K"]), count](
+        _folded_conv2d_dgrad_kernel[triton.cdiv(num_in, tile["BLOCK_K"]), count](
             dy,
             weight,
             x if affine else None,
@@ -243,8 +278,8 @@ def dgrad(
             *(statistics or (None,) * 4),
             dx,
             partial,
-            level_arguments(level_rows),
-            **constants(weight, level_rows, affine, activation),
+            *launch_arguments(maps, level_rows),
+            **constants(weight, maps, affine, activation),
             HAS_STATISTICS=statistics is not None,
             **tile,
         )
@@ -259,28 +294,32 @@ def wgrad(
     x: Tensor,
     affine: Affine | None,
     statistics: StatisticsGrad | None,
-    level_rows: Sequence[int],
+    maps: Maps,
     activation: str | None,
 ) -> Tensor:
     """dweight in the type of the weight; partial sums in float32."""
-    num_out, num_in = weight.shape
+    num_out, num_in, kernel, _ = weight.shape
     tile = wgrad_tiles(x.dtype, num_in, num_out)
-    columns = triton.cdiv(num_in, tile["BLOCK_K"]), triton.cdiv(num_out, tile["BLOCK_N"])
+    columns = (
+        kernel**2 * triton.cdiv(num_in, tile["BLOCK_K"]),
+        triton.cdiv(num_out, tile["BLOCK_N"]),
+    )
+    level_rows = maps.rows_out
     count = row_tiles(level_rows, tile["BLOCK_M"])
     per_split = triton.cdiv(count, max(1, PROGRAMS // (columns[0] * columns[1])))
     splits = triton.cdiv(count, per_split)
-    partial = x.new_empty(splits, num_out, num_in, dtype=torch.float32)
+    partial = x.new_empty(splits, num_out, kernel, kernel, num_in, dtype=torch.float32)
     with on_device_of(x):
-        _conv1x1_wgrad_kernel[(*columns, splits)](
+        _folded_conv2d_wgrad_kernel[(*columns, splits)](
             dy,
             x,
             *(affine or (None,) * 3),
             *(statistics or (None,) * 4),
             partial,
-            level_arguments(level_rows),
+            *launch_arguments(maps, level_rows),
             per_split,
-            **constants(weight, level_rows, affine, activation),
+            **constants(weight, maps, affine, activation),
             HAS_STATISTICS=statistics is not None,
             **tile,
         )
-    return partial.sum(0).to(weight.dtype)
+    return partial.sum(0).to(weight.dtype).permute(0, 3, 1, 2)

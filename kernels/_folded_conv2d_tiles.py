@@ -1,4 +1,4 @@
-"""What the Triton kernels of :mod:`rsfast.kernels.conv1x1` have in common.
+"""What the Triton kernels of :mod:`rsfast.kernels.folded_conv2d` have in common.
 
 A tile of rows never crosses a level's end, so that everything that differs between levels (what is
 pending on the input, the statistics of the output) is one vector per tile. Partial sums are added
@@ -15,16 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._bn_tiles import activate, finalize_tile, merge_chunks
+from rsfast.kernels._bn_tiles import activate, finalize_tile, find_map, merge_chunks
 from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
 __all__ = [
     "Affine",
+    "Maps",
     "constants",
+    "find_window",
+    "launch_arguments",
     "load_affine",
     "load_input",
     "merge",
     "row_tiles",
+    "rows_at_tap",
     "tiles",
 ]
 
@@ -40,16 +44,81 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class Maps(NamedTuple):
+    """The levels of the input, and the stride of the convolution."""
+
+    heights: Sequence[int]
+    widths: Sequence[int]
+    num_images: int
+    stride: int
+
+    @property
+    def rows_in(self) -> list[int]:
+        """Rows of each level of the input."""
+        return self._rows(1)
+
+    @property
+    def rows_out(self) -> list[int]:
+        """Rows of each level of the output."""
+        return self._rows(self.stride)
+
+    def _rows(self, stride: int) -> list[int]:
+        pairs = zip(self.heights, self.widths, strict=True)
+        return [self.num_images * -(-h // stride) * -(-w // stride) for h, w in pairs]
+
+
 def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
     """BLOCK_M rows, BLOCK_N output and BLOCK_K input channels. Not timed on a GPU yet."""
+    if dtype == torch.float32:  # without tensor cores; more spills
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
     # Odd channel counts are loaded number by number, and addressed so: half the rows fit.
-    is_odd = num_in % 8 > 0 or num_out % 8 > 0
-    if dtype == torch.float32:
-        block = 32 if is_odd else 64
-        return {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": 32}
-    if is_odd:
+    if num_in % 8 > 0 or num_out % 8 > 0:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if num_out <= 64 else 128, "BLOCK_K": 64}
+
+
+@triton.jit
+def find_window(
+    level,
+    level_first,  # int64, first of the level's rows of the output
+    rows,  # [BLOCK_M, 1] int64 of the output
+    heights,
+    widths,
+    num_images,
+    L: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """(first row of the level's input, its height and width; image, row and column of windows).
+
+    Rows and columns are those of the windows' centres. Not used where windows are single pixels.
+    """
+    height, width, first_in, _ = find_map(level, heights, widths, num_images, L, STRIDE)
+    out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
+    pixel = (rows - level_first).to(tl.int32)
+    image, rest = pixel // (out_height * out_width), pixel % (out_height * out_width)
+    row, col = rest // out_width * STRIDE, rest % out_width * STRIDE
+    return first_in, height, width, image, row, col
+
+
+@triton.jit
+def rows_at_tap(
+    window,  # of find_window
+    rows,  # [BLOCK_M, 1] int64 of the output
+    inside,  # [BLOCK_M, 1]
+    tap,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """(rows of the input that a tap of the kernel sees, which of them exist), [BLOCK_M, 1]."""
+    rows_in = rows
+    exist = inside
+    if KERNEL * STRIDE > 1:
+        first_in, height, width, image, row, col = window
+        row += tap // KERNEL - KERNEL // 2
+        col += tap % KERNEL - KERNEL // 2
+        exist = inside & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+        rows_in = first_in + ((image * height + row) * width + col)
+    return rows_in, exist
 
 
 @triton.jit
@@ -87,7 +156,7 @@ def load_affine(center_ptr, scale_ptr, shift_ptr, level, cols, C_IN: tl.constexp
 
 
 @triton.jit(do_not_specialize=["stride_partial"])
-def _conv1x1_merge_kernel(
+def _folded_conv2d_merge_kernel(
     partial_ptr,  # [2, row tiles, C] float32, or [3, ...] of moments
     first_ptr,  # [L, C] float32: mean, or sum of the first; fully overwritten
     second_ptr,  # [L, C] float32: biased variance, or sum of the second; fully overwritten
@@ -147,7 +216,7 @@ def merge(
     first, second = (partial.new_empty(len(level_rows), num_channels) for _ in range(2))
     final = finalize_tile(num_channels)
     with on_device_of(partial):
-        _conv1x1_merge_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(level_rows)](
+        _folded_conv2d_merge_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(level_rows)](
             partial,
             first,
             second,
@@ -167,11 +236,18 @@ def row_tiles(level_rows: Sequence[int], block_m: int) -> int:
     return sum(triton.cdiv(rows, block_m) for rows in level_rows)
 
 
+def launch_arguments(maps: Maps, level_rows: Sequence[int]) -> tuple[Any, ...]:
+    """The run-time numbers of a product over tiles of these rows."""
+    sizes = level_arguments(maps.heights), level_arguments(maps.widths), maps.num_images
+    return level_arguments(level_rows), *sizes
+
+
 def constants(
-    weight: Tensor, level_rows: Sequence[int], affine: Affine | None, activation: str | None
+    weight: Tensor, maps: Maps, affine: Affine | None, activation: str | None
 ) -> dict[str, Any]:
     """What all three products are compiled for, besides their tiles."""
-    num_out, num_in = weight.shape
-    sizes = {"L": len(level_rows), "C_IN": num_in, "C_OUT": num_out}
+    num_out, num_in, kernel, _ = weight.shape
+    sizes = {"L": len(maps.heights), "C_IN": num_in, "C_OUT": num_out}
+    geometry = {"KERNEL": kernel, "STRIDE": maps.stride}
     pending = {"ACTIVATION": activation if affine else None, "HAS_AFFINE": affine is not None}
-    return {**sizes, **pending, **GEMM_OPTIONS}
+    return {**sizes, **geometry, **pending, **GEMM_OPTIONS}

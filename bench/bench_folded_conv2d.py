@@ -1,13 +1,14 @@
-"""1x1 convolutions that take in a pending batch norm and emit the moments of their output.
+"""Convolutions that take in a pending batch norm and emit the moments of their output.
 
-"product" is the matrix product alone, a floor: what is above it has to be less than the passes of
-batch norm that it saves (rows of switchable_bn_act), or rsfast stays as it is.
+"product" is the vendor library's convolution alone, a floor: what is above it has to be less than
+the passes of batch norm that it saves (rows of switchable_bn_act), or rsfast stays as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,25 +24,35 @@ from bench.shapes import (
     PASSES,
     RESOLUTIONS,
     ConvLayer,
+    conv_layers,
     pointwise_layers,
     short_name,
 )
 from bench.timing import DEVICE, ON_GPU
-from rsfast.kernels import conv1x1, conv1x1_reference
+from rsfast.kernels import conv2d, folded_conv2d, folded_conv2d_reference
 
 IMPLEMENTATIONS = (
     ("product", "reference", "compiled", "rsfast") if ON_GPU else ("product", "reference")
 )
 UNCHECKED = ("product",)  # it computes less
-CASES = sorted({n for arch in ARCHITECTURES for n in pointwise_layers(arch, RESOLUTIONS)}, key=str)
+
+
+def folded_layers(arch: str, resolutions: Sequence[int] = RESOLUTIONS) -> Counter[ConvLayer]:
+    """The layers that batch norm can be folded into, and how many there are of each."""
+    larger = conv_layers(arch, resolutions)
+    plain = {n: count for n, count in larger.items() if n.groups == 1 and n.c_in > 4}
+    return pointwise_layers(arch, resolutions) + Counter(plain)
+
+
+CASES = sorted({n for arch in ARCHITECTURES for n in folded_layers(arch)}, key=str)
 
 
 def moved_bytes(layer: ConvLayer, dtype: torch.dtype, direction: str) -> int:
     """Input and output once forward; backward the output's gradient twice, both, and dx."""
-    rows, _ = layer.rows(NUM_IMAGES)
-    elements = rows * (layer.c_in + layer.c_out)
+    rows_in, rows_out = layer.rows(NUM_IMAGES)
+    elements = rows_in * layer.c_in + rows_out * layer.c_out
     if direction == "forward_backward":
-        elements += rows * (3 * layer.c_in + 4 * layer.c_out)
+        elements += 3 * rows_in * layer.c_in + 4 * rows_out * layer.c_out
     return elements * dtype.itemsize
 
 
@@ -51,45 +62,53 @@ def make_runs(
     """One callable per implementation on the same numbers: outputs, then gradients."""
     wants_grads = direction == "forward_backward"
     generator = torch.Generator(DEVICE).manual_seed(0)
-    level_rows = tuple(NUM_IMAGES * height * width for height, width in layer.sizes)
+    rows_in, rows_out = layer.rows(NUM_IMAGES)
+    num_levels, kernel = len(layer.sizes), layer.kernel
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=DEVICE)
 
-    inputs = [normal(sum(level_rows), layer.c_in).to(dtype)]
-    inputs += [(normal(layer.c_out, layer.c_in) / math.sqrt(layer.c_in)).to(dtype)]
-    inputs += [normal(len(level_rows), layer.c_in) / 3 + offset for offset in (0.0, 1.0, 0.0)]
+    weight = normal(layer.c_out, layer.c_in, kernel, kernel) / (kernel * math.sqrt(layer.c_in))
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    inputs = [normal(rows_in, layer.c_in).to(dtype), weight]
+    inputs += [normal(num_levels, layer.c_in) / 3 + offset for offset in (0.0, 1.0, 0.0)]
     inputs = [tensor.requires_grad_(wants_grads) for tensor in inputs]
-    dys = [normal(sum(level_rows), layer.c_out).to(dtype)]
-    dys += [normal(len(level_rows), layer.c_out) for _ in range(2)]
+    dys = [normal(rows_out, layer.c_out).to(dtype)]
+    dys += [normal(num_levels, layer.c_out) for _ in range(2)]
+    maps = layer.sizes, NUM_IMAGES
 
     def run(function: Callable[..., Any], tensors: list[Tensor], **options: Any) -> list[Tensor]:
         x, weight, center, scale, shift = tensors
         pending = {"center": center, "scale": scale, "shift": shift, "activation": "relu"}
-        found = list(function(x, weight, level_rows, **pending, **options))
+        options |= {**pending, "stride": layer.stride}
+        found = list(function(x, weight, *maps, **options))
         if not wants_grads:
             return found
         grads = [dy.to(part.dtype) for dy, part in zip(dys, found, strict=True)]
         return [*found, *torch.autograd.grad(found, tensors, grads)]
 
     def product() -> list[Tensor]:
-        y = F.linear(inputs[0], inputs[1])
+        x, weight = inputs[:2]
+        if kernel * layer.stride == 1:
+            y = F.linear(x, weight.flatten(1))
+        else:
+            y = conv2d(x, weight, *maps, layer.stride)
         return [y, *torch.autograd.grad(y, inputs[:2], dys[0])] if wants_grads else [y]
 
     def exact() -> list[Tensor]:
         wide = [tensor.detach().double().requires_grad_(wants_grads) for tensor in inputs]
-        return run(conv1x1_reference, wide)
+        return run(folded_conv2d_reference, wide)
 
     runs = {
         "exact": exact,
         "product": product,
-        "reference": lambda: run(conv1x1_reference, inputs),
+        "reference": lambda: run(folded_conv2d_reference, inputs),
     }
     if ON_GPU:
         torch._dynamo.reset()  # after 8 shapes it would go on without compiling
-        compiled = torch.compile(conv1x1_reference, dynamic=False, fullgraph=True)
+        compiled = torch.compile(folded_conv2d_reference, dynamic=False, fullgraph=True)
         runs["compiled"] = lambda: run(compiled, inputs)
-        runs["rsfast"] = lambda: run(conv1x1, inputs, backend="triton")
+        runs["rsfast"] = lambda: run(folded_conv2d, inputs, backend="triton")
     return runs
 
 
@@ -97,7 +116,7 @@ def make_runs(
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize("layer", CASES, ids=str)
-def test_conv1x1(
+def test_folded_conv2d(
     benchmark,
     copy_bandwidth: float,
     layer: ConvLayer,
@@ -107,5 +126,5 @@ def test_conv1x1(
 ) -> None:
     runs = make_runs(layer, dtype, direction)
     check_alike(runs, [impl] if impl not in UNCHECKED else [], list)
-    group = f"conv1x1/{layer}/{short_name(dtype)}/{direction}"
+    group = f"folded_conv2d/{layer}/{short_name(dtype)}/{direction}"
     record(benchmark, runs[impl], group, moved_bytes(layer, dtype, direction), copy_bandwidth)
