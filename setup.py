@@ -67,6 +67,7 @@ def build_options() -> dict[str, Any]:
         SOURCES,
         extra_compile_args={"cxx": flags, "nvcc": flags + nvcc_flags},
         py_limited_api=True,
+        optional=choice == "",  # where nobody asked for it, a compiler's error ends nothing
     )
     return {
         "ext_modules": [extension],

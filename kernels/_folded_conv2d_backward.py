@@ -112,7 +112,8 @@ def _folded_conv2d_dgrad_kernel(
     BLOCK_N: tl.constexpr,  # output channels, the inner dimension
     BLOCK_K: tl.constexpr,  # input channels
 ):
-    chunk = tl.program_id(1)
+    COLUMNS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    chunk = tl.program_id(0) // COLUMNS
     level, _, level_first, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
@@ -123,7 +124,7 @@ def _folded_conv2d_dgrad_kernel(
     pixel = (rows - level_first).to(tl.int32)
     image, rest = pixel // (height * width), pixel % (height * width)
     row, col = rest // width + KERNEL // 2, rest % width + KERNEL // 2
-    cols_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols_k = tl.program_id(0) % COLUMNS * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     STEPS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     for step in range(0, KERNEL * KERNEL * STEPS):
@@ -169,7 +170,7 @@ def _folded_conv2d_dgrad_kernel(
         acc = tl.where(mask, acc, 0.0)
         partial_ptr += chunk.to(tl.int64) * C_IN + cols_k
         tl.store(partial_ptr, tl.sum(acc, 0), mask=cols_k < C_IN)
-        partial_ptr += tl.num_programs(1).to(tl.int64) * C_IN
+        partial_ptr += (tl.num_programs(0) // COLUMNS).to(tl.int64) * C_IN
         tl.store(partial_ptr, tl.sum(acc * x, 0), mask=cols_k < C_IN)
         acc = acc * scale[None, :]
     tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -270,7 +271,7 @@ def dgrad(
     dx = torch.empty_like(x)
     partial = x.new_empty(2, count, num_in, dtype=torch.float32) if affine else None
     with on_device_of(x):
-        _folded_conv2d_dgrad_kernel[triton.cdiv(num_in, tile["BLOCK_K"]), count](
+        _folded_conv2d_dgrad_kernel[(triton.cdiv(num_in, tile["BLOCK_K"]) * count,)](
             dy,
             weight,
             x if affine else None,

@@ -50,13 +50,15 @@ def _folded_conv2d_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Neighbouring programs share rows of x, which are many; the weight stays in the L2 cache.
-    chunk = tl.program_id(1)
+    # Neighbouring programs share rows of x, which are many; the weight stays in the L2 cache. On
+    # one axis, because there are more row tiles than the others have room for.
+    COLUMNS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    chunk = tl.program_id(0) // COLUMNS
     level, _, level_first, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
     inside = (lanes < count)[:, None]
-    cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols_n = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     window = find_window(level, level_first, rows, heights, widths, num_images, L, STRIDE)
     STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
@@ -93,7 +95,7 @@ def _folded_conv2d_fwd_kernel(
         rest = tl.sum(deviation, 0) / count  # the digits that a large mean has no room for
         deviation = tl.where(inside, deviation - rest[None, :], 0.0)
         partial_ptr += chunk.to(tl.int64) * C_OUT + cols_n
-        stride = tl.num_programs(1).to(tl.int64) * C_OUT
+        stride = (tl.num_programs(0) // COLUMNS).to(tl.int64) * C_OUT
         tl.store(partial_ptr, mean, mask=cols_n < C_OUT)
         tl.store(partial_ptr + stride, tl.sum(deviation * deviation, 0), mask=cols_n < C_OUT)
         tl.store(partial_ptr + 2 * stride, rest, mask=cols_n < C_OUT)
@@ -115,7 +117,7 @@ def forward(
     y = x.new_empty(sum(level_rows), num_out)
     partial = x.new_empty(3, count, num_out, dtype=torch.float32) if statistics else None
     with on_device_of(x):
-        _folded_conv2d_fwd_kernel[triton.cdiv(num_out, tile["BLOCK_N"]), count](
+        _folded_conv2d_fwd_kernel[(triton.cdiv(num_out, tile["BLOCK_N"]) * count,)](
             x,
             weight,
             *(affine or (None,) * 3),

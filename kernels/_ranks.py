@@ -1,4 +1,4 @@
-"""Batch statistics over all ranks of the default process group.
+"""Running statistics, and batch statistics over all ranks of the default process group.
 
 Every rank has as many rows as this one, so means over ranks are means over all rows.
 """

@@ -12,8 +12,8 @@ Layout: x is [M, C] contiguous, the NHWC pixels of all levels one after another;
 levels of ceil(H / 2) x ceil(W / 2) pixels. z is never stored: an index of one byte per element of y
 says which pixel was the largest. Bytes per element of x in 16 bits, backend "triton": 2.75 forward
 (1 read, a quarter of a write, a quarter of an index), where batch norm, activation and pooling that
-store z, and indices of 8 bytes, take 8.5; 7.5 backward (2 reads of x, y's gradient and index each, 1 write). Gradients are
-gathered, not added into memory: the same bits in every run.
+store z, and indices of 8 bytes, take 8.5; 7.5 backward (2 reads of x, y's gradient and index each,
+1 write). Gradients are gathered, not added into memory: the same bits in every run.
 """
 
 from __future__ import annotations

@@ -28,7 +28,13 @@ import torch
 from torch import Tensor
 
 from rsfast.kernels._bn_checks import check_batch_norm, check_batch_norm_for_triton
-from rsfast.kernels._checks import check_backend, check_companion, load_kernels
+from rsfast.kernels._checks import (
+    check_backend,
+    check_companion,
+    check_kernel_dtype,
+    check_levels,
+    load_kernels,
+)
 from rsfast.kernels._ranks import move_running_statistics
 from rsfast.kernels.switchable_bn_act import (
     ACTIVATIONS,
@@ -161,7 +167,13 @@ def bn_affine(
     _check_by_level("var", var, len(banks), weight.shape[-1])
     if not all(0 <= bank < len(weight) for bank in banks):
         raise ValueError(f"banks must name some of {len(weight)} sets, got {tuple(banks)}")
+    if bias.shape != weight.shape:
+        raise ValueError(
+            f"bias must be {list(weight.shape)} like weight, got shape {tuple(bias.shape)}"
+        )
     if check_backend(backend) == "triton":
+        for name, tensor in (("var", var), ("weight", weight), ("bias", bias)):
+            check_companion(name, tensor, torch.float32, weight.device)
         return torch.ops.rsfast.bn_affine_fwd(var, weight, bias, banks, eps)
     # Stacked, because an index of a list would be copied to the device.
     gamma, beta = (torch.stack([sets[bank] for bank in banks]) for sets in (weight, bias))
@@ -222,8 +234,11 @@ def with_moments_gradient(
     Raises:
         ValueError: naming the argument, the rule and the value.
     """
+    check_batch_norm(x, {"mean": mean, "var": var}, level_rows, range(len(level_rows)), None)
     check_moments(mean, var, x, len(level_rows), backend)
-    check_backend(backend)
+    if backend == "triton":
+        check_kernel_dtype("x", x)
+        check_levels(level_rows)
     return _WithMoments.apply(x, mean, var, tuple(level_rows), backend)
 
 
@@ -312,7 +327,7 @@ def apply_bn_act(
         x,
         weight,
         bias,
-        *(tensor.detach() for tensor in forgotten),
+        *forgotten,
         torch.zeros(len(weight), dtype=torch.int64, device=x.device),
         level_rows,
         banks,

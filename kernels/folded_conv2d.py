@@ -18,9 +18,10 @@ dmean / m + 2 dvar (y - mean) / m, and du the gradient before the activation:
 
 Layout: x is [M, C_in] contiguous, the NHWC pixels of all levels one after another, the weight
 channels-last. Sums are in float32. Statistics are those of y as stored, each tile's about its own
-mean. Bytes with backend "triton" and k = 1: one read of x and one write of y forward; backward
-reads dy twice, x twice and, for gradients of the statistics, y twice, and writes dx once. For k = 3
-the taps find each other's pixels in the cache. Three launches more than plain products, of [L, C].
+mean. Bytes with backend "triton", as far as tiles of neighbouring channels, and for k = 3 taps,
+find each other's pixels in the cache: one read of x and one write of y forward; backward two reads
+of dy and x and, for gradients of the statistics, of y, and one write of dx. Beside the products
+partial results are merged, by one launch forward and one backward.
 
 Networks use it when their batch norm is folded (`RSNet.fold_batch_norm`), which they are not unless
 asked: whether it beats cuBLAS and cuDNN with batch norm in passes of its own has to be timed on a

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rsfast import kernels
@@ -108,10 +109,15 @@ class DeferredPyramid(Pyramid):
     @property
     def rows(self) -> Tensor:
         """[M, C], normalised."""
-        if self._rows is None:
-            object.__setattr__(self, "_rows", self.pending.apply())
-        assert self._rows is not None
-        return self._rows
+        if self._rows is not None:
+            return self._rows
+        rows = self.pending.apply()
+        if torch.is_grad_enabled():  # a reader without gradients must not take those of others
+            object.__setattr__(self, "_rows", rows)
+        return rows
+
+    def __repr__(self) -> str:  # that of a dataclass would apply it
+        return f"DeferredPyramid(C={self.num_channels}, sizes={self.sizes}, banks={self.banks})"
 
     @property
     def num_channels(self) -> int:

@@ -237,8 +237,9 @@ class MaxPool2d(nn.MaxPool2d):
     """Max pooling of every level; one of 3x3 with stride 2 applies what is pending on its input."""
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
-        geometry = self.kernel_size, self.stride, self.padding
-        if isinstance(x, DeferredPyramid) and geometry == (3, 2, 1):
+        is_fused = (self.kernel_size, self.stride, self.padding) == (3, 2, 1)
+        # In plain PyTorch it would be pooled as below, but with gradients in any order.
+        if is_fused and isinstance(x, DeferredPyramid) and x.pending.backend != "torch":
             sizes = tuple((-(-height // 2), -(-width // 2)) for height, width in x.sizes)
             return Pyramid(x.pending.max_pool(), sizes, x.num_images, x.banks)
         in_order = x.rows.is_cuda and torch.are_deterministic_algorithms_enabled()

@@ -121,11 +121,13 @@ class RSNet(nn.Module):
             raise ValueError(f"into must be one of {tuple(FOLDS)}, got {into!r}")
         self._check_choice(self.backend, into)
         self.folded = into
+        synced = any(norm.synced for norm in self.batch_norms())
+        sizes = () if synced else FOLDS[into]
         for norm in self.batch_norms():
-            norm.deferred = into != "none"
+            norm.deferred = bool(sizes)
         for conv in self.convolutions():
             plain = conv.groups == 1 and conv.in_channels > 3
-            conv.folded = plain and conv.kernel_size[0] in FOLDS[into]
+            conv.folded = plain and conv.kernel_size[0] in sizes
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:
@@ -137,7 +139,7 @@ class RSNet(nn.Module):
         """
         for norm in self.batch_norms():
             norm.synced = synced
-        return self
+        return self.fold_batch_norm(self.folded)
 
     def at(self, resolution: int, between: str = "interpolate") -> deploy.SingleResolutionNet:
         """A plain, single-resolution copy of the network in eval mode.

@@ -178,16 +178,16 @@ def _folded_conv2d(
         {**backward, **conv_backward.wgrad_tiles(torch_dtype, num_in, num_out)},
     )
     if pending and kernel * stride == 1:
-        final = bn_tiles.finalize_tile(num_out)
         for moments_only in (True, False):
             types = dict.fromkeys(["partial_ptr", "first_ptr", "second_ptr"], "*fp32")
-            merge = {"L": NUM_LEVELS, "C": num_out, "CHUNK_ROWS": tile["BLOCK_M"], **final}
+            merge = {"L": NUM_LEVELS, "C": num_out, "CHUNK_ROWS": tile["BLOCK_M"]}
+            sizes = {name: conv_tiles.MERGE_OPTIONS[name] for name in ("BLOCK_K", "BLOCK_C")}
             yield Case(
                 f"_folded_conv2d_merge_kernel C={num_out} {dtype} moments={moments_only}",
                 conv_tiles._folded_conv2d_merge_kernel,
                 {**types, "stride_partial": "i32", **levels},
-                {**merge, "MOMENTS": moments_only},
-                OPTIONS,
+                {**merge, **sizes, "MOMENTS": moments_only},
+                {k: v for k, v in conv_tiles.MERGE_OPTIONS.items() if k not in sizes},
             )
 
 

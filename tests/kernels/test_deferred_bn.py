@@ -207,8 +207,14 @@ def test_bad_input_is_named(backend: str) -> None:
         bn_affine(fitting, weight, bias, (0, 1, 2, 4), **options)
     with pytest.raises(ValueError, match=r"var must be \[4, 65\], a row per level"):
         bn_affine(short, weight, bias, BANKS, **options)
-    with pytest.raises(ValueError, match=r"var must be \[4, 65\], a row per level"):
+    with pytest.raises(ValueError, match=r"bias must be \[4, 65\] like weight"):
+        bn_affine(fitting, weight, short, BANKS, **options)
+    with pytest.raises(ValueError, match=r"var must be \[4, 65\]"):
         with_moments_gradient(x, fitting, short, LEVELS, **options)
+    with pytest.raises(ValueError, match="level_rows must add up to the 199 rows"):
+        with_moments_gradient(x, fitting, fitting, (1, 2, 3, 4), **options)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        with_moments_gradient(x.t().contiguous().t(), fitting, fitting, LEVELS, **options)
     moments = fitting, fitting
     with pytest.raises(ValueError, match="activation must be one of"):
         apply_bn_act(x, weight, bias, *moments, LEVELS, BANKS, activation="gelu", **options)

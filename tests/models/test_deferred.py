@@ -76,28 +76,27 @@ def test_evaluation_is_not_changed_at_all(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("into", "pooled", "absorbed", "applied", "measured"),
+    ("into", "absorbed", "applied", "measured"),
     [
-        # Of 53: the stem's goes into the pooling; of each of 16 blocks the second goes into the
-        # third convolution; the first, the last and that of a shortcut are applied, each once.
-        # Only what follows the stem and the 3x3 of each block has to be measured.
-        ("1x1", 1, 16, 16 + 16 + 4, 1 + 16),
-        ("all", 1, 16 + 16, 16 + 4, 1),
+        # Of 53: that of the stem is applied (PyTorch's pooling has no fused kernel); of each of 16
+        # blocks the second goes into the third convolution; the first, the last and that of a
+        # shortcut are applied, each once. Only what follows the stem and the 3x3 of each block has
+        # to be measured.
+        ("1x1", 16, 1 + 16 + 16 + 4, 1 + 16),
+        ("all", 16 + 16, 1 + 16 + 4, 1),
     ],
 )
 def test_most_of_the_batch_norms_of_a_resnet50_are_folded(
     monkeypatch: pytest.MonkeyPatch,
     into: str,
-    pooled: int,
     absorbed: int,
     applied: int,
     measured: int,
 ) -> None:
     calls: dict[str, list[dict]] = {}
-    for name in ("apply_bn_act", "bn_affine", "bn_act_max_pool", "batch_moments"):
+    for name in ("apply_bn_act", "bn_affine", "batch_moments"):
         calls[name] = spy_on(monkeypatch, name)
     make_network("resnet50").fold_batch_norm(into).train()(make_images())
-    assert len(calls["bn_act_max_pool"]) == pooled
     assert len(calls["bn_affine"]) == absorbed
     assert len(calls["apply_bn_act"]) == applied
     assert len(calls["batch_moments"]) == 53
@@ -143,12 +142,27 @@ def test_rows_that_are_asked_for_are_normalised_once(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(dict(norm.named_buffers())[name], buffer)
 
 
+def test_a_reader_without_gradients_does_not_take_those_of_others() -> None:
+    norm, x = make_layer()
+    y = norm(x)
+    with torch.no_grad():
+        assert not y.rows.requires_grad
+        assert "C=6" in repr(y)
+    assert y.rows.requires_grad
+
+
 def test_a_residual_evaluation_and_synced_statistics_are_not_deferred(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     norm, x = make_layer()
     assert type(norm(x, x)) is Pyramid
     assert type(norm.eval()(x)) is Pyramid
+    model = create_model("resnet18", RESOLUTIONS, 4).sync_batch_norm().fold_batch_norm("all")
+    assert not any(layer.deferred for layer in model.batch_norms())
+    assert not any(conv.folded for conv in model.convolutions())
+    model.sync_batch_norm(False)
+    assert all(layer.deferred for layer in model.batch_norms())
+    assert sum(conv.folded for conv in model.convolutions()) == 19
     norm, x = make_layer(synced=True)
     monkeypatch.setattr(kernels, "switchable_bn_act", lambda rows, *_, **__: rows)
     assert type(norm(x)) is Pyramid
@@ -180,18 +194,28 @@ def test_pooling_of_another_shape_gets_normalised_rows() -> None:
     assert torch.equal(pool(norm(x)).rows, want.rows)
 
 
+@pytest.mark.slow
 def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorch() -> None:
-    exact = fifty_losses(torch.float64, "none")
-    eager = fifty_losses(torch.float32, "none")
-    ours = fifty_losses(torch.float32, "all")
-    rounding = torch.finfo(torch.float32).eps * exact.abs().max()
-    # Means, because errors of single steps are luck; a small rate, so that they do not multiply.
-    assert (ours - exact).abs().mean() <= 2 * (eager - exact).abs().mean() + rounding
-    assert exact[-1] < 0.9 * exact[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on small tensors several would wait for each other
+    try:
+        exact, eager, ours = (
+            torch.stack([fifty_losses(dtype, into, seed) for seed in range(3)])
+            for dtype, into in [
+                (torch.float64, "none"),
+                (torch.float32, "none"),
+                (torch.float32, "all"),
+            ]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    # Means over steps and seeds, because each error is luck.
+    assert (ours - exact).abs().mean() <= 2 * (eager - exact).abs().mean()
+    assert (exact[:, -1] < 0.5 * exact[:, 0]).all()
 
 
-def fifty_losses(dtype: torch.dtype, into: str) -> Tensor:
-    torch.manual_seed(0)
+def fifty_losses(dtype: torch.dtype, into: str, seed: int) -> Tensor:
+    torch.manual_seed(seed)
     model = create_model("resnet18", (32, 24), 4)
     stem = [Conv2d(3, 16, 3), SwitchableBatchNorm2d(16, 2, "relu"), MaxPool2d(3, 2, 1)]
     blocks = [Bottleneck(16, 8, 1, 2), Bottleneck(32, 16, 2, 2), InvertedResidual(64, 64, 1, 2, 2)]
@@ -199,8 +223,8 @@ def fifty_losses(dtype: torch.dtype, into: str) -> Tensor:
     model.classifier = nn.Linear(64, 4)
     model.to(dtype).fold_batch_norm(into).train()
     loss = MultiResolutionDistillation(2).to(dtype)
-    step = TrainStep(model, loss, build_optimizer(model, loss, lr=1e-2), precision="fp32")
-    generator = torch.Generator().manual_seed(1)
+    step = TrainStep(model, loss, build_optimizer(model, loss, lr=1e-3), precision="fp32")
+    generator = torch.Generator().manual_seed(seed)
     levels = [torch.randn(8, 3, r, r, generator=generator).to(dtype) for r in (32, 24)]
     batch = Batch(Pyramid.pack(levels), torch.arange(8) % 4, torch.arange(8))
     return torch.stack([step(batch).total for _ in range(50)]).double()
