@@ -82,7 +82,7 @@ def _load_output_gradient(
     return dy
 
 
-@triton.jit(do_not_specialize=["num_images"])
+@triton.jit(do_not_specialize=["num_images", "num_columns"])
 def _folded_conv2d_dgrad_kernel(
     dy_ptr,  # [M, C_OUT]
     weight_ptr,  # [C_OUT, KERNEL, KERNEL, C_IN]
@@ -100,6 +100,7 @@ def _folded_conv2d_dgrad_kernel(
     heights,  # of the input
     widths,
     num_images,
+    num_columns,  # tiles of input channels
     L: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
@@ -112,8 +113,7 @@ def _folded_conv2d_dgrad_kernel(
     BLOCK_N: tl.constexpr,  # output channels, the inner dimension
     BLOCK_K: tl.constexpr,  # input channels
 ):
-    COLUMNS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
-    chunk = tl.program_id(0) // COLUMNS
+    chunk = tl.program_id(0) // num_columns
     level, _, level_first, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
@@ -124,7 +124,7 @@ def _folded_conv2d_dgrad_kernel(
     pixel = (rows - level_first).to(tl.int32)
     image, rest = pixel // (height * width), pixel % (height * width)
     row, col = rest // width + KERNEL // 2, rest % width + KERNEL // 2
-    cols_k = tl.program_id(0) % COLUMNS * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols_k = tl.program_id(0) % num_columns * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     STEPS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     for step in range(0, KERNEL * KERNEL * STEPS):
@@ -170,7 +170,7 @@ def _folded_conv2d_dgrad_kernel(
         acc = tl.where(mask, acc, 0.0)
         partial_ptr += chunk.to(tl.int64) * C_IN + cols_k
         tl.store(partial_ptr, tl.sum(acc, 0), mask=cols_k < C_IN)
-        partial_ptr += (tl.num_programs(0) // COLUMNS).to(tl.int64) * C_IN
+        partial_ptr += (tl.num_programs(0) // num_columns).to(tl.int64) * C_IN
         tl.store(partial_ptr, tl.sum(acc * x, 0), mask=cols_k < C_IN)
         acc = acc * scale[None, :]
     tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -267,11 +267,14 @@ def dgrad(
     num_out, num_in = weight.shape[:2]
     tile = dgrad_tiles(x.dtype, num_in, num_out)
     level_rows = maps.rows_in
-    count = row_tiles(level_rows, tile["BLOCK_M"])
+    count, num_columns = (
+        row_tiles(level_rows, tile["BLOCK_M"]),
+        triton.cdiv(num_in, tile["BLOCK_K"]),
+    )
     dx = torch.empty_like(x)
     partial = x.new_empty(2, count, num_in, dtype=torch.float32) if affine else None
     with on_device_of(x):
-        _folded_conv2d_dgrad_kernel[(triton.cdiv(num_in, tile["BLOCK_K"]) * count,)](
+        _folded_conv2d_dgrad_kernel[(num_columns * count,)](
             dy,
             weight,
             x if affine else None,
@@ -280,6 +283,7 @@ def dgrad(
             dx,
             partial,
             *launch_arguments(maps, level_rows),
+            num_columns,
             **constants(weight, maps, affine, activation),
             HAS_STATISTICS=statistics is not None,
             **tile,

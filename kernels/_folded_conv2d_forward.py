@@ -25,7 +25,7 @@ from rsfast.kernels._launch import on_device_of
 __all__ = ["forward"]
 
 
-@triton.jit(do_not_specialize=["num_images"])
+@triton.jit(do_not_specialize=["num_images", "num_columns"])
 def _folded_conv2d_fwd_kernel(
     x_ptr,  # [M, C_IN]
     weight_ptr,  # [C_OUT, KERNEL, KERNEL, C_IN]
@@ -38,6 +38,7 @@ def _folded_conv2d_fwd_kernel(
     heights,  # of the input
     widths,
     num_images,
+    num_columns,  # tiles of output channels
     L: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
@@ -52,13 +53,12 @@ def _folded_conv2d_fwd_kernel(
 ):
     # Neighbouring programs share rows of x, which are many; the weight stays in the L2 cache. On
     # one axis, because there are more row tiles than the others have room for.
-    COLUMNS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    chunk = tl.program_id(0) // COLUMNS
+    chunk = tl.program_id(0) // num_columns
     level, _, level_first, _, first, count = find_chunk(chunk, level_rows, level_rows, BLOCK_M, L)
     lanes = tl.arange(0, BLOCK_M)
     rows = (first + lanes)[:, None]
     inside = (lanes < count)[:, None]
-    cols_n = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols_n = tl.program_id(0) % num_columns * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     window = find_window(level, level_first, rows, heights, widths, num_images, L, STRIDE)
     STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
@@ -95,7 +95,7 @@ def _folded_conv2d_fwd_kernel(
         rest = tl.sum(deviation, 0) / count  # the digits that a large mean has no room for
         deviation = tl.where(inside, deviation - rest[None, :], 0.0)
         partial_ptr += chunk.to(tl.int64) * C_OUT + cols_n
-        stride = (tl.num_programs(0) // COLUMNS).to(tl.int64) * C_OUT
+        stride = (tl.num_programs(0) // num_columns).to(tl.int64) * C_OUT
         tl.store(partial_ptr, mean, mask=cols_n < C_OUT)
         tl.store(partial_ptr + stride, tl.sum(deviation * deviation, 0), mask=cols_n < C_OUT)
         tl.store(partial_ptr + 2 * stride, rest, mask=cols_n < C_OUT)
@@ -113,17 +113,21 @@ def forward(
     num_out, num_in = weight.shape[:2]
     tile = tiles(x.dtype, num_in, num_out)
     level_rows = maps.rows_out
-    count = row_tiles(level_rows, tile["BLOCK_M"])
+    count, num_columns = (
+        row_tiles(level_rows, tile["BLOCK_M"]),
+        triton.cdiv(num_out, tile["BLOCK_N"]),
+    )
     y = x.new_empty(sum(level_rows), num_out)
     partial = x.new_empty(3, count, num_out, dtype=torch.float32) if statistics else None
     with on_device_of(x):
-        _folded_conv2d_fwd_kernel[(triton.cdiv(num_out, tile["BLOCK_N"]) * count,)](
+        _folded_conv2d_fwd_kernel[(num_columns * count,)](
             x,
             weight,
             *(affine or (None,) * 3),
             y,
             partial,
             *launch_arguments(maps, level_rows),
+            num_columns,
             **constants(weight, maps, affine, activation),
             WRITE_STATISTICS=statistics,
             **tile,

@@ -17,6 +17,7 @@ __all__ = [
     "VARIANTS",
     "VECTOR_SHAPES",
     "assert_as_good_as_pytorch",
+    "float32_operands",
     "run",
     "to_float64",
 ]

@@ -160,14 +160,15 @@ def _folded_conv2d(
         return Case(f"{function.__name__} {label}", function, types, {**constants, **more}, options)
 
     partial = {"partial_ptr": "*fp32"}
-    types = {"x_ptr": rows, "weight_ptr": rows, "y_ptr": rows, **affine}
+    columns = {"num_columns": "i32"}
+    types = {"x_ptr": rows, "weight_ptr": rows, "y_ptr": rows, **affine, **columns}
     yield case(
         conv_forward._folded_conv2d_fwd_kernel,
         types | (partial if statistics else {}),
         {"WRITE_STATISTICS": statistics, **tile},
     )
     backward = {"HAS_STATISTICS": statistics}
-    types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments}
+    types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments, **columns}
     types |= {"x_ptr": rows, **partial} if pending else {}
     yield case(conv_backward._folded_conv2d_dgrad_kernel, types, {**backward, **inner})
     types = {"dy_ptr": rows, "x_ptr": rows, **affine, **moments, **partial}
