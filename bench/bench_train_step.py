@@ -76,7 +76,7 @@ def make_step(setting: Setting, impl: str) -> Step:
     """Trains on one batch and returns the loss, detached."""
     if impl.startswith("rsfast"):
         into = impl.removeprefix("rsfast_folded_") if "folded" in impl else "none"
-        backend = "cuda" if impl == "rsfast_cuda" else choose_backend("auto", DEVICE)
+        backend = "cuda" if impl == "rsfast_cuda" else "auto"
         return _rsfast(setting, graph=impl != "rsfast_eager", into=into, backend=backend)
     if impl == "separate_amp":
         return _separate(setting)
@@ -141,10 +141,10 @@ def _separate(setting: Setting) -> Step:
 
 
 def rsfast_step(
-    setting: Setting, *, graph: bool, into: str = "none", backend: str | None = None
+    setting: Setting, *, graph: bool, into: str = "none", backend: str = "auto"
 ) -> TrainStep:
     """rsfast's own, from the weights that the rivals start from."""
-    backend = backend or choose_backend("auto", DEVICE)
+    backend = choose_backend(backend, DEVICE)
     net = official.from_state_dict(_network(setting).state_dict(), setting.resolutions)
     net.to(DEVICE).use_backend(backend).fold_batch_norm(into).train()
     plain = without_extension(backend)

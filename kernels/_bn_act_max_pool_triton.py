@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rsfast.kernels._bn_backward import finalize_sums
 from rsfast.kernels._bn_tiles import activate, find_chunk, find_map, load_affine, share_out
+from rsfast.kernels._checks import rows_of_levels
 from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
 __all__ = ["TILE_ELEMENTS", "backward", "forward"]
@@ -202,8 +203,7 @@ def forward(
 ) -> None:
     """Fills `y` and `largest`. One launch."""
     heights, widths, num_images, banks = maps
-    halves = [-(-h // 2) * -(-w // 2) for h, w in zip(heights, widths, strict=True)]
-    level_rows = [num_images * pixels for pixels in halves]
+    level_rows = rows_of_levels(heights, widths, num_images, 2)
     chunks = share_out(level_rows, banks, x.shape[1], TILE_ELEMENTS)
     with on_device_of(x):
         _bn_act_max_pool_fwd_kernel[chunks.grid](
@@ -232,7 +232,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias. Three launches."""
     heights, widths, num_images, banks = maps
-    level_rows = [num_images * h * w for h, w in zip(heights, widths, strict=True)]
+    level_rows = rows_of_levels(heights, widths, num_images)
     chunks = share_out(level_rows, banks, x.shape[1], TILE_ELEMENTS)
     _, var, weight, _ = moments
     dx = torch.empty_like(x)

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rsfast.kernels._checks import check_companion, check_kernel_dtype, check_levels
+from rsfast.kernels._checks import (
+    check_companion,
+    check_kernel_dtype,
+    check_levels,
+    check_rows,
+)
 
 __all__ = ["check_batch_norm", "check_batch_norm_for_triton"]
 
@@ -24,11 +29,7 @@ def check_batch_norm(
     Raises:
         ValueError: naming the argument, the rule and the value.
     """
-    if x.dim() != 2 or not x.is_contiguous() or not x.is_floating_point():
-        raise ValueError(
-            f"x must be contiguous floating point [M, C], got {x.dtype} of shape {tuple(x.shape)}, "
-            f"strides {x.stride()}"
-        )
+    check_rows(x)
     num_banks = len(next(iter(norm.values())))
     for name, tensor in norm.items():
         shape = (num_banks,) if name == "num_batches_tracked" else (num_banks, x.shape[1])
@@ -37,10 +38,7 @@ def check_batch_norm(
                 f"{name} must be {list(shape)}: B sets as in {next(iter(norm))}, "
                 f"C channels as in x, got shape {tuple(tensor.shape)}"
             )
-    if sum(level_rows) != x.shape[0]:
-        raise ValueError(
-            f"level_rows must add up to the {x.shape[0]} rows of x, got {tuple(level_rows)}"
-        )
+    check_rows(x, level_rows)
     if len(banks) != len(level_rows) or not all(0 <= bank < num_banks for bank in banks):
         raise ValueError(
             f"banks must name one of {num_banks} sets for each of {len(level_rows)} levels, "

@@ -17,8 +17,10 @@ __all__ = [
     "check_kernel_dtype",
     "check_levels",
     "choose_backend",
+    "check_rows",
     "load_extension",
     "load_kernels",
+    "rows_of_levels",
     "without_extension",
 ]
 
@@ -121,6 +123,31 @@ def check_companion(name: str, tensor: Tensor, dtype: torch.dtype, device: torch
             f"{name} must be contiguous {dtype} on {device}, "
             f"got {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
         )
+
+
+def check_rows(x: Tensor, level_rows: Sequence[int] | None = None) -> None:
+    """Refuses what is not packed rows, or not as many as the levels have.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+    if x.dim() != 2 or not x.is_contiguous() or not x.is_floating_point():
+        raise ValueError(
+            f"x must be contiguous floating point [M, C], got {x.dtype} of shape {tuple(x.shape)}, "
+            f"strides {x.stride()}"
+        )
+    if level_rows is not None and sum(level_rows) != x.shape[0]:
+        raise ValueError(
+            f"level_rows must add up to the {x.shape[0]} rows of x, got {tuple(level_rows)}"
+        )
+
+
+def rows_of_levels(
+    heights: Sequence[int], widths: Sequence[int], num_images: int, stride: int = 1
+) -> list[int]:
+    """Rows of each level behind a "same" convolution or pooling of that stride."""
+    pairs = zip(heights, widths, strict=True)
+    return [num_images * -(-height // stride) * -(-width // stride) for height, width in pairs]
 
 
 def check_levels(level_rows: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast.kernels._bn_tiles import activate, find_map, merge_chunks
+from rsfast.kernels._checks import rows_of_levels
 from rsfast.kernels._launch import OPTIONS, level_arguments, on_device_of
 
 __all__ = [
@@ -59,16 +60,12 @@ class Maps(NamedTuple):
     @property
     def rows_in(self) -> list[int]:
         """Rows of each level of the input."""
-        return self._rows(1)
+        return rows_of_levels(self.heights, self.widths, self.num_images)
 
     @property
     def rows_out(self) -> list[int]:
         """Rows of each level of the output."""
-        return self._rows(self.stride)
-
-    def _rows(self, stride: int) -> list[int]:
-        pairs = zip(self.heights, self.widths, strict=True)
-        return [self.num_images * -(-h // stride) * -(-w // stride) for h, w in pairs]
+        return rows_of_levels(*self)
 
 
 def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:

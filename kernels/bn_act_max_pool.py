@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsfast.kernels._bn_checks import check_batch_norm, check_batch_norm_for_triton
-from rsfast.kernels._checks import check_backend, load_kernels
+from rsfast.kernels._checks import check_backend, load_kernels, rows_of_levels
 from rsfast.kernels.deferred_bn import apply_bn_act, check_moments
 from rsfast.kernels.switchable_bn_act import ACTIVATIONS
 
@@ -98,8 +98,7 @@ def _(
 def _empty_outputs(
     x: Tensor, heights: Sequence[int], widths: Sequence[int], num_images: int
 ) -> tuple[Tensor, Tensor]:
-    pixels = sum(-(-h // 2) * -(-w // 2) for h, w in zip(heights, widths, strict=True))
-    y = x.new_empty(num_images * pixels, x.shape[1])
+    y = x.new_empty(sum(rows_of_levels(heights, widths, num_images, 2)), x.shape[1])
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 

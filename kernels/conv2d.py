@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rsfast.kernels._checks import rows_of_levels
+
 __all__ = ["conv2d", "conv2d_reference"]
 
 _UNIT = [1, 1]
@@ -194,7 +196,7 @@ def conv2d(
             f"weight must fit {x.shape[1]} channels in {groups} groups, got {tuple(weight.shape)}"
         )
     heights, widths = [size[0] for size in sizes], [size[1] for size in sizes]
-    if x.shape[0] != _num_out_rows(heights, widths, num_images, 1):
+    if x.shape[0] != sum(rows_of_levels(heights, widths, num_images)):
         raise ValueError(
             f"sizes must add up to the {x.shape[0]} rows of x for {num_images} images, "
             f"got {tuple(sizes)}"
@@ -206,13 +208,6 @@ def _strided(lengths: Sequence[int], stride: int) -> list[int]:
     return [-(-length // stride) for length in lengths]
 
 
-def _num_out_rows(
-    heights: Sequence[int], widths: Sequence[int], num_images: int, stride: int
-) -> int:
-    pairs = zip(_strided(heights, stride), _strided(widths, stride), strict=True)
-    return num_images * sum(height * width for height, width in pairs)
-
-
 def _empty_output(
     x: Tensor,
     weight: Tensor,
@@ -221,7 +216,8 @@ def _empty_output(
     num_images: int,
     stride: int,
 ) -> Tensor:
-    return x.new_empty(_num_out_rows(heights, widths, num_images, stride), weight.shape[0])
+    rows = sum(rows_of_levels(heights, widths, num_images, stride))
+    return x.new_empty(rows, weight.shape[0])
 
 
 def _geometry(weight: Tensor, stride: int) -> tuple[list[int], list[int]]:
@@ -248,7 +244,7 @@ def _levels(
     rows: Tensor, heights: Sequence[int], widths: Sequence[int], num_images: int
 ) -> list[Tensor]:
     """[N, C, H, W] channels-last views of packed rows."""
-    counts = [num_images * h * w for h, w in zip(heights, widths, strict=True)]
+    counts = rows_of_levels(heights, widths, num_images)
     return [
         part.view(num_images, h, w, rows.shape[1]).permute(0, 3, 1, 2)
         for part, h, w in zip(torch.split(rows, counts), heights, widths, strict=True)

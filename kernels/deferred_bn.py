@@ -33,6 +33,7 @@ from rsfast.kernels._checks import (
     check_companion,
     check_kernel_dtype,
     check_levels,
+    check_rows,
     load_kernels,
 )
 from rsfast.kernels._ranks import move_running_statistics
@@ -234,7 +235,7 @@ def with_moments_gradient(
     Raises:
         ValueError: naming the argument, the rule and the value.
     """
-    check_batch_norm(x, {"mean": mean, "var": var}, level_rows, range(len(level_rows)), None)
+    check_rows(x, level_rows)
     check_moments(mean, var, x, len(level_rows), backend)
     if backend == "triton":
         check_kernel_dtype("x", x)

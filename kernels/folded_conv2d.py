@@ -41,7 +41,9 @@ from rsfast.kernels._checks import (
     check_companion,
     check_kernel_dtype,
     check_levels,
+    check_rows,
     load_kernels,
+    rows_of_levels,
 )
 from rsfast.kernels.conv2d import conv2d_reference
 from rsfast.kernels.switchable_bn_act import ACTIVATIONS
@@ -77,7 +79,8 @@ def folded_conv2d_reference(
     statistics: bool = True,
 ) -> FoldedConvOutput:
     """Plain PyTorch; arguments as in :func:`folded_conv2d`."""
-    level_rows = _level_rows(sizes, num_images, 1)
+    maps = *zip(*sizes, strict=True), num_images  # heights, widths, N
+    level_rows = rows_of_levels(*maps)
     wide = torch.promote_types(x.dtype, torch.float32)
     if center is not None and scale is not None and shift is not None:
         levels = zip(x.to(wide).split(level_rows), center, scale, shift, strict=True)
@@ -86,7 +89,7 @@ def folded_conv2d_reference(
     y = conv2d_reference(x, weight, sizes, num_images, stride)
     if not statistics:
         return FoldedConvOutput(y, *y.new_empty(2, 0, y.shape[1], dtype=wide).unbind())
-    levels = y.to(wide).split(_level_rows(sizes, num_images, stride))
+    levels = y.to(wide).split(rows_of_levels(*maps, stride))
     moments = [torch.var_mean(rows, dim=0, correction=0) for rows in levels]
     var, mean = (torch.stack(part) for part in zip(*moments, strict=True))
     return FoldedConvOutput(y, mean, var)
@@ -126,9 +129,9 @@ def _(
     activation: Any,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = tuple(zip(heights, widths, strict=True))
-    num_rows, num_out = sum(_level_rows(sizes, num_images, stride)), weight.shape[0]
-    mean = x.new_empty(len(sizes) if statistics else 0, num_out, dtype=torch.float32)
+    num_rows = sum(rows_of_levels(heights, widths, num_images, stride))
+    num_out = weight.shape[0]
+    mean = x.new_empty(len(heights) if statistics else 0, num_out, dtype=torch.float32)
     return x.new_empty(num_rows, num_out), mean, torch.empty_like(mean)
 
 
@@ -189,11 +192,6 @@ def _maps(heights: Sequence[int], widths: Sequence[int], num_images: int, stride
     return load_kernels("_folded_conv2d_tiles").Maps(heights, widths, num_images, stride)
 
 
-def _level_rows(sizes: Sequence[tuple[int, int]], num_images: int, stride: int) -> list[int]:
-    """Rows of each level behind a convolution of that stride."""
-    return [num_images * -(-height // stride) * -(-width // stride) for height, width in sizes]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, center, scale, shift, *ctx.settings, statistics = inputs
     ctx.set_materialize_grads(False)
@@ -206,9 +204,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     x, weight, y, mean, center, *rest = ctx.saved_tensors
     if dy is None:
-        heights, widths, num_images, stride, _ = ctx.settings
-        sizes = tuple(zip(heights, widths, strict=True))
-        dy = x.new_zeros(sum(_level_rows(sizes, num_images, stride)), weight.shape[0])
+        dy = x.new_zeros(sum(rows_of_levels(*ctx.settings[:4])), weight.shape[0])
     saved = x, weight, y, mean, center, *rest
     dx, dweight, *pending = _bwd(dy, dmean, dvar, *saved, *ctx.settings)
     if center is None:
@@ -265,13 +261,14 @@ def folded_conv2d(
         given = x, weight, sizes, num_images
         return folded_conv2d_reference(*given, stride=stride, **pending, **options)  # type: ignore[arg-type]
     check_kernel_dtype("x", x)
-    check_levels(_level_rows(sizes, num_images, 1))
+    maps = [size[0] for size in sizes], [size[1] for size in sizes], num_images
+    check_levels(rows_of_levels(*maps))
     check_companion("weight", weight.permute(0, 2, 3, 1), x.dtype, x.device)
     for name, tensor in pending.items():
         if tensor is not None:
             check_companion(name, tensor, torch.float32, x.device)
-    maps = [size[0] for size in sizes], [size[1] for size in sizes], num_images, stride
-    return FoldedConvOutput(*_fwd(x, weight, center, scale, shift, *maps, activation, statistics))
+    given = x, weight, center, scale, shift, *maps, stride
+    return FoldedConvOutput(*_fwd(*given, activation, statistics))
 
 
 def _check(
@@ -281,18 +278,14 @@ def _check(
     num_images: int,
     stride: int,
 ) -> None:
-    if x.dim() != 2 or not x.is_contiguous() or not x.is_floating_point():
-        raise ValueError(
-            f"x must be contiguous floating point [M, C_in], got {x.dtype} of shape "
-            f"{tuple(x.shape)}, strides {x.stride()}"
-        )
+    check_rows(x)
     k = weight.shape[-1]
     if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], k, k) or k % 2 == 0:
         raise ValueError(
             f"weight must be [C_out, {x.shape[1]}, k, k] like the columns of x, k odd, "
             f"got shape {tuple(weight.shape)}"
         )
-    if sum(_level_rows(sizes, num_images, 1)) != x.shape[0]:
+    if sum(num_images * height * width for height, width in sizes) != x.shape[0]:
         raise ValueError(
             f"sizes must add up to the {x.shape[0]} rows of x for {num_images} images, "
             f"got {tuple(sizes)}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_helpers import max_error
+from kernel_helpers import max_error, to_float64
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "assert_as_good_as_pytorch",
     "float32_operands",
     "run",
-    "to_float64",
 ]
 
 STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -55,13 +54,6 @@ def run(function: Any, inputs: dict[str, Any], **options: Any) -> dict[str, Tens
     grads = torch.autograd.grad(y, leaves, dy)
     results = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return {"y": y.detach(), **results, **{name: inputs[name] for name in STATE}}
-
-
-def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: t.double() if t is not None and t.is_floating_point() else t
-        for name, t in inputs.items()
-    }
 
 
 def assert_as_good_as_pytorch(

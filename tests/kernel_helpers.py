@@ -18,6 +18,7 @@ __all__ = [
     "CPU_OR_GPU",
     "GPU_ONLY",
     "PLACES",
+    "assert_close",
     "capture_without_host_sync",
     "gpu",
     "host_must_not_wait",
@@ -25,6 +26,7 @@ __all__ = [
     "on_another_stream",
     "run_python",
     "skip_unless_it_runs_on",
+    "to_float64",
 ]
 
 gpu = pytest.mark.gpu
@@ -51,6 +53,32 @@ def skip_unless_it_runs_on(device: str) -> None:
 
 def max_error(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact).abs().max().item()
+
+
+def to_float64(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Those with a point; None stays None."""
+    return {
+        name: t.double() if t is not None and t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+
+
+def assert_close(
+    ours: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    operands: dict[str, float] | None = None,
+) -> None:
+    """Each at most twice as far off as PyTorch in the same type, plus one rounding.
+
+    `operands` are the sizes of what float32 sums up, rounding it once.
+    """
+    assert ours.keys() == exact.keys()
+    for name, want in exact.items():
+        assert ours[name].dtype == eager[name].dtype, name
+        step = torch.finfo(ours[name].dtype).eps * want.abs().max().item()
+        step += torch.finfo(torch.float32).eps * (operands or {}).get(name, 0.0)
+        assert max_error(ours[name], want) <= 2 * max_error(eager[name], want) + step, name
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ from kernel_helpers import (
     capture_without_host_sync,
     max_error,
     on_another_stream,
+    to_float64,
 )
 from rsfast.kernels import bn_act_max_pool, bn_act_max_pool_reference
 
@@ -56,10 +57,6 @@ def run(
     return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
 
 
-def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in tensors.items()}
-
-
 @pytest.mark.parametrize("place", PLACES, indirect=True)
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
 @pytest.mark.parametrize("channels", [3, 65])
@@ -68,7 +65,7 @@ def test_output_and_gradients_match_pytorch(
     maps: tuple[Any, ...], channels: int, activation: str | None, place: tuple[str, torch.dtype]
 ) -> None:
     tensors, options = make(maps, channels, *place), {"activation": activation}
-    exact = run(bn_act_max_pool_reference, wide(tensors), maps, **options)
+    exact = run(bn_act_max_pool_reference, to_float64(tensors), maps, **options)
     eager = run(bn_act_max_pool_reference, tensors, maps, **options)
     ours = run(bn_act_max_pool, tensors, maps, **options, backend="triton")
     # Rounding makes equals, and the first of them may be another pixel than in float64: where that

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from bn_helpers import float32_operands
-from kernel_helpers import CPU_OR_GPU, GPU_ONLY, PLACES, capture_without_host_sync, max_error
+from kernel_helpers import (
+    CPU_OR_GPU,
+    GPU_ONLY,
+    PLACES,
+    assert_close,
+    capture_without_host_sync,
+    to_float64,
+)
 from rsfast.kernels import apply_bn_act, batch_moments, bn_affine, with_moments_gradient
 from rsfast.kernels import switchable_bn_act_reference as reference
 
@@ -29,10 +36,6 @@ def make(device: str, dtype: torch.dtype, mean: float = 0.0) -> dict[str, Tensor
     tensors = {"x": rows[0] + mean, "residual": rows[1]}
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     return tensors | {"weight": sets[0].to(device), "bias": sets[1].to(device)}
-
-
-def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def running(like: Tensor) -> dict[str, Tensor]:
@@ -78,25 +81,7 @@ def sizes(tensors: dict[str, Tensor]) -> dict[str, float]:
     """What gradients are sums of; see float32_operands."""
     inputs = {**tensors, **running(tensors["weight"]), "dy": upstream(tensors["x"])}
     options = {"level_rows": LEVELS, "banks": BANKS, "training": True}
-    return float32_operands(inputs, options)
-
-
-def assert_close(
-    ours: dict[str, Tensor],
-    eager: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    operands: dict[str, float] | None = None,
-) -> None:
-    """Each at most twice as far off as PyTorch in the same type, plus one rounding.
-
-    `operands` are the sizes of what float32 sums up, rounding it once.
-    """
-    assert ours.keys() == exact.keys()
-    for name, want in exact.items():
-        assert ours[name].dtype == eager[name].dtype, name
-        step = torch.finfo(ours[name].dtype).eps * want.abs().max().item()
-        step += torch.finfo(torch.float32).eps * (operands or {}).get(f"d{name}", 0.0)
-        assert max_error(ours[name], want) <= 2 * max_error(eager[name], want) + step, name
+    return {name.removeprefix("d"): n for name, n in float32_operands(inputs, options).items()}
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
@@ -106,10 +91,10 @@ def test_statistics_move_as_those_of_a_whole_batch_norm(
 ) -> None:
     tensors = make(*place)
     exact, eager, ours = (running(tensors["weight"]) for _ in range(3))
-    exact = {name: t.double() if t.is_floating_point() else t for name, t in exact.items()}
+    exact = to_float64(exact)
     for factor in (1.0, 0.5):  # two steps
         scaled = tensors | {"x": tensors["x"] * factor}
-        whole(wide(scaled), exact)
+        whole(to_float64(scaled), exact)
         whole(scaled, eager)
         moments = [torch.var_mean(v.float(), 0, correction=0) for v in scaled["x"].split(LEVELS)]
         var, mean = (torch.stack(part) for part in zip(*moments, strict=True))
@@ -143,7 +128,7 @@ def test_known_moments_have_the_gradients_of_a_whole_batch_norm(
         options |= {"residual": leaves.get("residual"), "activation": activation, "eps": EPS}
         return apply_bn_act(x, weight, bias, *moments, LEVELS, BANKS, **options)
 
-    exact, eager = gradients(by_the_book, wide(tensors)), gradients(by_the_book, tensors)
+    exact, eager = gradients(by_the_book, to_float64(tensors)), gradients(by_the_book, tensors)
     assert_close(gradients(in_pieces, tensors), eager, exact, sizes(tensors))
 
 
@@ -167,7 +152,7 @@ def test_scale_shift_and_moments_pass_on_the_gradients_of_a_whole_batch_norm(
         parts = zip(x.to(mean.dtype).split(LEVELS), mean, scale, shift, strict=True)
         return torch.cat([(rows - m) * s + b for rows, m, s, b in parts]).to(x.dtype)
 
-    exact, eager = gradients(by_the_book, wide(tensors)), gradients(by_the_book, tensors)
+    exact, eager = gradients(by_the_book, to_float64(tensors)), gradients(by_the_book, tensors)
     ours = gradients(in_pieces, tensors)
     # What comes through the moments is added to scale * dy, which is rounded before; |dy| <= 1.
     var = torch.stack([v.double().var(0, correction=0) for v in tensors["x"].split(LEVELS)])
@@ -183,7 +168,7 @@ def test_scale_shift_and_moments_pass_on_the_gradients_of_a_whole_batch_norm(
 
 
 def test_pieces_of_plain_pytorch_are_exact() -> None:
-    tensors = wide(make("cpu", torch.float32))
+    tensors = to_float64(make("cpu", torch.float32))
 
     def by_the_book(leaves: dict[str, Tensor]) -> Tensor:
         return whole(leaves, running(leaves["weight"].detach()), activation="relu")

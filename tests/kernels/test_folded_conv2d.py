@@ -16,9 +16,11 @@ from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,
     PLACES,
+    assert_close,
     capture_without_host_sync,
     max_error,
     on_another_stream,
+    to_float64,
 )
 from rsfast.kernels import (
     conv2d_reference,
@@ -94,24 +96,10 @@ def _upstream(tensor: Tensor) -> Tensor:
     return steps.cos().view(tensor.shape).to(tensor.dtype)
 
 
-def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in inputs.items()}
-
-
 def skip_without_rival(place: tuple[str, torch.dtype], kernel: int) -> None:
     if place == ("cpu", torch.float16) and kernel > 1:
         # NaN now and then, seen with PyTorch 2.13.
         pytest.skip("PyTorch's float16 convolutions on a CPU read memory that nobody has written")
-
-
-def assert_close(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]):
-    """Each at most twice as far off as PyTorch in the same type, plus one rounding."""
-    assert ours.keys() == exact.keys()
-    for name, want in exact.items():
-        assert ours[name].dtype == eager[name].dtype, name
-        step = torch.finfo(ours[name].dtype).eps * want.abs().max().item()
-        bound = 2 * max_error(eager[name], want) + step
-        assert max_error(ours[name], want) <= bound, name
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
@@ -127,7 +115,7 @@ def test_outputs_and_gradients_match_the_float64_reference(
     skip_without_rival(place, kernel)
     inputs = make(maps, channels, *place, kernel=kernel)
     options = {"activation": activation, "stride": stride}
-    exact = run(folded_conv2d_reference, in_float64(inputs), maps, **options)
+    exact = run(folded_conv2d_reference, to_float64(inputs), maps, **options)
     eager = run(folded_conv2d_reference, inputs, maps, **options)
     assert_close(run(folded_conv2d, inputs, maps, **options, backend="triton"), eager, exact)
 
@@ -142,7 +130,7 @@ def test_with_nothing_pending_it_is_a_convolution(
     maps = ((10, 7), (3, 3)), 1
     inputs = make(maps, (65, 24), *place, kernel=kernel, pending=False)
     options = {"statistics": statistics}
-    exact = run(folded_conv2d_reference, in_float64(inputs), maps, **options)
+    exact = run(folded_conv2d_reference, to_float64(inputs), maps, **options)
     eager = run(folded_conv2d_reference, inputs, maps, **options)
     ours = run(folded_conv2d, inputs, maps, **options, backend="triton")
     assert_close(ours, eager, exact)

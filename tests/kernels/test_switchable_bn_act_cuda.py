@@ -21,10 +21,9 @@ from bn_helpers import (
     VECTOR_SHAPES,
     assert_as_good_as_pytorch,
     run,
-    to_float64,
 )
 from emulator import EmulatedGpu, emulated_extension
-from kernel_helpers import run_python, skip_unless_it_runs_on
+from kernel_helpers import run_python, skip_unless_it_runs_on, to_float64
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
 FWD = torch.ops.rsfast.switchable_bn_act_one_pass_fwd

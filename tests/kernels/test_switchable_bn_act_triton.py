@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.inputs import make_bn_inputs
-from bn_helpers import STATE, VARIANTS, assert_as_good_as_pytorch, run, to_float64
+from bn_helpers import STATE, VARIANTS, assert_as_good_as_pytorch, run
 from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,
@@ -20,6 +20,7 @@ from kernel_helpers import (
     capture_without_host_sync,
     on_another_stream,
     run_python,
+    to_float64,
 )
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
