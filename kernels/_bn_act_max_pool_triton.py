@@ -1,8 +1,8 @@
 """Triton kernels of :mod:`rsfast.kernels.bn_act_max_pool`, which holds the equations.
 
 Forward a program takes output pixels and reads the nine of each window, of which its neighbours
-find most in the cache. Backward it takes input pixels and gathers from the up to four windows that
-hold each.
+find most in the cache. Backward it takes squares of four input pixels, one for each output pixel,
+and gathers from the four windows that hold any of them: nine pairs of pixel and window.
 """
 
 from __future__ import annotations
@@ -62,63 +62,37 @@ def _bn_act_max_pool_fwd_kernel(
     mean, scale, beta, _ = load_affine(
         mean_ptr, var_ptr, gamma_ptr, beta_ptr, level, bank, cols, eps, C
     )
+    # What batch norm and activation do never turns an order around, but for a negative scale: the
+    # largest output is that of the largest input, or of the smallest.
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
     x_ptr += first_in * C
     for start in range(0, count, BLOCK_M):
         pixel = (first - level_first).to(tl.int32) + start + lanes
         image = pixel // (out_height * out_width)
         rest = pixel % (out_height * out_width)
-        top, left = 2 * (rest // out_width) - 1, 2 * (rest % out_width) - 1
+        row, col = 2 * (rest // out_width), 2 * (rest % out_width)  # of the pixel in the middle
+        middle = x_ptr + ((image * height + row) * width + col).to(tl.int64) * C + cols[None, :]
         mask = (start + lanes < count) & inside
-        best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+        best = tl.zeros((BLOCK_M, BLOCK_C), tl.float32) + tl.where(mask, float("-inf"), 0.0)
         largest = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
-        for place in tl.static_range(9):
-            row, col = top + place // 3, left + place % 3
-            exists = mask & (row >= 0) & (row < height) & (col >= 0) & (col < width)
-            offset = ((image * height + row) * width + col).to(tl.int64) * C
-            x = tl.load(x_ptr + offset + cols[None, :], mask=exists, other=0.0).to(tl.float32)
-            z = (x - mean[None, :]) * scale[None, :] + beta[None, :]
-            if ACTIVATION is not None:
-                z, _kept = activate(z, ACTIVATION)
-            # Compared as batch norm would store it, so that equals are equal.
-            z = z.to(y_ptr.dtype.element_ty).to(tl.float32)
-            better = exists & ((z > best) | (z != z))
-            best = tl.where(better, z, best)
-            largest = tl.where(better, place, largest)
+        for down in tl.static_range(-1, 2):
+            for right in tl.static_range(-1, 2):
+                exists = mask
+                if down != 0:
+                    exists = exists & (row + down >= 0) & (row + down < height)
+                if right != 0:
+                    exists = exists & (col + right >= 0) & (col + right < width)
+                x_ptrs = middle + (down * width + right) * C
+                x = tl.load(x_ptrs, mask=exists, other=0.0).to(tl.float32) * sign[None, :]
+                x = tl.where(exists, x, float("-inf"))
+                largest = tl.where(x > best, 3 * down + right + 4, largest)
+                best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+        y = (best * sign[None, :] - mean[None, :]) * scale[None, :] + beta[None, :]
+        if ACTIVATION is not None:
+            y, _kept = activate(y, ACTIVATION)
         offsets = (first + start + lanes) * C + cols[None, :]
-        tl.store(y_ptr + offsets, best.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(largest_ptr + offsets, largest.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _load_pooled_dy(
-    dy_ptr,  # [M', C] from the first row of the level's output on
-    largest_ptr,  # [M', C] uint8, likewise
-    pixel,  # [BLOCK_M, 1] of the input, in the level
-    mask,  # [BLOCK_M, BLOCK_C]
-    height,
-    width,
-    cols,
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """[BLOCK_M, BLOCK_C] gradient of z: from the windows that the pixel is the largest of."""
-    out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    image, rest = pixel // (height * width), pixel % (height * width)
-    row, col = rest // width + 1, rest % width + 1  # from where the first windows begin
-    dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for up in tl.static_range(2):
-        for left in tl.static_range(2):
-            out_row, out_col = row // 2 - up, col // 2 - left
-            place_row, place_col = row - 2 * out_row, col - 2 * out_col
-            exists = mask & (out_row >= 0) & (out_row < out_height) & (place_row < 3)
-            exists = exists & (out_col >= 0) & (out_col < out_width) & (place_col < 3)
-            offset = ((image * out_height + out_row) * out_width + out_col).to(tl.int64) * C
-            offsets = offset + cols[None, :]
-            largest = tl.load(largest_ptr + offsets, mask=exists, other=9).to(tl.int32)
-            dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
-            dz += tl.where(largest == 3 * place_row + place_col, dy, 0.0)
-    return dz
 
 
 @triton.jit(do_not_specialize=["num_images"])
@@ -133,7 +107,7 @@ def _bn_act_max_pool_bwd_kernel(
     partial_ptr,  # [2, chunks, C] float32: sums of dz and dz * (x - mean); None to write dx
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level; None to write sums
     dx_ptr,  # [M, C] like x, or None; what is written is fully overwritten
-    level_rows,  # of the input
+    level_rows,  # of the output
     banks,
     chunk_rows,
     heights,  # of the input
@@ -150,10 +124,9 @@ def _bn_act_max_pool_bwd_kernel(
     chunk = tl.program_id(1)
     if WRITE_DX:  # from the last chunk on: the sums went over those last, they are still cached
         chunk = tl.num_programs(1) - 1 - chunk
-    level, bank, level_first, total, first, count = find_chunk(
-        chunk, level_rows, banks, chunk_rows, L
-    )
-    height, width, _, first_out = find_map(level, heights, widths, num_images, L, 2)
+    level, bank, level_first, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
+    height, width, first_in, _ = find_map(level, heights, widths, num_images, L, 2)
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -161,30 +134,44 @@ def _bn_act_max_pool_bwd_kernel(
         mean_ptr, var_ptr, gamma_ptr, beta_ptr, level, bank, cols, eps, C
     )
     if WRITE_DX:
+        total = (num_images * height * width).to(tl.float32)
         mean_dz = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / total
         slope = tl.load(sums_ptr + (L + level) * C + cols, mask=inside, other=0.0)
         slope *= invstd / total
-    dy_ptr += first_out * C
-    largest_ptr += first_out * C
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_M):
-        mask = (start + lanes < count) & inside[None, :]
-        offsets = (first + start + lanes) * C + cols[None, :]
-        x_centered = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         pixel = (first - level_first).to(tl.int32) + start + lanes
-        dz = _load_pooled_dy(
-            dy_ptr, largest_ptr, pixel, mask, height, width, cols, C, BLOCK_M, BLOCK_C
-        )
-        if ACTIVATION is not None:
-            _z, kept = activate(x_centered * scale[None, :] + beta[None, :], ACTIVATION)
-            dz = tl.where(kept, dz, 0.0)
-        if WRITE_DX:
-            dx = scale[None, :] * (dz - mean_dz[None, :] - x_centered * slope[None, :])
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        else:
-            sum_dz += dz
-            sum_dz_x += dz * x_centered
+        image, rest = pixel // (out_height * out_width), pixel % (out_height * out_width)
+        row, col = rest // out_width, rest % out_width
+        mask = (start + lanes < count) & inside[None, :]
+        windows = (first + start + lanes) * C + cols[None, :]
+        corner = first_in + ((image * height + 2 * row) * width + 2 * col)
+        for down in tl.static_range(2):
+            for right in tl.static_range(2):  # of the pixel in its square
+                exists = mask & (2 * row + down < height) & (2 * col + right < width)
+                dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+                # A pixel in an even row is in the middle of its window; one in an odd row is at the
+                # end of its window and at the beginning of the next. Columns likewise.
+                for below in tl.static_range(down + 1):
+                    for beside in tl.static_range(right + 1):
+                        there = mask & (row + below < out_height) & (col + beside < out_width)
+                        offsets = windows + (below * out_width + beside) * C
+                        largest = tl.load(largest_ptr + offsets, mask=there, other=9)
+                        dy = tl.load(dy_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+                        in_window = 3 * (1 + down - 2 * below) + (1 + right - 2 * beside)
+                        dz += tl.where(largest == in_window, dy, 0.0)
+                offsets = (corner + (down * width + right)) * C + cols[None, :]
+                x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32) - mean[None, :]
+                if ACTIVATION is not None:
+                    _z, kept = activate(x * scale[None, :] + beta[None, :], ACTIVATION)
+                    dz = tl.where(kept, dz, 0.0)
+                if WRITE_DX:
+                    dx = scale[None, :] * (dz - mean_dz[None, :] - x * slope[None, :])
+                    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
+                else:
+                    sum_dz += dz
+                    sum_dz_x += dz * x
     if not WRITE_DX:
         partial_ptr += chunk.to(tl.int64) * C + cols
         tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=inside)
@@ -232,7 +219,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias. Three launches."""
     heights, widths, num_images, banks = maps
-    level_rows = rows_of_levels(heights, widths, num_images)
+    level_rows = rows_of_levels(heights, widths, num_images, 2)
     chunks = share_out(level_rows, banks, x.shape[1], TILE_ELEMENTS)
     _, var, weight, _ = moments
     dx = torch.empty_like(x)

@@ -6,7 +6,9 @@ For the pixels x of level l with set b = banks[l], as in :mod:`rsfast.kernels.de
     y = the largest z of each window of 3 x 3 pixels, 2 apart, that begins one pixel outside
 
 Backward, a pixel gets dz from the windows (at most four) that it is the largest of, the first of
-equals, and the rest is that of batch norm: mean and var are taken for functions of x.
+equals, and the rest is that of batch norm: mean and var are taken for functions of x. Backend
+"triton" compares x (or -x, where weight is negative), so pixels that rounding makes equal in z are
+told apart, as in exact arithmetic.
 
 Layout: x is [M, C] contiguous, the NHWC pixels of all levels one after another; y is [M', C] with
 levels of ceil(H / 2) x ceil(W / 2) pixels. z is never stored: an index of one byte per element of y

@@ -40,6 +40,7 @@ def make(
     rows = num_images * sum(h * w for h, w in sizes)
     x = (torch.randn(rows, channels, generator=generator) + 0.5).to(device, dtype)
     sets = torch.randn(2, 3, channels, generator=generator).to(device)
+    sets[0, :, 1] = 0.0  # a gamma that makes all pixels equal
     counts = [num_images * h * w for h, w in sizes]
     moments = [torch.var_mean(v.float(), 0, correction=0) for v in x.split(counts)]
     var, mean = (torch.stack(part) for part in zip(*moments, strict=True))
@@ -68,11 +69,7 @@ def test_output_and_gradients_match_pytorch(
     exact = run(bn_act_max_pool_reference, to_float64(tensors), maps, **options)
     eager = run(bn_act_max_pool_reference, tensors, maps, **options)
     ours = run(bn_act_max_pool, tensors, maps, **options, backend="triton")
-    # Rounding makes equals, and the first of them may be another pixel than in float64: where that
-    # is so for PyTorch too, only its own gradient can be asked for.
     for name, want in exact.items():
-        if name == "x" and place[1] != torch.float32:
-            want = eager[name].double()
         step = torch.finfo(ours[name].dtype).eps * want.abs().max().clamp_min(1.0).item()
         bound = 2 * max_error(eager[name], exact[name]) + 2 * step
         assert ours[name].dtype == eager[name].dtype
