@@ -102,7 +102,7 @@ def _bn_finalize_kernel(
     for level in tl.static_range(L):
         rows = (level_rows[level] >> 1) - 1
         if (banks[level] >> 1) - 1 == bank:
-            level_mean, level_m2 = merge_chunks(
+            _origin, level_mean, level_m2 = merge_chunks(
                 partial_ptr,
                 stride_partial,
                 first_chunk,

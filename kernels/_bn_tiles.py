@@ -193,8 +193,8 @@ def merge_lanes(
 def merge_chunks(
     partial_ptr,  # [2 or 3, chunks, C] float32: mean, m2 and rest of mean, chunks of all levels
     stride_partial,  # chunks * C
-    first_chunk,  # of a level
-    rows,  # of the level
+    first_chunk,
+    rows,
     chunk_rows,
     cols,
     C: tl.constexpr,
@@ -202,9 +202,10 @@ def merge_chunks(
     BLOCK_K: tl.constexpr,  # chunks
     BLOCK_C: tl.constexpr,
 ):
-    """(mean, m2) [BLOCK_C] of a level.
+    """(origin, mean - origin, m2) [BLOCK_C] of so many rows from a chunk on.
 
-    A mean far from 0 comes in two parts, of which only differences to the first chunk are merged.
+    A mean far from 0 comes in two parts, of which only differences to the first chunk, the origin,
+    are merged. Without the second parts the origin is 0.
     """
     origin = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_REST:
@@ -231,7 +232,7 @@ def merge_chunks(
         m2 += delta * delta * (count * share)
         count += new_count
     mean_all, m2_all = merge_lanes(mean, m2, count)
-    return origin + mean_all, m2_all
+    return origin, mean_all, m2_all
 
 
 @triton.jit

@@ -244,6 +244,7 @@ def _folded_conv2d_wgrad_kernel(
             level,
             cols_k,
             C_IN,
+            KERNEL,
             ACTIVATION,
             HAS_AFFINE,
         )

@@ -33,7 +33,7 @@ def _folded_conv2d_fwd_kernel(
     scale_ptr,  # like center_ptr
     shift_ptr,  # like center_ptr
     y_ptr,  # [M, C_OUT], fully overwritten
-    partial_ptr,  # [3, row tiles, C_OUT] float32 or None: mean, m2, rest of mean; overwritten
+    partial_ptr,  # [2 or 3, row tiles, C_OUT] float32 or None: mean, m2, rest; overwritten
     level_rows,  # of the output
     heights,  # of the input
     widths,
@@ -47,6 +47,7 @@ def _folded_conv2d_fwd_kernel(
     ACTIVATION: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     WRITE_STATISTICS: tl.constexpr,
+    WRITE_REST: tl.constexpr,  # where numbers of x have as many digits as sums
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,6 +75,7 @@ def _folded_conv2d_fwd_kernel(
             level,
             cols_k,
             C_IN,
+            KERNEL,
             ACTIVATION,
             HAS_AFFINE,
         )
@@ -86,19 +88,26 @@ def _folded_conv2d_fwd_kernel(
         )
         acc = tl.dot(x, weight, acc, input_precision="ieee")
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows * C_OUT + cols_n[None, :], y, mask=inside & (cols_n < C_OUT)[None, :])
+    y_ptrs = y_ptr + rows * C_OUT + cols_n[None, :]
+    mask = inside & (cols_n < C_OUT)[None, :]
+    tl.store(y_ptrs, y, mask=mask)
     if WRITE_STATISTICS:
         # Of what is stored, as a batch norm that reads it would see; about the tile's own mean.
-        y = y.to(tl.float32)
-        mean = tl.sum(tl.where(inside, y, 0.0), 0) / count
+        # Read again, so that a thread has a few columns and many rows: where the product leaves
+        # them it has many columns, and each sum takes shuffles for all of those.
+        tl.debug_barrier()
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(y, 0) / count
         deviation = tl.where(inside, y - mean[None, :], 0.0)
-        rest = tl.sum(deviation, 0) / count  # the digits that a large mean has no room for
-        deviation = tl.where(inside, deviation - rest[None, :], 0.0)
         partial_ptr += chunk.to(tl.int64) * C_OUT + cols_n
         stride = (tl.num_programs(0) // num_columns).to(tl.int64) * C_OUT
         tl.store(partial_ptr, mean, mask=cols_n < C_OUT)
-        tl.store(partial_ptr + stride, tl.sum(deviation * deviation, 0), mask=cols_n < C_OUT)
-        tl.store(partial_ptr + 2 * stride, rest, mask=cols_n < C_OUT)
+        if WRITE_REST:  # the digits that a large mean has no room for
+            rest = tl.sum(deviation, 0) / count
+            tl.store(partial_ptr + 2 * stride, rest, mask=cols_n < C_OUT)
+            deviation = tl.where(inside, deviation - rest[None, :], 0.0)
+        m2 = tl.sum(deviation * deviation, 0)
+        tl.store(partial_ptr + stride, m2, mask=cols_n < C_OUT)
 
 
 def forward(
@@ -118,7 +127,9 @@ def forward(
         triton.cdiv(num_out, tile["BLOCK_N"]),
     )
     y = x.new_empty(sum(level_rows), num_out)
-    partial = x.new_empty(3, count, num_out, dtype=torch.float32) if statistics else None
+    has_rest = x.dtype == torch.float32
+    parts = 2 + has_rest
+    partial = x.new_empty(parts, count, num_out, dtype=torch.float32) if statistics else None
     with on_device_of(x):
         _folded_conv2d_fwd_kernel[(num_columns * count,)](
             x,
@@ -130,6 +141,7 @@ def forward(
             num_columns,
             **constants(weight, maps, affine, activation),
             WRITE_STATISTICS=statistics,
+            WRITE_REST=has_rest,
             **tile,
         )
     if partial is None:

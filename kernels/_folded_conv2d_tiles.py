@@ -36,9 +36,8 @@ __all__ = [
 # All registers: left alone, ptxas spills a few bytes in float32 to fit more programs.
 GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": 255}
 
-
-# Many tiles at once: up to 6,272 in a level of a ResNet-50 at batch 256, one after the other.
-MERGE_OPTIONS = {**OPTIONS, "num_warps": 8, "BLOCK_K": 256, "BLOCK_C": 16}
+# Up to 6,272 row tiles in a level of a ResNet-50 at batch 256: 49 programs merge 128 each.
+MERGE_OPTIONS = {**OPTIONS, "BLOCK_K": 128, "BLOCK_C": 16}
 
 
 class Affine(NamedTuple):
@@ -132,17 +131,24 @@ def load_input(
     level,
     cols,  # [BLOCK_K] of the input
     C_IN: tl.constexpr,
+    KERNEL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
 ):
-    """The input with what is pending on it, in the type of x; 0 where masked."""
+    """The input with what is pending on it, in the type of x.
+
+    Where masked, it is 0 beyond C_IN, and in rows unless the kernel is 1x1: then those are rows
+    whose products nobody wants.
+    """
     x = tl.load(x_ptrs, mask=mask, other=0.0)
     if HAS_AFFINE:
         center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, level, cols, C_IN)
         z = (x.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :]
         if ACTIVATION is not None:
             z, _ = activate(z, ACTIVATION)
-        x = tl.where(mask, z, 0.0).to(x.dtype)
+        x = z.to(x.dtype)
+        if KERNEL > 1:
+            x = tl.where(mask, x, 0.0)
     return x
 
 
@@ -156,47 +162,61 @@ def load_affine(center_ptr, scale_ptr, shift_ptr, level, cols, C_IN: tl.constexp
     return center, scale, shift
 
 
-@triton.jit(do_not_specialize=["stride_partial"])
+@triton.jit(do_not_specialize=["stride_partial", "chunk_rows", "group_rows"])
 def _folded_conv2d_merge_kernel(
-    partial_ptr,  # [2, row tiles, C] float32, or [3, ...] of moments
-    first_ptr,  # [L, C] float32: mean, or sum of the first; fully overwritten
-    second_ptr,  # [L, C] float32: biased variance, or sum of the second; fully overwritten
-    stride_partial,  # row tiles * C
+    partial_ptr,  # [2, chunks, C] float32 sums; or moments, [2 or 3, ...]: mean, m2, rest of mean
+    first_ptr,  # [groups, C] float32, the first of those of each group, fully overwritten
+    second_ptr,  # like first_ptr, the second; biased variance for m2 if LAST
+    rest_ptr,  # like first_ptr; None without rests and if LAST
+    stride_partial,  # chunks * C
     level_rows,
+    chunk_rows,
+    group_rows,  # a multiple of chunk_rows; at least a level's if LAST
     L: tl.constexpr,
     C: tl.constexpr,
-    MOMENTS: tl.constexpr,  # else plain sums
-    CHUNK_ROWS: tl.constexpr,  # BLOCK_M of the launch before
-    BLOCK_K: tl.constexpr,  # row tiles
+    MOMENTS: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # chunks
     BLOCK_C: tl.constexpr,
 ):
-    wanted = tl.program_id(1)
+    group = tl.program_id(1)
+    index = group  # within a level
     rows = 0
     first_chunk = 0
     earlier = 0
     for level in tl.static_range(L):
         count = (level_rows[level] >> 1) - 1
-        rows = tl.where(wanted == level, count, rows)
-        first_chunk = tl.where(wanted == level, earlier, first_chunk)
-        earlier += tl.cdiv(count, CHUNK_ROWS)
+        groups = tl.cdiv(count, group_rows)
+        inside = (index >= 0) & (index < groups)
+        rows = tl.where(inside, tl.minimum(count - index * group_rows, group_rows), rows)
+        first_chunk = tl.where(inside, earlier + index * (group_rows // chunk_rows), first_chunk)
+        earlier += tl.cdiv(count, chunk_rows)
+        index -= groups
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets = group * C + cols
     if MOMENTS:
-        first, second = merge_chunks(
+        first, rest, second = merge_chunks(
             partial_ptr,
             stride_partial,
             first_chunk,
             rows,
-            CHUNK_ROWS,
+            chunk_rows,
             cols,
             C,
-            True,
+            HAS_REST,
             BLOCK_K,
             BLOCK_C,
         )
-        second = second / rows
+        if HAS_REST and not LAST:
+            tl.store(rest_ptr + offsets, rest, mask=cols < C)
+        else:
+            first += rest
+        if LAST:
+            second = second / rows
     else:
         lanes = tl.arange(0, BLOCK_K)[:, None]
-        chunks = tl.cdiv(rows, CHUNK_ROWS)
+        chunks = tl.cdiv(rows, chunk_rows)
         sums = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         other_sums = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         for start in range(0, chunks, BLOCK_K):
@@ -205,31 +225,57 @@ def _folded_conv2d_merge_kernel(
             sums += tl.load(ptrs, mask=mask, other=0.0)
             other_sums += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
         first, second = tl.sum(sums, 0), tl.sum(other_sums, 0)
-    tl.store(first_ptr + wanted * C + cols, first, mask=cols < C)
-    tl.store(second_ptr + wanted * C + cols, second, mask=cols < C)
+    tl.store(first_ptr + offsets, first, mask=cols < C)
+    tl.store(second_ptr + offsets, second, mask=cols < C)
 
 
 def merge(
     partial: Tensor, level_rows: Sequence[int], chunk_rows: int, *, moments: bool
 ) -> tuple[Tensor, Tensor]:
-    """Two [L, C] of two partial results by row tile: mean and variance, or two sums."""
-    num_channels = partial.shape[-1]
+    """Two [L, C] of partial results by row tile: mean and variance, or two sums.
+
+    One launch, or two where levels have more tiles than a program takes at once.
+    """
+    num_channels, group_rows = partial.shape[-1], chunk_rows * MERGE_OPTIONS["BLOCK_K"]
+    if max(level_rows) > group_rows:
+        merged = partial.new_empty(len(partial), row_tiles(level_rows, group_rows), num_channels)
+        _merge(partial, list(merged), level_rows, chunk_rows, group_rows, moments, last=False)
+        partial, chunk_rows = merged, group_rows
+    group_rows = triton.cdiv(max(level_rows), chunk_rows) * chunk_rows
+    # Not parts of one tensor: an operator's outputs have memory of their own.
     first, second = (partial.new_empty(len(level_rows), num_channels) for _ in range(2))
-    grid = triton.cdiv(num_channels, MERGE_OPTIONS["BLOCK_C"]), len(level_rows)
+    _merge(partial, [first, second], level_rows, chunk_rows, group_rows, moments, last=True)
+    return first, second
+
+
+def _merge(
+    partial: Tensor,
+    merged: list[Tensor],
+    level_rows: Sequence[int],
+    chunk_rows: int,
+    group_rows: int,
+    moments: bool,
+    *,
+    last: bool,
+) -> None:
+    groups, num_channels = merged[0].shape
+    grid = triton.cdiv(num_channels, MERGE_OPTIONS["BLOCK_C"]), groups
     with on_device_of(partial):
         _folded_conv2d_merge_kernel[grid](
             partial,
-            first,
-            second,
+            *merged,
+            *([None] * (3 - len(merged))),
             partial.stride(0),
             level_arguments(level_rows),
+            chunk_rows,
+            group_rows,
             L=len(level_rows),
             C=num_channels,
             MOMENTS=moments,
-            CHUNK_ROWS=chunk_rows,
+            HAS_REST=len(partial) > 2,
+            LAST=last,
             **MERGE_OPTIONS,
         )
-    return first, second
 
 
 def row_tiles(level_rows: Sequence[int], block_m: int) -> int:

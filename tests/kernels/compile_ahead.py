@@ -165,7 +165,7 @@ def _folded_conv2d(
     yield case(
         conv_forward._folded_conv2d_fwd_kernel,
         types | (partial if statistics else {}),
-        {"WRITE_STATISTICS": statistics, **tile},
+        {"WRITE_STATISTICS": statistics, "WRITE_REST": dtype == "fp32", **tile},
     )
     backward = {"HAS_STATISTICS": statistics}
     types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments, **columns}
@@ -179,15 +179,19 @@ def _folded_conv2d(
         {**backward, **conv_backward.wgrad_tiles(torch_dtype, num_in, num_out)},
     )
     if pending and kernel * stride == 1:
-        for moments_only in (True, False):
+        has_rest = dtype == "fp32"
+        for last, moments_only in itertools.product((True, False), repeat=2):
             types = dict.fromkeys(["partial_ptr", "first_ptr", "second_ptr"], "*fp32")
-            merge = {"L": NUM_LEVELS, "C": num_out, "CHUNK_ROWS": tile["BLOCK_M"]}
+            types |= {} if last or not (has_rest and moments_only) else {"rest_ptr": "*fp32"}
+            types |= dict.fromkeys(["stride_partial", "chunk_rows", "group_rows"], "i32")
+            merge = {"L": NUM_LEVELS, "C": num_out, "MOMENTS": moments_only}
+            merge |= {"HAS_REST": has_rest and moments_only, "LAST": last}
             sizes = {name: conv_tiles.MERGE_OPTIONS[name] for name in ("BLOCK_K", "BLOCK_C")}
             yield Case(
-                f"_folded_conv2d_merge_kernel C={num_out} {dtype} moments={moments_only}",
+                f"_folded_conv2d_merge_kernel C={num_out} {dtype} moments={moments_only} {last}",
                 conv_tiles._folded_conv2d_merge_kernel,
-                {**types, "stride_partial": "i32", **levels},
-                {**merge, **sizes, "MOMENTS": moments_only},
+                {**types, **levels},
+                {**merge, **sizes},
                 {k: v for k, v in conv_tiles.MERGE_OPTIONS.items() if k not in sizes},
             )
 
