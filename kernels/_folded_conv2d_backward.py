@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -25,20 +23,11 @@ from rsfast.kernels._folded_conv2d_tiles import (
 )
 from rsfast.kernels._launch import on_device_of
 
-__all__ = ["StatisticsGrad", "dgrad", "dgrad_tiles", "wgrad", "wgrad_tiles"]
+__all__ = ["dgrad", "dgrad_tiles", "wgrad", "wgrad_tiles"]
 
 # Programs of the weight's gradient: two for each of 132 multiprocessors. A constant, so that sums
 # are split, and results rounded, alike on every GPU.
 PROGRAMS = 264
-
-
-class StatisticsGrad(NamedTuple):
-    """What gradients of mean and variance add to that of y: dmean / m + 2 dvar (y - mean) / m."""
-
-    y: Tensor  # [M, C_out]
-    mean: Tensor  # [L, C_out] float32
-    dmean: Tensor  # like mean
-    dvar: Tensor  # like mean
 
 
 def dgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
@@ -53,49 +42,16 @@ def wgrad_tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]
     return {**tile, "BLOCK_M": min(tile["BLOCK_M"], 64)}
 
 
-@triton.jit
-def _load_output_gradient(
-    dy_ptr,  # [M, C_OUT]
-    y_ptr,  # [M, C_OUT] or None
-    mean_ptr,  # [L, C_OUT] float32 or None
-    dmean_ptr,  # like mean_ptr
-    dvar_ptr,  # like mean_ptr
-    offsets,  # [BLOCK_M, BLOCK_N]
-    mask,
-    level,
-    level_count,  # m, rows of the level; 0 where there is no tile
-    cols,  # [BLOCK_N] of the output
-    C_OUT: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
-):
-    """The gradient of y with that of its statistics, in the type of dy; 0 where masked."""
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-    if HAS_STATISTICS:
-        inside = cols < C_OUT
-        mean = tl.load(mean_ptr + level * C_OUT + cols, mask=inside, other=0.0)
-        share = 1.0 / tl.maximum(level_count, 1)
-        offset = tl.load(dmean_ptr + level * C_OUT + cols, mask=inside, other=0.0) * share
-        slope = tl.load(dvar_ptr + level * C_OUT + cols, mask=inside, other=0.0) * (2.0 * share)
-        y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        total = dy.to(tl.float32) + (offset[None, :] + slope[None, :] * (y - mean[None, :]))
-        dy = tl.where(mask, total, 0.0).to(dy.dtype)
-    return dy
-
-
 @triton.jit(do_not_specialize=["num_images", "num_columns"])
 def _folded_conv2d_dgrad_kernel(
     dy_ptr,  # [M, C_OUT]
     weight_ptr,  # [C_OUT, KERNEL, KERNEL, C_IN]
-    x_ptr,  # [M, C_IN] or None
-    center_ptr,  # [L, C_IN] float32 or None
+    x_ptr,  # [M, C_IN]
+    center_ptr,  # [L, C_IN] float32
     scale_ptr,  # like center_ptr
     shift_ptr,  # like center_ptr
-    y_ptr,  # [M, C_OUT] or None
-    mean_ptr,  # [L, C_OUT] float32 or None
-    dmean_ptr,  # like mean_ptr
-    dvar_ptr,  # like mean_ptr
     dx_ptr,  # [M, C_IN], fully overwritten
-    partial_ptr,  # [2, row tiles, C_IN] float32 or None: sums for shift and scale, overwritten
+    partial_ptr,  # [2, row tiles, C_IN] float32: sums for shift and scale, fully overwritten
     level_rows,  # of the input
     heights,  # of the input
     widths,
@@ -107,8 +63,6 @@ def _folded_conv2d_dgrad_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # output channels, the inner dimension
     BLOCK_K: tl.constexpr,  # input channels
@@ -120,7 +74,6 @@ def _folded_conv2d_dgrad_kernel(
     inside = (lanes < count)[:, None]
     height, width, _, first_out = find_map(level, heights, widths, num_images, L, STRIDE)
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
-    level_count = num_images * out_height * out_width
     pixel = (rows - level_first).to(tl.int32)
     image, rest = pixel // (height * width), pixel % (height * width)
     row, col = rest // width + KERNEL // 2, rest % width + KERNEL // 2
@@ -137,19 +90,10 @@ def _folded_conv2d_dgrad_kernel(
             up, left = up // STRIDE, left // STRIDE
             exist = exist & (up < out_height) & (left < out_width)
             rows_out = first_out + ((image * out_height + up) * out_width + left)
-        dy = _load_output_gradient(
-            dy_ptr,
-            y_ptr,
-            mean_ptr,
-            dmean_ptr,
-            dvar_ptr,
-            rows_out * C_OUT + cols_n[None, :],
-            exist & (cols_n < C_OUT)[None, :],
-            level,
-            level_count,
-            cols_n,
-            C_OUT,
-            HAS_STATISTICS,
+        dy = tl.load(
+            dy_ptr + rows_out * C_OUT + cols_n[None, :],
+            mask=exist & (cols_n < C_OUT)[None, :],
+            other=0.0,
         )
         weight = tl.load(
             weight_ptr
@@ -159,34 +103,32 @@ def _folded_conv2d_dgrad_kernel(
             other=0.0,
         )
         acc = tl.dot(dy, weight, acc, input_precision="ieee")
+    # Stored as it is, and read again: where the product leaves it, a thread has many columns, each
+    # of which would take shuffles to be summed over rows.
     offsets = rows * C_IN + cols_k[None, :]
     mask = inside & (cols_k < C_IN)[None, :]
-    if HAS_AFFINE:
-        center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, level, cols_k, C_IN)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - center[None, :]
-        if ACTIVATION is not None:
-            _, kept = activate(x * scale[None, :] + shift[None, :], ACTIVATION)
-            acc = tl.where(kept, acc, 0.0)
-        acc = tl.where(mask, acc, 0.0)
-        partial_ptr += chunk.to(tl.int64) * C_IN + cols_k
-        tl.store(partial_ptr, tl.sum(acc, 0), mask=cols_k < C_IN)
-        partial_ptr += (tl.num_programs(0) // num_columns).to(tl.int64) * C_IN
-        tl.store(partial_ptr, tl.sum(acc * x, 0), mask=cols_k < C_IN)
-        acc = acc * scale[None, :]
     tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    du = tl.load(dx_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, level, cols_k, C_IN)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - center[None, :]
+    if ACTIVATION is not None:
+        _, kept = activate(x * scale[None, :] + shift[None, :], ACTIVATION)
+        du = tl.where(kept, du, 0.0)
+    tl.store(dx_ptr + offsets, (du * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+    partial_ptr += chunk.to(tl.int64) * C_IN + cols_k
+    tl.store(partial_ptr, tl.sum(du, 0), mask=cols_k < C_IN)
+    partial_ptr += (tl.num_programs(0) // num_columns).to(tl.int64) * C_IN
+    tl.store(partial_ptr, tl.sum(du * x, 0), mask=cols_k < C_IN)
 
 
 @triton.jit(do_not_specialize=["num_images", "tiles_per_split"])
 def _folded_conv2d_wgrad_kernel(
     dy_ptr,  # [M, C_OUT]
     x_ptr,  # [M, C_IN]
-    center_ptr,  # [L, C_IN] float32 or None
+    center_ptr,  # [L, C_IN] float32
     scale_ptr,  # like center_ptr
     shift_ptr,  # like center_ptr
-    y_ptr,  # [M, C_OUT] or None
-    mean_ptr,  # [L, C_OUT] float32 or None
-    dmean_ptr,  # like mean_ptr
-    dvar_ptr,  # like mean_ptr
     partial_ptr,  # [splits, C_OUT, KERNEL, KERNEL, C_IN] float32, fully overwritten
     level_rows,  # of the output
     heights,  # of the input
@@ -199,8 +141,6 @@ def _folded_conv2d_wgrad_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # rows, the inner dimension
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -214,24 +154,15 @@ def _folded_conv2d_wgrad_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for index in range(0, tiles_per_split):
         # Behind the last tile there are no rows.
-        level, _, level_first, level_count, first, count = find_chunk(
+        level, _, level_first, _, first, count = find_chunk(
             split * tiles_per_split + index, level_rows, level_rows, BLOCK_M, L
         )
         rows = (first + lanes)[:, None]
         inside = (lanes < count)[:, None]
-        dy = _load_output_gradient(
-            dy_ptr,
-            y_ptr,
-            mean_ptr,
-            dmean_ptr,
-            dvar_ptr,
-            rows * C_OUT + cols_n[None, :],
-            inside & (cols_n < C_OUT)[None, :],
-            level,
-            level_count,
-            cols_n,
-            C_OUT,
-            HAS_STATISTICS,
+        dy = tl.load(
+            dy_ptr + rows * C_OUT + cols_n[None, :],
+            mask=inside & (cols_n < C_OUT)[None, :],
+            other=0.0,
         )
         window = find_window(level, level_first, rows, heights, widths, num_images, L, STRIDE)
         rows_in, exist = rows_at_tap(window, rows, inside, tap, KERNEL, STRIDE)
@@ -246,7 +177,7 @@ def _folded_conv2d_wgrad_kernel(
             C_IN,
             KERNEL,
             ACTIVATION,
-            HAS_AFFINE,
+            True,
         )
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
     TAPS: tl.constexpr = KERNEL * KERNEL
@@ -259,11 +190,10 @@ def dgrad(
     dy: Tensor,
     weight: Tensor,
     x: Tensor,
-    affine: Affine | None,
-    statistics: StatisticsGrad | None,
+    affine: Affine,
     maps: Maps,
     activation: str | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dshift and dscale [L, C_in]."""
     num_out, num_in = weight.shape[:2]
     tile = dgrad_tiles(x.dtype, num_in, num_out)
@@ -273,24 +203,20 @@ def dgrad(
         triton.cdiv(num_in, tile["BLOCK_K"]),
     )
     dx = torch.empty_like(x)
-    partial = x.new_empty(2, count, num_in, dtype=torch.float32) if affine else None
+    partial = x.new_empty(2, count, num_in, dtype=torch.float32)
     with on_device_of(x):
         _folded_conv2d_dgrad_kernel[(num_columns * count,)](
             dy,
             weight,
-            x if affine else None,
-            *(affine or (None,) * 3),
-            *(statistics or (None,) * 4),
+            x,
+            *affine,
             dx,
             partial,
             *launch_arguments(maps, level_rows),
             num_columns,
-            **constants(weight, maps, affine, activation),
-            HAS_STATISTICS=statistics is not None,
+            **constants(weight, maps, activation),
             **tile,
         )
-    if partial is None:
-        return dx, None, None
     return dx, *merge(partial, level_rows, tile["BLOCK_M"], moments=False)
 
 
@@ -298,8 +224,7 @@ def wgrad(
     dy: Tensor,
     weight: Tensor,
     x: Tensor,
-    affine: Affine | None,
-    statistics: StatisticsGrad | None,
+    affine: Affine,
     maps: Maps,
     activation: str | None,
 ) -> Tensor:
@@ -319,13 +244,11 @@ def wgrad(
         _folded_conv2d_wgrad_kernel[(*columns, splits)](
             dy,
             x,
-            *(affine or (None,) * 3),
-            *(statistics or (None,) * 4),
+            *affine,
             partial,
             *launch_arguments(maps, level_rows),
             per_split,
-            **constants(weight, maps, affine, activation),
-            HAS_STATISTICS=statistics is not None,
+            **constants(weight, maps, activation),
             **tile,
         )
     return partial.sum(0).to(weight.dtype).permute(0, 3, 1, 2)

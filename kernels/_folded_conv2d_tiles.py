@@ -288,12 +288,9 @@ def launch_arguments(maps: Maps, level_rows: Sequence[int]) -> tuple[Any, ...]:
     return level_arguments(level_rows), *sizes
 
 
-def constants(
-    weight: Tensor, maps: Maps, affine: Affine | None, activation: str | None
-) -> dict[str, Any]:
+def constants(weight: Tensor, maps: Maps, activation: str | None) -> dict[str, Any]:
     """What all three products are compiled for, besides their tiles."""
     num_out, num_in, kernel, _ = weight.shape
     sizes = {"L": len(maps.heights), "C_IN": num_in, "C_OUT": num_out}
     geometry = {"KERNEL": kernel, "STRIDE": maps.stride}
-    pending = {"ACTIVATION": activation if affine else None, "HAS_AFFINE": affine is not None}
-    return {**sizes, **geometry, **pending, **GEMM_OPTIONS}
+    return {**sizes, **geometry, "ACTIVATION": activation, **GEMM_OPTIONS}

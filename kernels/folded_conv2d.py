@@ -154,20 +154,38 @@ def _bwd(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dcenter, dscale and dshift (no rows where nothing is pending)."""
-    kernels = load_kernels("_folded_conv2d_backward")
-    affine, maps = _affine(center, scale, shift), _maps(heights, widths, num_images, stride)
-    statistics = None
+    maps = heights, widths, num_images, stride
+    dy = dy.contiguous()  # a sum's has strides of 0
     if y is not None and mean is not None and (dmean is not None or dvar is not None):
         grads = (torch.zeros_like(mean) if g is None else g.contiguous() for g in (dmean, dvar))
-        statistics = kernels.StatisticsGrad(y, mean, *grads)
-    dy = dy.contiguous()  # a sum's has strides of 0
-    rest = weight, x, affine, statistics, maps, activation
-    dx, dshift, dscale = kernels.dgrad(dy, *rest)
-    dweight = kernels.wgrad(dy, *rest)
+        moments = load_kernels("_deferred_bn_triton")
+        dy = moments.moments_backward(dy, y, mean, *grads, rows_of_levels(*maps))
+    affine = _affine(center, scale, shift)
     if affine is None:
         none = x.new_empty(0, x.shape[1], dtype=torch.float32)
-        return dx, dweight, none, none.clone(), none.clone()
-    return dx, dweight, -affine.scale * dshift, dscale, dshift
+        return *_plain_backward(dy, x, weight, *maps), none, none.clone(), none.clone()
+    kernels = load_kernels("_folded_conv2d_backward")
+    rest = weight, x, affine, _maps(*maps), activation
+    dx, dshift, dscale = kernels.dgrad(dy, *rest)
+    return dx, kernels.wgrad(dy, *rest), -affine.scale * dshift, dscale, dshift
+
+
+def _plain_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    num_images: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight of a convolution without anything pending: the vendor library's."""
+    if weight.shape[-1] * stride > 1:
+        maps = heights, widths, num_images, stride
+        return torch.ops.rsfast.conv2d_bwd(dy, x, weight, *maps, 1, True, True)
+    dweight = torch.empty_like(weight)  # keeps the memory format
+    dweight.copy_((dy.t() @ x)[:, :, None, None])
+    return dy @ weight.flatten(1), dweight
 
 
 @_bwd.register_fake

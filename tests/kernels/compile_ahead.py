@@ -120,7 +120,7 @@ def folded_conv2d() -> Iterator[Case]:
     shapes = [(64, 64), (64, 256), (512, 128), (2048, 512), (65, 131)]
     cases = [*((shape, "bf16") for shape in shapes), ((64, 256), "fp32"), ((65, 131), "fp32")]
     for (num_in, num_out), dtype in cases:
-        for activation, pending, statistics in (("relu", True, True), (None, False, False)):
+        for activation, pending, statistics in (("relu", True, True), (None, False, True)):
             options = activation, pending, statistics
             yield from _folded_conv2d((num_in, num_out, 1, 1), dtype, *options)
     yield from _folded_conv2d((96, 24, 1, 1), "fp16", "relu6", True, True)
@@ -143,14 +143,10 @@ def _folded_conv2d(
     rows, levels = "*" + dtype, {"level_rows": ("i32",) * NUM_LEVELS}
     maps = dict.fromkeys(["heights", "widths"], levels["level_rows"]) | {"num_images": "i32"}
     affine = dict.fromkeys(["center_ptr", "scale_ptr", "shift_ptr"], "*fp32") if pending else {}
-    moments = dict.fromkeys(["mean_ptr", "dmean_ptr", "dvar_ptr"], "*fp32")
-    moments = {"y_ptr": rows, **moments} if statistics else {}
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
     tile = conv_tiles.tiles(torch_dtype, num_in, num_out)
-    inner = conv_backward.dgrad_tiles(torch_dtype, num_in, num_out)
     constants = {"L": NUM_LEVELS, "C_IN": num_in, "C_OUT": num_out}
-    constants |= {"ACTIVATION": activation, "HAS_AFFINE": pending}
-    constants |= {"KERNEL": kernel, "STRIDE": stride}
+    constants |= {"KERNEL": kernel, "STRIDE": stride, "ACTIVATION": activation}
     label = f"{num_in} to {num_out} k={kernel} s={stride} {dtype} {activation}"
     label += f" statistics={statistics}"
 
@@ -165,20 +161,27 @@ def _folded_conv2d(
     yield case(
         conv_forward._folded_conv2d_fwd_kernel,
         types | (partial if statistics else {}),
-        {"WRITE_STATISTICS": statistics, "WRITE_REST": dtype == "fp32", **tile},
+        {
+            "HAS_AFFINE": pending,
+            "WRITE_STATISTICS": statistics,
+            "WRITE_REST": dtype == "fp32",
+            **tile,
+        },
     )
-    backward = {"HAS_STATISTICS": statistics}
-    types = {"dy_ptr": rows, "weight_ptr": rows, "dx_ptr": rows, **affine, **moments, **columns}
-    types |= {"x_ptr": rows, **partial} if pending else {}
-    yield case(conv_backward._folded_conv2d_dgrad_kernel, types, {**backward, **inner})
-    types = {"dy_ptr": rows, "x_ptr": rows, **affine, **moments, **partial}
-    types["tiles_per_split"] = "i32"
+    if not pending:
+        return
+    types = {"dy_ptr": rows, "x_ptr": rows, **affine, **partial}
+    inner = conv_backward.dgrad_tiles(torch_dtype, num_in, num_out)
     yield case(
-        conv_backward._folded_conv2d_wgrad_kernel,
-        types,
-        {**backward, **conv_backward.wgrad_tiles(torch_dtype, num_in, num_out)},
+        conv_backward._folded_conv2d_dgrad_kernel,
+        {**types, "weight_ptr": rows, "dx_ptr": rows, **columns},
+        inner,
     )
-    if pending and kernel * stride == 1:
+    inner = conv_backward.wgrad_tiles(torch_dtype, num_in, num_out)
+    yield case(
+        conv_backward._folded_conv2d_wgrad_kernel, {**types, "tiles_per_split": "i32"}, inner
+    )
+    if kernel * stride == 1:
         has_rest = dtype == "fp32"
         for last, moments_only in itertools.product((True, False), repeat=2):
             types = dict.fromkeys(["partial_ptr", "first_ptr", "second_ptr"], "*fp32")
