@@ -105,21 +105,30 @@ def _folded_conv2d_dgrad_kernel(
         acc = tl.dot(dy, weight, acc, input_precision="ieee")
     # Stored as it is, and read again: where the product leaves it, a thread has many columns, each
     # of which would take shuffles to be summed over rows.
-    offsets = rows * C_IN + cols_k[None, :]
-    mask = inside & (cols_k < C_IN)[None, :]
-    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+    cols_inside = cols_k < C_IN
+    acc = acc.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + rows * C_IN + cols_k[None, :], acc, mask=inside & cols_inside[None, :])
     tl.debug_barrier()
-    du = tl.load(dx_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, level, cols_k, C_IN)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - center[None, :]
-    if ACTIVATION is not None:
-        _, kept = activate(x * scale[None, :] + shift[None, :], ACTIVATION)
-        du = tl.where(kept, du, 0.0)
-    tl.store(dx_ptr + offsets, (du * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+    PART: tl.constexpr = 32  # rows at once: all of them would take all registers
+    sum_du = tl.zeros((PART, BLOCK_K), tl.float32)
+    sum_du_x = tl.zeros((PART, BLOCK_K), tl.float32)
+    for start in range(0, BLOCK_M, PART):
+        part = start + tl.arange(0, PART)[:, None]
+        mask = (part < count) & cols_inside[None, :]
+        offsets = (first + part) * C_IN + cols_k[None, :]
+        du = tl.load(dx_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - center[None, :]
+        if ACTIVATION is not None:
+            _u, kept = activate(x * scale[None, :] + shift[None, :], ACTIVATION)
+            du = tl.where(kept, du, 0.0)
+        tl.store(dx_ptr + offsets, (du * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+        sum_du += du
+        sum_du_x += du * x
     partial_ptr += chunk.to(tl.int64) * C_IN + cols_k
-    tl.store(partial_ptr, tl.sum(du, 0), mask=cols_k < C_IN)
+    tl.store(partial_ptr, tl.sum(sum_du, 0), mask=cols_inside)
     partial_ptr += (tl.num_programs(0) // num_columns).to(tl.int64) * C_IN
-    tl.store(partial_ptr, tl.sum(du * x, 0), mask=cols_k < C_IN)
+    tl.store(partial_ptr, tl.sum(sum_du_x, 0), mask=cols_inside)
 
 
 @triton.jit(do_not_specialize=["num_images", "tiles_per_split"])

@@ -139,7 +139,7 @@ def forward(
             partial,
             *launch_arguments(maps, level_rows),
             num_columns,
-            **constants(weight, maps, activation),
+            **constants(weight, maps, activation, wide=affine is not None),
             HAS_AFFINE=affine is not None,
             WRITE_STATISTICS=statistics,
             WRITE_REST=has_rest,

@@ -27,14 +27,14 @@ __all__ = [
     "launch_arguments",
     "load_affine",
     "load_input",
+    "max_registers",
     "merge",
     "row_tiles",
     "rows_at_tap",
     "tiles",
 ]
 
-# All registers: left alone, ptxas spills a few bytes in float32 to fit more programs.
-GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": 255}
+GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 # Up to 6,272 row tiles in a level of a ResNet-50 at batch 256: 49 programs merge 128 each.
 MERGE_OPTIONS = {**OPTIONS, "BLOCK_K": 128, "BLOCK_C": 16}
@@ -75,6 +75,15 @@ def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
     if num_in % 8 > 0 or num_out % 8 > 0:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if num_out <= 64 else 128, "BLOCK_K": 64}
+
+
+def max_registers(dtype: torch.dtype, capability: tuple[int, int], *, wide: bool) -> int:
+    """For each thread: 128, so that two programs fit on a multiprocessor, or all.
+
+    `wide`: for one that would spill with 128, as float32 does, and all before compute capability
+    9.0: products whose larger operand goes through registers, and strided ones.
+    """
+    return 255 if wide or dtype == torch.float32 or capability < (9, 0) else 128
 
 
 @triton.jit
@@ -288,9 +297,13 @@ def launch_arguments(maps: Maps, level_rows: Sequence[int]) -> tuple[Any, ...]:
     return level_arguments(level_rows), *sizes
 
 
-def constants(weight: Tensor, maps: Maps, activation: str | None) -> dict[str, Any]:
+def constants(
+    weight: Tensor, maps: Maps, activation: str | None, *, wide: bool = False
+) -> dict[str, Any]:
     """What all three products are compiled for, besides their tiles."""
     num_out, num_in, kernel, _ = weight.shape
     sizes = {"L": len(maps.heights), "C_IN": num_in, "C_OUT": num_out}
     geometry = {"KERNEL": kernel, "STRIDE": maps.stride}
-    return {**sizes, **geometry, "ACTIVATION": activation, **GEMM_OPTIONS}
+    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (9, 0)
+    registers = max_registers(weight.dtype, capability, wide=wide or maps.stride > 1)
+    return {**sizes, **geometry, "ACTIVATION": activation, **GEMM_OPTIONS, "maxnreg": registers}

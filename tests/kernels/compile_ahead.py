@@ -44,6 +44,7 @@ class Case(NamedTuple):
     types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any]
+    before_hopper: dict[str, Any] | None = None  # other options there
 
 
 def distillation_loss() -> Iterator[Case]:
@@ -152,8 +153,17 @@ def _folded_conv2d(
 
     def case(function: Any, types: dict[str, Any], more: dict[str, Any]) -> Case:
         types = {**types, **levels, **maps}
-        options = conv_tiles.GEMM_OPTIONS
-        return Case(f"{function.__name__} {label}", function, types, {**constants, **more}, options)
+        wide = pending and function is conv_forward._folded_conv2d_fwd_kernel
+        wide = wide or stride > 1
+        options, before_hopper = (
+            {
+                **conv_tiles.GEMM_OPTIONS,
+                "maxnreg": conv_tiles.max_registers(torch_dtype, capability, wide=wide),
+            }
+            for capability in ((9, 0), (8, 0))
+        )
+        name = f"{function.__name__} {label}"
+        return Case(name, function, types, {**constants, **more}, options, before_hopper)
 
     partial = {"partial_ptr": "*fp32"}
     columns = {"num_columns": "i32"}
@@ -370,7 +380,7 @@ def compile_case(case: Case, capability: int) -> Any:
     return triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=case.options,
+        options=(case.before_hopper if capability < 90 else None) or case.options,
     )
 
 
