@@ -23,6 +23,7 @@ from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.kernels import choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
+from rsfast.models.rsnet import FOLDS
 from rsfast.optim import build_optimizer
 
 BATCH = 64 if ON_GPU else 8
@@ -34,10 +35,11 @@ COMPILE_MODES = {
 }
 # In the names of design: authors_fp32 and authors_amp are a list of tensors through every layer,
 # eager; the next three are that compiled; separate_amp is five trainings of one resolution each.
-# rsfast_folded_* is rsfast_graph with batch norm inside convolutions and the stem's pooling,
+# rsfast_folded_* is rsfast_graph with parts of batch norm in convolutions and the stem's pooling,
 # rsfast_cuda is rsfast_graph with batch norm in CUDA C++.
 _RIVALS = ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp"]
-_VARIANTS = ["rsfast_folded_1x1", "rsfast_folded_all", *sorted(INSTALLED & {"rsfast_cuda"})]
+_FOLDED = [f"rsfast_folded_{into}" for into in FOLDS if into != "none"]
+_VARIANTS = [*_FOLDED, *sorted(INSTALLED & {"rsfast_cuda"})]
 IMPLEMENTATIONS = (
     [*_RIVALS, "rsfast_eager", *_VARIANTS, "rsfast_graph"]
     if ON_GPU

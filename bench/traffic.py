@@ -18,13 +18,15 @@ __all__ = ["PASSES", "elements", "main", "one_pass_mb"]
 # of a bottleneck; that of a shortcut. A pass of batch norm's three launches each way reads 2 and
 # writes 1 forward, 4 and 1 backward; the last one's residual adds 1 and 1. PyTorch's pooling reads
 # 1, writes 1/4, and indices of 8 bytes; backward it reads both and writes 1. What a folded
-# convolution reads once more backward, x for the activation and y for its moments, is counted.
+# convolution reads once more backward, x for the activation, is counted, and the pass that adds the
+# gradient of the moments: 2 read, 1 written.
 _POOLED = 1 + 1 + 0.25 + 0.125 + 2 * (1 + 0.25 + 0.125) + 1
 PASSES = {
     "rsfast": (8 + 1 + 0.25 + 1 + 0.25 + 1 + 1, 8, 8, 10, 8),
     "pooling fused": (_POOLED, 8, 8, 10, 8),
+    "folded statistics": (_POOLED, 2 + 5, 8, 2 + 1 + 5 + 1, 2 + 5),
     "folded 1x1": (_POOLED, 2 + 5, 1 + 1 + 3, 2 + 1 + 5 + 1, 2 + 5),
-    "folded all": (_POOLED, 1 + 2, 1 + 2, 2 + 1 + 5 + 1, 2 + 5),
+    "folded all": (_POOLED, 1 + 3, 1 + 3, 2 + 1 + 5 + 1, 2 + 5),
 }
 _KINDS = ("stem", "bn1", "bn2", "bn3", "shortcut")
 _ON_CHIP = 132 * 6 * 2**15  # bytes that the rings of csrc hold on an H100 or H200

@@ -17,14 +17,16 @@ dmean / m + 2 dvar (y - mean) / m, and du the gradient before the activation:
     dshift = sum du    dscale = sum du (x - center)    dcenter = -scale sum du
 
 Layout: x is [M, C_in] contiguous, the NHWC pixels of all levels one after another, the weight
-channels-last. Sums are in float32. Statistics are those of y as stored, each tile's about its own
-mean. Bytes with backend "triton", as far as tiles of neighbouring channels, and for k = 3 taps,
-find each other's pixels in the cache: one read of x and one write of y forward; backward two reads
-of dy and x and, for gradients of the statistics, of y, and one write of dx. Beside the products
-partial results are merged, by one launch forward and one backward.
+channels-last. Sums are in float32, du is rounded to the type of x first. Statistics are those of y
+as stored, each tile's about its own mean. Bytes with backend "triton", as far as tiles of
+neighbouring channels, and for k = 3 taps, find each other's pixels in the cache: one read of x and
+one write of y forward; backward two reads of dy and x and one write of dx and, for gradients of the
+statistics, a pass of its own that reads dy and y and writes e. Beside the products partial results
+are merged, by one or two launches each way. With nothing pending the backward is that of cuBLAS or
+cuDNN.
 
-Networks use it when their batch norm is folded (`RSNet.fold_batch_norm`), which they are not unless
-asked: whether it beats cuBLAS and cuDNN with batch norm in passes of its own has to be timed on a
+Networks use it when their batch norm is folded (`RSNet.fold_batch_norm`), which it is not unless
+asked: whether that beats cuBLAS and cuDNN with batch norm in passes of its own has to be timed on a
 GPU first.
 """
 

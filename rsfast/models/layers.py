@@ -36,9 +36,10 @@ class Conv2d(nn.Conv2d):
     meets zeros there.
 
     Attributes:
-        folded: whether, in training, it applies the batch norm that is pending on its input, and
-            hands the statistics of its output to the next one.
-        backend: what computes it then, "torch" or "triton".
+        measured: whether, in training, it hands the statistics of its output to the batch norm
+            behind it.
+        folded: whether it then also applies the batch norm that is pending on its input.
+        backend: what computes a measured one, "torch" or "triton".
     """
 
     def __init__(
@@ -59,40 +60,56 @@ class Conv2d(nn.Conv2d):
             bias=False,
         )
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        self.measured = False
         self.folded = False
         self.backend = "torch"
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
-        if self.folded and self.training:
-            return self._fold(x)
+        if self.measured and self.training:
+            return self._measure(x)
         step = self.stride[0]
-        if self.kernel_size == (1, 1) and self.groups == 1:
-            if step > 1:
-                x = Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
+        if self._is_product():
+            x = self._strided(x)
             return x.with_rows(F.linear(x.rows, self.weight.flatten(1)))
         dtype = _autocast_dtype(x.rows)
         weight = self.weight.to(dtype)
         if x.num_channels > self.in_channels:
             weight = F.pad(weight, (0, 0, 0, 0, 0, x.num_channels - self.in_channels))
         rows = kernels.conv2d(x.rows.to(dtype), weight, x.sizes, x.num_images, step, self.groups)
-        return Pyramid(rows, self._out_sizes(x), x.num_images, x.banks)
+        return Pyramid(rows, self._out_sizes(x, step), x.num_images, x.banks)
 
-    def _fold(self, x: Pyramid) -> Pyramid:
-        rows, affine = x.pending.as_affine() if isinstance(x, DeferredPyramid) else (x.rows, {})
+    def _is_product(self) -> bool:
+        return self.kernel_size == (1, 1) and self.groups == 1
+
+    def _strided(self, x: Pyramid) -> Pyramid:
+        """The pixels that a 1x1 convolution reads."""
+        step = self.stride[0]
+        if step == 1:
+            return x
+        return Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
+
+    def _measure(self, x: Pyramid) -> Pyramid:
+        step = self.stride[0]
+        affine: dict[str, Any] = {}
+        if self.folded and isinstance(x, DeferredPyramid):
+            rows, affine = x.pending.as_affine()
+        else:
+            if self._is_product():
+                x, step = self._strided(x), 1
+            rows = x.rows
         dtype = _autocast_dtype(rows)
         y, mean, var = kernels.folded_conv2d(
             rows.to(dtype),
             self.weight.to(dtype),
             x.sizes,
             x.num_images,
-            stride=self.stride[0],
+            stride=step,
             **affine,
             backend=self.backend,
         )
-        return Pyramid(y, self._out_sizes(x), x.num_images, x.banks, (mean, var))
+        return Pyramid(y, self._out_sizes(x, step), x.num_images, x.banks, (mean, var))
 
-    def _out_sizes(self, x: Pyramid) -> tuple[tuple[int, int], ...]:
-        step = self.stride[0]
+    def _out_sizes(self, x: Pyramid, step: int) -> tuple[tuple[int, int], ...]:
         return tuple((-(-height // step), -(-width // step)) for height, width in x.sizes)
 
     def single(self) -> nn.Conv2d:

@@ -18,7 +18,8 @@ __all__ = ["ARCHITECTURES", "FOLDS", "RSNet", "create_model"]
 
 ARCHITECTURES = (*DEPTHS, "mobilenetv2")
 BN_MODES = ("private", "shared")
-FOLDS = {"none": (), "1x1": (1,), "all": (1, 3)}  # sizes of convolutions
+# Sizes of the convolutions that measure what they write.
+FOLDS = {"none": (), "statistics": (1,), "1x1": (1,), "all": (1, 3)}
 
 
 class RSNet(nn.Module):
@@ -103,16 +104,16 @@ class RSNet(nn.Module):
         return self
 
     def fold_batch_norm(self, into: str) -> RSNet:
-        """Chooses who applies training batch norm, and returns the network.
+        """Chooses who computes training batch norm, and returns the network.
 
-        A convolution that it is folded into applies it to what it reads, and computes the
-        statistics of what it writes: fewer passes over the pixels, in products that are Triton's,
-        not the vendor library's. The stem's pooling applies it, too. Synced batch norm is not
-        folded.
+        Convolutions that take over a part of it save passes over the pixels, in products that are
+        Triton's, not the vendor library's. The stem's pooling applies its own then, too. Synced
+        batch norm is not folded.
 
         Args:
-            into: "none", convolutions of "1x1", or "all", which are those of the images and
-                depthwise ones left out.
+            into: "none"; "statistics", where 1x1 convolutions compute those of what they write;
+                "1x1", where they also apply what is pending on what they read; or "all", where 3x3
+                convolutions do so as well (not those of the images, and not depthwise ones).
 
         Raises:
             ValueError: if it is something else.
@@ -127,7 +128,8 @@ class RSNet(nn.Module):
             norm.deferred = bool(sizes)
         for conv in self.convolutions():
             plain = conv.groups == 1 and conv.in_channels > 3
-            conv.folded = plain and conv.kernel_size[0] in sizes
+            conv.measured = plain and conv.kernel_size[0] in sizes
+            conv.folded = conv.measured and into != "statistics"
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:

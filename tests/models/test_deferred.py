@@ -49,10 +49,13 @@ def train_once(model: RSNet, into: str) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("arch", "into", "bn"),
     [
+        ("resnet18", "statistics", "private"),
         ("resnet18", "1x1", "private"),
         ("resnet18", "all", "private"),
+        ("resnet50", "statistics", "shared"),
         ("resnet50", "1x1", "shared"),
         ("resnet50", "all", "private"),
+        ("mobilenetv2", "statistics", "shared"),
         ("mobilenetv2", "1x1", "private"),
         ("mobilenetv2", "all", "shared"),
     ],
@@ -82,6 +85,7 @@ def test_evaluation_is_not_changed_at_all(arch: str) -> None:
         # blocks the second goes into the third convolution; the first, the last and that of a
         # shortcut are applied, each once. Only what follows the stem and the 3x3 of each block has
         # to be measured.
+        ("statistics", 0, 53, 1 + 16),
         ("1x1", 16, 1 + 16 + 16 + 4, 1 + 16),
         ("all", 16 + 16, 1 + 16 + 4, 1),
     ],
@@ -159,7 +163,7 @@ def test_a_residual_evaluation_and_synced_statistics_are_not_deferred(
     assert type(norm.eval()(x)) is Pyramid
     model = create_model("resnet18", RESOLUTIONS, 4).sync_batch_norm().fold_batch_norm("all")
     assert not any(layer.deferred for layer in model.batch_norms())
-    assert not any(conv.folded for conv in model.convolutions())
+    assert not any(conv.folded or conv.measured for conv in model.convolutions())
     model.sync_batch_norm(False)
     assert all(layer.deferred for layer in model.batch_norms())
     assert sum(conv.folded for conv in model.convolutions()) == 19
@@ -176,7 +180,7 @@ def test_a_deferred_norm_may_be_read_twice() -> None:
     rows = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     results = []
     for folded in (False, True):
-        conv.folded = folded
+        conv.measured = conv.folded = folded
         for norm in norms:
             norm.deferred = folded
         y = norms[0](Pyramid(rows, sizes=((4, 4), (2, 2)), num_images=2))
@@ -232,6 +236,6 @@ def fifty_losses(dtype: torch.dtype, into: str, seed: int) -> Tensor:
 
 def test_an_unknown_place_to_fold_into_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"into must be one of \('none', '1x1', 'all'\), got '3x3'"
+        ValueError, match=r"into must be one of \('none', 'statistics', '1x1', 'all'\), got"
     ):
         create_model("resnet18", RESOLUTIONS, 4).fold_batch_norm("3x3")
