@@ -1,0 +1,59 @@
+"""Instructions are counted as they stand in a listing, and in what Triton compiles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import instructions
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FFMA R2, R2, R3, R4 ;
+        /*0020*/              @P0  BRA `(.L_x_1) ;
+.L_x_2:
+        /*0030*/                   FADD R2, R2, 1 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/               @P2 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+        /*0080*/                   NOP;
+"""
+
+
+def test_loops_are_counted_and_what_follows_the_end_is_not() -> None:
+    assert instructions.parse(LISTING) == (7, (2, 5))
+
+
+def test_a_program_has_the_registers_and_the_shared_memory_of_a_multiprocessor() -> None:
+    assert instructions._programs(128, 0, 8) == 2
+    assert instructions._programs(129, 0, 8) == 1
+    assert instructions._programs(32, 100 * 1024, 4) == 2
+    assert instructions._programs(32, 0, 4) == 16
+
+
+def test_the_command_lists_kernels() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    command = [sys.executable, "-m", "bench.instructions", "normalize", "--match", "C=4 bf16"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
+    )
+    (line,) = run.stdout.splitlines()[2:]
+    name, registers, programs, count, _ = (cell.strip() for cell in line.split("|")[1:-1])
+    assert name == "_normalize_kernel C=4 bf16"
+    assert 8 <= int(registers) <= 255
+    assert 1 <= int(programs) <= 32
+    assert 20 <= int(count) <= 2000
+
+
+def test_an_unknown_operation_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        instructions.main(["conv9d"])
+    assert caught.value.code == 2
+    assert "operation must be one of bn_act_max_pool, folded_conv2d" in capsys.readouterr().err
