@@ -23,6 +23,7 @@ from rsfast.models import RSNet
 from rsfast.models.layers import Conv2d, MaxPool2d, SwitchableBatchNorm2d, global_avg_pool
 from rsfast.models.mobilenetv2 import InvertedResidual
 from rsfast.models.resnet import BasicBlock, Bottleneck
+from rsfast.models.rsnet import FOLDS
 from rsfast.optim import build_optimizer
 
 RESOLUTIONS = (32, 16)
@@ -70,7 +71,7 @@ def train(
     ],
     indirect=["device"],
 )
-@pytest.mark.parametrize("into", ["none", "1x1", "all"])
+@pytest.mark.parametrize("into", FOLDS)
 def test_training_on_the_kernels_is_as_good_as_on_pytorch(
     arch: str, device: str, into: str
 ) -> None:

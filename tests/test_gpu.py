@@ -19,6 +19,7 @@ from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.metrics import LossMeter
 from rsfast.models import RSNet
+from rsfast.models.rsnet import FOLDS
 from rsfast.optim import build_optimizer, set_lr
 from run_helpers import assert_same_run, stop_when
 
@@ -56,7 +57,7 @@ def make_step(
     return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
 
-@pytest.mark.parametrize("into", ["none", "1x1", "all"])
+@pytest.mark.parametrize("into", FOLDS)
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.03)])
 def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float, into: str) -> None:
@@ -66,7 +67,7 @@ def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float, 
     assert float(gpu_step(make_batch("cuda")).total) == pytest.approx(exact, rel=bound)
 
 
-@pytest.mark.parametrize("into", ["none", "1x1", "all"])
+@pytest.mark.parametrize("into", FOLDS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("arch", ["resnet50", "mobilenetv2"])
 def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorch(
@@ -97,14 +98,15 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "folded resnet50"])
+@pytest.mark.parametrize(
+    ("arch", "into"), [("resnet18", "none"), ("resnet50", "statistics"), ("resnet50", "all")]
+)
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nothing_waits_for_the_device_between_log_lines(
-    precision: str, graph: bool, arch: str
+    precision: str, graph: bool, arch: str, into: str
 ) -> None:
-    into, name = "all" if arch.startswith("folded") else "none", arch.split()[-1]
-    _, step = make_step(name, "cuda", precision, graph=graph, into=into)
+    _, step = make_step(arch, "cuda", precision, graph=graph, into=into)
     batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
     with host_must_not_wait():
