@@ -33,7 +33,7 @@ from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
 IMPLEMENTATIONS = ["eager", "compiled", "rsfast"] if ON_GPU else ["eager", "reference"]
 _OPTIONAL = {"apex_groupbn", "cudnn_graph", "rsfast_cuda"}  # the last: one launch each way
-IMPLEMENTATIONS += sorted(INSTALLED & _OPTIONAL) if ON_GPU else []
+IMPLEMENTATIONS += ["rsfast_sliced", *sorted(INSTALLED & _OPTIONAL)] if ON_GPU else []
 CASES = sorted({n for arch in ARCHITECTURES for n in batch_norm_layers(arch, RESOLUTIONS)}, key=str)
 
 
@@ -133,10 +133,13 @@ def make_runs(
         "reference": lambda: run_packed(switchable_bn_act_reference),
     }
     if ON_GPU:
+        from bench.sliced_bn import switchable_bn_act_in_slices  # needs Triton
+
         torch._dynamo.reset()  # after 8 shapes it would go on without compiling
         compiled = torch.compile(eager, dynamic=False, fullgraph=True)
         runs["compiled"] = lambda: run_levels(compiled, *arguments)
         runs["rsfast"] = lambda: run_packed(switchable_bn_act, backend="triton")
+        runs["rsfast_sliced"] = lambda: run_packed(switchable_bn_act_in_slices)
         if "rsfast_cuda" in INSTALLED:
             runs["rsfast_cuda"] = lambda: run_packed(switchable_bn_act, backend="cuda")
         apex = (

@@ -36,10 +36,10 @@ COMPILE_MODES = {
 # In the names of design: authors_fp32 and authors_amp are a list of tensors through every layer,
 # eager; the next three are that compiled; separate_amp is five trainings of one resolution each.
 # rsfast_folded_* is rsfast_graph with parts of batch norm in convolutions and the stem's pooling,
-# rsfast_cuda is rsfast_graph with batch norm in CUDA C++.
+# rsfast_sliced with batch norm in slices, rsfast_cuda with batch norm in CUDA C++.
 _RIVALS = ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp"]
 _FOLDED = [f"rsfast_folded_{into}" for into in FOLDS if into != "none"]
-_VARIANTS = [*_FOLDED, *sorted(INSTALLED & {"rsfast_cuda"})]
+_VARIANTS = [*_FOLDED, "rsfast_sliced", *sorted(INSTALLED & {"rsfast_cuda"})]
 IMPLEMENTATIONS = (
     [*_RIVALS, "rsfast_eager", *_VARIANTS, "rsfast_graph"]
     if ON_GPU
@@ -79,7 +79,12 @@ def make_step(setting: Setting, impl: str) -> Step:
     if impl.startswith("rsfast"):
         into = impl.removeprefix("rsfast_folded_") if "folded" in impl else "none"
         backend = "cuda" if impl == "rsfast_cuda" else "auto"
-        return _rsfast(setting, graph=impl != "rsfast_eager", into=into, backend=backend)
+        step = _rsfast(setting, graph=impl != "rsfast_eager", into=into, backend=backend)
+        if impl != "rsfast_sliced":
+            return step
+        from bench.sliced_bn import in_slices  # needs Triton
+
+        return in_slices(step)
     if impl == "separate_amp":
         return _separate(setting)
     precision = "fp32" if impl == "authors_fp32" else setting.precision
