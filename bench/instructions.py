@@ -98,19 +98,22 @@ def _compile_ahead() -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser("python -m bench.instructions", description=__doc__)
-    parser.add_argument("operation", help="as in tests/kernels/compile_ahead.py")
-    parser.add_argument("--match", default="", help="regular expression; only such cases")
-    arguments = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(prog="bench.instructions", description=__doc__)
     os.environ.pop("TRITON_INTERPRET", None)
     ahead = _compile_ahead()
-    if arguments.operation not in ahead.OPERATIONS:
-        parser.error(f"operation must be one of {', '.join(ahead.OPERATIONS)}")
+    parser.add_argument("operation", choices=ahead.OPERATIONS)
+    parser.add_argument("--match", default="", help="regular expression; only such cases")
+    arguments = parser.parse_args(argv)
+    try:
+        cases = ahead.OPERATIONS[arguments.operation]()
+        chosen = [case for case in cases if re.search(arguments.match, case.name)]
+    except re.error as error:
+        parser.error(f"match must be a regular expression, got {arguments.match!r}: {error}")
+    if not chosen:
+        parser.error(f"no case of {arguments.operation} matches {arguments.match!r}")
     print("| kernel | registers | programs | instructions | loops |")
     print("|---|---|---|---|---|")
-    for case in ahead.OPERATIONS[arguments.operation]():
-        if not re.search(arguments.match, case.name):
-            continue
+    for case in chosen:
         compiled = ahead.compile_case(case, 90)
         listing, registers = disassemble(compiled.asm["cubin"])
         code = parse(listing)

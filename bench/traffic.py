@@ -6,6 +6,7 @@ its resolutions, forward and backward, in 16 bits. Nothing is measured; no GPU i
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from bench.shapes import PAPER_RESOLUTIONS, walk
@@ -68,8 +69,9 @@ def one_pass_mb(batch: int, on_chip: int = _ON_CHIP) -> float:
     return total
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command."""
+    argparse.ArgumentParser(prog="bench.traffic", description=__doc__).parse_args(argv)
     sizes = elements()
     print("| ResNet-50, MB per image | in all |", " | ".join(_KINDS), "|")
     print("|---|---|", "---|" * len(_KINDS), sep="")

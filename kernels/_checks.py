@@ -41,12 +41,12 @@ def choose_backend(choice: str, device: torch.device) -> str:
     """
     if choice == "auto":
         choice = "triton" if device.type == "cuda" else "torch"
-    if check_backend(choice, "cuda") == "cuda":
-        load_extension()
-    if choice != "torch":
+    if check_backend(choice, "cuda") != "torch":
         missing = load_kernels("_launch").missing_on(device)
         if missing:
             raise ValueError(f"kernels {choice} needs {missing}: choose torch")
+    if choice == "cuda":
+        load_extension()
     return choice
 
 
@@ -98,7 +98,7 @@ def load_extension() -> None:
     except ModuleNotFoundError as error:
         raise ImportError(
             "backend cuda needs the extension rsfast._C: in the sources of rsfast, "
-            "RSFAST_BUILD_CUDA=1 pip install --no-build-isolation . , or choose triton"
+            "RSFAST_BUILD_CUDA=1 pip install --no-build-isolation -e . , or choose triton"
         ) from error
 
 

@@ -130,10 +130,12 @@ class TrainConfig:
     """auto takes a GPU where there is one"""
     kernels: str = "auto"
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
-    on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), not timed yet"""
+    on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), for bf16 and fp16, not
+    timed yet"""
     fold_bn: str = "none"
-    """convolutions that apply batch norm themselves, and are Triton's then; so is the stem's
-    pooling; not timed yet, and without effect on synced batch norm"""
+    """statistics: 1x1 convolutions compute those of the batch norm behind them; 1x1: they also
+    apply the one before them; all: 3x3 ones, too; the stem's pooling applies its own; fewer passes
+    over memory with kernels triton, not timed yet"""
     graph: bool = True
     """replay the whole step as one CUDA graph; without effect on a CPU"""
     deterministic: bool = False
@@ -188,6 +190,10 @@ class TrainConfig:
             )
         if self.kernels == "cuda" and self.fold_bn != "none":
             raise ValueError(f"fold_bn must be none for kernels cuda, got {self.fold_bn!r}")
+        if self.sync_bn and self.fold_bn != "none":
+            raise ValueError(f"fold_bn must be none with sync_bn, got {self.fold_bn!r}")
+        if self.kernels == "cuda" and self.precision == "fp32":
+            raise ValueError("kernels cuda needs precision bf16 or fp16, got fp32")
         if self.profile is not None:
             profiled_steps(self.profile)
         checkpoint_interval(self.checkpoint_every)

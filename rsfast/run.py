@@ -203,8 +203,6 @@ def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
         raise ValueError(
             f"resolutions times copies must be at most {MAX_LEVELS} for {kernels}, got {levels}"
         )
-    if kernels == "cuda" and precision == "fp32":
-        raise ValueError("kernels cuda needs precision bf16 or fp16, got fp32")
     return dataclasses.replace(cfg, precision=precision, output=output, kernels=kernels)
 
 
@@ -295,6 +293,7 @@ def _open_folder(run: Run) -> None:
         "total_batch": run.rank.world_size * run.cfg.batch_size,
         "device": str(run.rank.device),
         "kernels": run.cfg.kernels,
+        "fold_bn": run.cfg.fold_bn,
         "config_hash": config_hash(run.cfg),
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,

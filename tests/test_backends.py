@@ -182,9 +182,15 @@ def test_cuda_is_for_batch_norm_and_triton_for_the_rest() -> None:
 
 def test_a_missing_extension_is_named_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
+    from rsfast.kernels import _launch
+
     monkeypatch.setitem(sys.modules, "rsfast._C", None)
+    monkeypatch.setattr(_launch, "missing_on", lambda _: None)
     with pytest.raises(ImportError, match="RSFAST_BUILD_CUDA=1 pip install --no-build-isolation"):
         choose_backend("cuda", torch.device("cuda"))
+    monkeypatch.setattr(_launch, "missing_on", lambda device: f"a GPU, the device is {device}")
+    with pytest.raises(ValueError, match="kernels cuda needs a GPU, the device is cpu: choose"):
+        choose_backend("cuda", torch.device("cpu"))
 
 
 def test_an_old_triton_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

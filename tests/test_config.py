@@ -99,6 +99,8 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
         (["--learning-rate", "1"], "unrecognized arguments"),
         (["--kernels", "hip"], "kernels must be one of"),
         (["--kernels", "cuda", "--fold-bn", "all"], "fold_bn must be none for kernels cuda"),
+        (["--kernels", "cuda", "--precision", "fp32"], "kernels cuda needs precision bf16 or fp16"),
+        (["--sync-bn", "--fold-bn", "1x1"], "fold_bn must be none with sync_bn, got '1x1'"),
         (["--optimizer", "adam"], "optimizer must be one of"),
         (["--optimizer", "apex_sgd"], "add --no-graph"),
         (["--profile", "100"], "profile must look like 100:110"),

@@ -52,8 +52,24 @@ def test_the_command_lists_kernels() -> None:
     assert 20 <= int(count) <= 2000
 
 
-def test_an_unknown_operation_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["conv9d"], "invalid choice: 'conv9d' (choose from"),
+        (["normalize", "--match", "("], "match must be a regular expression, got '('"),
+        (["normalize", "--match", "conv"], "no case of normalize matches 'conv'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_command_line_is_named(
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # comes back behind the test
     with pytest.raises(SystemExit) as caught:
-        instructions.main(["conv9d"])
+        instructions.main(argv)
     assert caught.value.code == 2
-    assert "operation must be one of bn_act_max_pool, folded_conv2d" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

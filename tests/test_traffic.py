@@ -32,5 +32,5 @@ def test_every_step_of_folding_saves(capsys: pytest.CaptureFixture[str]) -> None
         for passes in traffic.PASSES.values()
     ]
     assert totals == sorted(totals, reverse=True)
-    assert traffic.main() == 0
+    assert traffic.main([]) == 0
     assert "| rsfast | 570.7 |" in capsys.readouterr().out
