@@ -30,6 +30,7 @@ from bench.shapes import (
     short_name,
 )
 from bench.timing import DEVICE, ON_GPU
+from rsfast import Pyramid
 from rsfast.kernels import conv2d, folded_conv2d, folded_conv2d_reference
 
 IMPLEMENTATIONS = (
@@ -51,11 +52,15 @@ CASES = sorted({n for arch in ARCHITECTURES for n in folded_layers(arch)}, key=s
 
 
 def moved_bytes(layer: ConvLayer, dtype: torch.dtype, direction: str) -> int:
-    """Input and output once forward; backward the output's gradient twice, both, and dx."""
+    """Input and output once forward; backward both again, to dy and by way of it to dx and dweight.
+
+    The pass for the moments' gradient reads dy and y and writes e, which both products read, like
+    x; dgrad writes dx.
+    """
     rows_in, rows_out = layer.rows(NUM_IMAGES)
     elements = rows_in * layer.c_in + rows_out * layer.c_out
     if direction == "forward_backward":
-        elements += 3 * rows_in * layer.c_in + 4 * rows_out * layer.c_out
+        elements += 3 * rows_in * layer.c_in + 5 * rows_out * layer.c_out
     return elements * dtype.itemsize
 
 
@@ -99,7 +104,12 @@ def make_runs(
         return [y, *torch.autograd.grad(y, inputs[:2], dys[0])] if wants_grads else [y]
 
     def measured() -> list[Tensor]:
-        found = folded_conv2d(*inputs[:2], *maps, stride=layer.stride, backend="triton")
+        if kernel > 1:  # which a network leaves to the library
+            return product()
+        pyramid, step = Pyramid(inputs[0], layer.sizes, NUM_IMAGES), layer.stride
+        if step > 1:
+            pyramid = Pyramid.pack([level[:, :, ::step, ::step] for level in pyramid.levels()])
+        found = folded_conv2d(pyramid.rows, inputs[1], pyramid.sizes, NUM_IMAGES, backend="triton")
         if not wants_grads:
             return list(found)
         return [*found, *torch.autograd.grad(found.y, inputs[:2], dys[0])]
@@ -117,9 +127,21 @@ def make_runs(
         torch._dynamo.reset()  # after 8 shapes it would go on without compiling
         compiled = torch.compile(folded_conv2d_reference, dynamic=False, fullgraph=True)
         runs["compiled"] = lambda: run(compiled, inputs)
+        if kernel == 1:
+            _check_measured(*measured()[:3], product()[0], layer)
         runs["measured"] = measured
         runs["rsfast"] = lambda: run(folded_conv2d, inputs, backend="triton")
     return runs
+
+
+def _check_measured(y: Tensor, mean: Tensor, var: Tensor, want: Tensor, layer: ConvLayer) -> None:
+    """The product is the library's, and its moments are those of what is stored."""
+    torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
+    sizes = [(-(-h // layer.stride), -(-w // layer.stride)) for h, w in layer.sizes]
+    for level, rows in enumerate(y.float().split([NUM_IMAGES * h * w for h, w in sizes])):
+        moments = torch.var_mean(rows, dim=0, correction=0)
+        for ours, exact in zip((var[level], mean[level]), moments, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -1,7 +1,7 @@
 """Instructions of the Triton kernels, without a GPU: `python -m bench.instructions OPERATION`.
 
 A kernel that streams through memory has to issue fewer instructions than the memory gives it time
-for: a multiprocessor of an H200 issues 4 warp instructions per cycle and gets some 19 bytes. For
+for: a multiprocessor of an H200 issues 4 warp instructions per cycle and gets 18.6 bytes. For
 each case of tests/kernels/compile_ahead.py: registers, programs that fit on a multiprocessor by
 registers and shared memory, instructions in all and in each loop. Nothing is timed; it shows what
 cannot be fast, not what is.
@@ -83,7 +83,7 @@ def _programs(registers: int, shared_bytes: int, num_warps: int) -> int:
     """How many fit on a multiprocessor; registers come in blocks of 256 per warp."""
     of_warp = -(-32 * registers // 256) * 256
     limits = _REGISTERS // (of_warp * num_warps), _THREADS // (32 * num_warps), _BLOCKS
-    return min(*limits, _SHARED_BYTES // max(shared_bytes + 1024, 1))
+    return min(*limits, _SHARED_BYTES // (shared_bytes + 1024))
 
 
 def _compile_ahead() -> Any:

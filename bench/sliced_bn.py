@@ -73,6 +73,9 @@ class _Part:
         width = end_channel - self.first_channel
         banks = tuple(range(end - first))  # of the part's own sets
         chunks = share_out(level_rows[self.levels], banks, width)
+        if width < num_channels and width % chunks.tile["BLOCK_C"]:  # it would leave the slice
+            chunks = share_out(level_rows[self.levels], banks, _WIDTH)
+            chunks = chunks._replace(grid=(width // _WIDTH, chunks.count))
         # Rows are as long as ever; the grid is that of the slice.
         self.chunks: Chunks = chunks._replace(sizes={**chunks.sizes, "C": num_channels})
         self.final = finalize_tile(width)

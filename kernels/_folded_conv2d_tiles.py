@@ -2,7 +2,7 @@
 
 A tile of rows never crosses a level's end, so that everything that differs between levels (what is
 pending on the input, the statistics of the output) is one vector per tile. Partial sums are added
-up in a fixed order by a launch of their own.
+up in a fixed order by launches of their own.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def tiles(dtype: torch.dtype, num_in: int, num_out: int) -> dict[str, int]:
 
 
 def max_registers(dtype: torch.dtype, capability: tuple[int, int], *, wide: bool) -> int:
-    """For each thread: 128, so that two programs fit on a multiprocessor, or all.
+    """For each thread: 128, so that two programs fit on a multiprocessor, or all there are.
 
-    `wide`: for one that would spill with 128, as float32 does, and all before compute capability
-    9.0: products whose larger operand goes through registers, and strided ones.
+    With 128, float32 spills, so does every product before compute capability 9.0, and so do the
+    `wide` ones: those whose larger operand goes through registers, and strided ones.
     """
     return 255 if wide or dtype == torch.float32 or capability < (9, 0) else 128
 
@@ -140,14 +140,13 @@ def load_input(
     level,
     cols,  # [BLOCK_K] of the input
     C_IN: tl.constexpr,
-    KERNEL: tl.constexpr,
+    ZERO_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
 ):
     """The input with what is pending on it, in the type of x.
 
-    Where masked, it is 0 beyond C_IN, and in rows unless the kernel is 1x1: then those are rows
-    whose products nobody wants.
+    Where masked, it is 0 beyond C_IN, and with ZERO_ROWS in rows, too.
     """
     x = tl.load(x_ptrs, mask=mask, other=0.0)
     if HAS_AFFINE:
@@ -156,7 +155,7 @@ def load_input(
         if ACTIVATION is not None:
             z, _ = activate(z, ACTIVATION)
         x = z.to(x.dtype)
-        if KERNEL > 1:
+        if ZERO_ROWS:
             x = tl.where(mask, x, 0.0)
     return x
 

@@ -21,9 +21,10 @@ channels-last. Sums are in float32, du is rounded to the type of x first. Statis
 as stored, each tile's about its own mean. Bytes with backend "triton", as far as tiles of
 neighbouring channels, and for k = 3 taps, find each other's pixels in the cache: one read of x and
 one write of y forward; backward two reads of dy and x and one write of dx and, for gradients of the
-statistics, a pass of its own that reads dy and y and writes e. Beside the products partial results
-are merged, by one or two launches each way. With nothing pending the backward is that of cuBLAS or
-cuDNN.
+statistics, a pass of its own that reads dy and y and writes e. Tiles of y and dx are read again by
+the program that wrote them, for their sums: out of the cache, it is assumed. Beside the products
+partial results are merged, by one or two launches each way. With nothing pending the backward is
+that of cuBLAS or cuDNN.
 
 Networks use it when their batch norm is folded (`RSNet.fold_batch_norm`), which it is not unless
 asked: whether that beats cuBLAS and cuDNN with batch norm in passes of its own has to be timed on a

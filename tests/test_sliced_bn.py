@@ -38,17 +38,22 @@ def test_slices_cover_everything_once_and_fit() -> None:
 @pytest.mark.parametrize(
     ("activation", "residual"), [("relu", False), (None, True), ("relu6", True)]
 )
-# All in one; levels apart and channels apart; too little for any.
-@pytest.mark.parametrize("room", [math.inf, 4 * 64 * 75, 4])
+# All in one; levels apart and channels apart; too little for any; slices of 576 channels, for which
+# blocks of 128 would be taken.
+@pytest.mark.parametrize(
+    ("channels", "room"), [(192, math.inf), (192, 4 * 64 * 75), (192, 4), (1152, 4 * 576 * 12)]
+)
 def test_outputs_gradients_and_statistics_are_those_of_the_reference(
-    room: float, activation: str | None, residual: bool, device: str
+    channels: int, room: float, activation: str | None, residual: bool, device: str
 ) -> None:
     pytest.importorskip("triton", reason="needs Triton")
     from bench.sliced_bn import switchable_bn_act_in_slices
 
     options = {"residual": residual, "device": device, "dtype": torch.float64}
-    inputs = make_bn_inputs(LEVEL_ROWS, 192, len(LEVEL_ROWS), **options)
-    settings = {"level_rows": LEVEL_ROWS, "banks": range(len(LEVEL_ROWS)), "activation": activation}
+    level_rows = LEVEL_ROWS if channels < 1152 else (12, 5)
+    banks = range(len(level_rows))
+    inputs = make_bn_inputs(level_rows, channels, len(banks), **options)
+    settings = {"level_rows": level_rows, "banks": banks, "activation": activation}
 
     def run(function: Any, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
         own = {

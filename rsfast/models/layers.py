@@ -66,7 +66,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Pyramid) -> Pyramid:  # type: ignore[override]
         if self.measured and self.training:
-            return self._measure(x)
+            return self._fold(x)
         step = self.stride[0]
         if self._is_product():
             x = self._strided(x)
@@ -88,7 +88,7 @@ class Conv2d(nn.Conv2d):
             return x
         return Pyramid.pack([v[:, :, ::step, ::step] for v in x.levels()], x.banks)
 
-    def _measure(self, x: Pyramid) -> Pyramid:
+    def _fold(self, x: Pyramid) -> Pyramid:
         step = self.stride[0]
         affine: dict[str, Any] = {}
         if self.folded and isinstance(x, DeferredPyramid):

@@ -107,8 +107,8 @@ class RSNet(nn.Module):
         """Chooses who computes training batch norm, and returns the network.
 
         Convolutions that take over a part of it save passes over the pixels, in products that are
-        Triton's, not the vendor library's. The stem's pooling applies its own then, too. Synced
-        batch norm is not folded.
+        Triton's, not the vendor library's (with "statistics" only the forward ones). The stem's
+        pooling applies its own then, too. Synced batch norm is not folded.
 
         Args:
             into: "none"; "statistics", where 1x1 convolutions compute those of what they write;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -193,15 +194,15 @@ def _folded_conv2d(
     )
     if kernel * stride == 1:
         has_rest = dtype == "fp32"
-        for last, moments_only in itertools.product((True, False), repeat=2):
+        for last, moments in itertools.product((True, False), repeat=2):
             types = dict.fromkeys(["partial_ptr", "first_ptr", "second_ptr"], "*fp32")
-            types |= {} if last or not (has_rest and moments_only) else {"rest_ptr": "*fp32"}
+            types |= {} if last or not (has_rest and moments) else {"rest_ptr": "*fp32"}
             types |= dict.fromkeys(["stride_partial", "chunk_rows", "group_rows"], "i32")
-            merge = {"L": NUM_LEVELS, "C": num_out, "MOMENTS": moments_only}
-            merge |= {"HAS_REST": has_rest and moments_only, "LAST": last}
+            merge = {"L": NUM_LEVELS, "C": num_out, "MOMENTS": moments}
+            merge |= {"HAS_REST": has_rest and moments, "LAST": last}
             sizes = {name: conv_tiles.MERGE_OPTIONS[name] for name in ("BLOCK_K", "BLOCK_C")}
             yield Case(
-                f"_folded_conv2d_merge_kernel C={num_out} {dtype} moments={moments_only} {last}",
+                f"_folded_conv2d_merge_kernel C={num_out} {dtype} {moments=} {last=}",
                 conv_tiles._folded_conv2d_merge_kernel,
                 {**types, **levels},
                 {**merge, **sizes},
@@ -375,7 +376,8 @@ def compile_case(case: Case, capability: int) -> Any:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name == "chunk_rows" or str(signature[name]).startswith("*")
+        if (name == "chunk_rows" and name not in case.kernel.do_not_specialize)
+        or str(signature[name]).startswith("*")
     }
     return triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),
@@ -388,7 +390,21 @@ def main(operation: str, capability: str) -> None:
     for case in OPERATIONS[operation]():
         compiled = compile_case(case, int(capability))
         row = {"case": case.name, "warps": case.options["num_warps"]}
+        if case.types.get("partial_ptr") and case.kernel in _READ_AGAIN:
+            row["waits"] = _waits_before_reading_again(compiled.asm["ptx"])
         print(json.dumps({**row, "shared_bytes": compiled.metadata.shared}))
+
+
+# Products whose threads read again what other threads have stored.
+_READ_AGAIN = (conv_forward._folded_conv2d_fwd_kernel, conv_backward._folded_conv2d_dgrad_kernel)
+
+
+def _waits_before_reading_again(ptx: str) -> bool:
+    """Whether a barrier stands between the first stores to memory and the loads behind them."""
+    stored = re.search(r"\bst\.global", ptx)
+    behind = ptx[stored.start() :] if stored else ""
+    read, wait = re.search(r"\bld\.global", behind), re.search(r"\bbar\.sync", behind)
+    return read is not None and wait is not None and wait.start() < read.start()
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def test_output_and_gradients_match_pytorch(
     ours = run(bn_act_max_pool, tensors, maps, **options, backend="triton")
     for name, want in exact.items():
         step = torch.finfo(ours[name].dtype).eps * want.abs().max().clamp_min(1.0).item()
-        bound = 2 * max_error(eager[name], exact[name]) + 2 * step
+        # PyTorch compares after rounding: equals that it makes misplace whole gradients of x.
+        bound = 2 * max_error(eager[name], exact[name]) * (name != "x") + 2 * step
         assert ours[name].dtype == eager[name].dtype
         assert max_error(ours[name], want) <= bound, name
 

@@ -70,3 +70,6 @@ def test_kernels_compile_without_spills(operation: str, tmp_path: Path) -> None:
             print(f"sm_{capability}", *(f"{key}={row[key]}" for key in row))
         assert len(rows) == NUM_CASES[operation]
         assert [row for row in rows if row["spills"]] == []
+        assert [row for row in rows if row.get("waits") is False] == []
+        if operation == "folded_conv2d":
+            assert any(row.get("waits") for row in rows)

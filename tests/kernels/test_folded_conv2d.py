@@ -41,6 +41,7 @@ CHANNELS = [(3, 5), (65, 24), (24, 131)]
 # With k, stride and activation.
 CASES = [
     *itertools.product(MAPS, CHANNELS, [1], [1], [None, "relu", "relu6"]),
+    (MAPS[0], (72, 136), 1, 1, "relu"),  # in 16 bits, the tiles of most layers
     (MAPS[0], (24, 131), 1, 2, "relu"),
     (MAPS[2], (65, 24), 3, 1, None),
     (MAPS[0], (65, 24), 3, 1, "relu"),
@@ -144,6 +145,47 @@ def test_gradients_of_the_weight_lie_in_memory_as_the_weight_does() -> None:
     assert run(folded_conv2d, inputs, maps)["dweight"].stride() == inputs["weight"].stride()
 
 
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("which", ["mean", "var"])
+def test_moments_may_have_gradients_by_themselves(
+    which: str, place: tuple[str, torch.dtype]
+) -> None:
+    maps = ((10, 7), (3, 3)), 1
+    inputs = make(maps, (24, 40), *place, pending=False)
+
+    def gradients(function: Any, tensors: dict[str, Tensor], **backend: str) -> dict[str, Tensor]:
+        leaves = {f"d{name}": t.detach().requires_grad_() for name, t in tensors.items()}
+        moment = getattr(function(*leaves.values(), *maps, **backend), which)
+        grads = torch.autograd.grad(moment, list(leaves.values()), _upstream(moment))
+        return dict(zip(leaves, grads, strict=True))
+
+    exact = gradients(folded_conv2d_reference, to_float64(inputs))
+    eager = gradients(folded_conv2d_reference, inputs)
+    assert_close(gradients(folded_conv2d, inputs, backend="triton"), eager, exact)
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def merging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many launches merge partial results: two where a level has more tiles than one takes."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from rsfast.kernels import _folded_conv2d_tiles as tiles
+
+    if request.param == "two launches":
+        monkeypatch.setitem(tiles.MERGE_OPTIONS, "BLOCK_K", 2)
+
+
+@pytest.mark.usefixtures("merging")
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_partial_results_are_merged_in_one_launch_or_two(place: tuple[str, torch.dtype]) -> None:
+    maps = ((31, 21), (17, 9), (1, 1)), 1  # 11, 3 and 1 tiles in 16 bits and odd channels
+    inputs = make(maps, (9, 5), *place)
+    options = {"activation": "relu"}
+    exact = run(folded_conv2d_reference, to_float64(inputs), maps, **options)
+    eager = run(folded_conv2d_reference, inputs, maps, **options)
+    assert_close(run(folded_conv2d, inputs, maps, **options, backend="triton"), eager, exact)
+
+
+@pytest.mark.usefixtures("merging")
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_statistics_survive_a_mean_of_many_deviations(device: str) -> None:
     maps = ((20, 15), (8, 5)), 1
@@ -218,7 +260,14 @@ def test_operators_pass_opcheck(device: str) -> None:
         grads = torch.ones_like(y), torch.ones_like(mean), None
         x, weight, *pending = (tensor.detach() for tensor in (x, weight, *pending))
         arguments = x, weight, y, mean, *pending, *maps, "relu"
-        torch.library.opcheck(torch.ops.rsfast.folded_conv2d_bwd.default, (*grads, *arguments))
+        bwd = torch.ops.rsfast.folded_conv2d_bwd.default
+        torch.library.opcheck(bwd, (*grads, *arguments))
+        # With nothing pending: strided, and one product of matrices.
+        torch.library.opcheck(bwd, (*grads, x, weight, y, mean, None, None, None, *maps, None))
+        point, maps = weight[:, :, :1, :1].contiguous(), [*maps[:3], 1]
+        y, mean, _ = fwd(x, point, None, None, None, *maps, None, True)
+        grads = torch.ones_like(y), None, torch.ones_like(mean)
+        torch.library.opcheck(bwd, (*grads, x, point, y, mean, None, None, None, *maps, None))
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)

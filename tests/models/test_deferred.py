@@ -81,11 +81,12 @@ def test_evaluation_is_not_changed_at_all(arch: str) -> None:
 @pytest.mark.parametrize(
     ("into", "absorbed", "applied", "measured"),
     [
-        # Of 53: that of the stem is applied (PyTorch's pooling has no fused kernel); of each of 16
-        # blocks the second goes into the third convolution; the first, the last and that of a
-        # shortcut are applied, each once. Only what follows the stem and the 3x3 of each block has
-        # to be measured.
+        # Of 53 all are applied; only what follows the stem and the 3x3 of each block has to be
+        # measured.
         ("statistics", 0, 53, 1 + 16),
+        # That of the stem is applied (PyTorch's pooling has no fused kernel); of each of 16 blocks
+        # the second goes into the third convolution; the first, the last and that of a shortcut
+        # are applied, each once.
         ("1x1", 16, 1 + 16 + 16 + 4, 1 + 16),
         ("all", 16 + 16, 1 + 16 + 4, 1),
     ],
