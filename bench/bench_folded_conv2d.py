@@ -32,6 +32,7 @@ from bench.shapes import (
 from bench.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.kernels import conv2d, folded_conv2d, folded_conv2d_reference
+from rsfast.kernels._checks import rows_of_levels
 
 IMPLEMENTATIONS = (
     ("product", "measured", "reference", "compiled", "rsfast")
@@ -137,8 +138,8 @@ def make_runs(
 def _check_measured(y: Tensor, mean: Tensor, var: Tensor, want: Tensor, layer: ConvLayer) -> None:
     """The product is the library's, and its moments are those of what is stored."""
     torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
-    sizes = [(-(-h // layer.stride), -(-w // layer.stride)) for h, w in layer.sizes]
-    for level, rows in enumerate(y.float().split([NUM_IMAGES * h * w for h, w in sizes])):
+    level_rows = rows_of_levels(*zip(*layer.sizes, strict=True), NUM_IMAGES, layer.stride)
+    for level, rows in enumerate(y.float().split(level_rows)):
         moments = torch.var_mean(rows, dim=0, correction=0)
         for ours, exact in zip((var[level], mean[level]), moments, strict=True):
             torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)

@@ -166,7 +166,7 @@ def _bwd(
     affine = _affine(center, scale, shift)
     if affine is None:
         none = x.new_empty(0, x.shape[1], dtype=torch.float32)
-        return *_plain_backward(dy, x, weight, *maps), none, none.clone(), none.clone()
+        return *_plain_backward(dy, x, weight, maps), none, none.clone(), none.clone()
     kernels = load_kernels("_folded_conv2d_backward")
     rest = weight, x, affine, _maps(*maps), activation
     dx, dshift, dscale = kernels.dgrad(dy, *rest)
@@ -174,17 +174,11 @@ def _bwd(
 
 
 def _plain_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    num_images: int,
-    stride: int,
+    dy: Tensor, x: Tensor, weight: Tensor, maps: tuple[Sequence[int], Sequence[int], int, int]
 ) -> tuple[Tensor, Tensor]:
     """dx and dweight of a convolution without anything pending: the vendor library's."""
+    stride = maps[-1]
     if weight.shape[-1] * stride > 1:
-        maps = heights, widths, num_images, stride
         return torch.ops.rsfast.conv2d_bwd(dy, x, weight, *maps, 1, True, True)
     dweight = torch.empty_like(weight)  # keeps the memory format
     dweight.copy_((dy.t() @ x)[:, :, None, None])

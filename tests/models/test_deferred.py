@@ -237,6 +237,6 @@ def fifty_losses(dtype: torch.dtype, into: str, seed: int) -> Tensor:
 
 def test_an_unknown_place_to_fold_into_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"into must be one of \('none', 'statistics', '1x1', 'all'\), got"
+        ValueError, match=r"into must be one of \('none', 'statistics', '1x1', 'all'\), got '3x3'"
     ):
         create_model("resnet18", RESOLUTIONS, 4).fold_batch_norm("3x3")
