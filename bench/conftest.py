@@ -11,7 +11,7 @@ import torch
 from bench import roofline
 from bench.installed import left_out
 from bench.timing import DEVICE, ON_GPU
-from rsfast.environment import describe
+from rsfast.runtime.environment import describe
 
 
 @pytest.fixture(scope="session")

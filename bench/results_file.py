@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import plots
-from rsfast.environment import describe
+from rsfast.runtime.environment import describe
 
 __all__ = ["Results"]
 

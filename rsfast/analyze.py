@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rsfast import checkpoint, distributed, figures
+from rsfast import figures
+from rsfast.training import checkpoint
+from rsfast.runtime import distributed
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.evaluate import (
@@ -38,8 +40,8 @@ from rsfast.evaluate import (
 from rsfast.kernels import choose_backend
 from rsfast.models import RSNet
 from rsfast.models.deploy import SingleResolutionNet
-from rsfast.tables import read_rows, write_rows
-from rsfast.unpickle import load_dict
+from rsfast.files.tables import read_rows, write_rows
+from rsfast.files.unpickle import load_dict
 
 __all__ = [
     "alpha_over_epochs",

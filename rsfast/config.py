@@ -26,7 +26,7 @@ from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.rsnet import ARCHITECTURES, BN_MODES, FOLDS
-from rsfast.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.pyramid import check_resolutions
 
 __all__ = [

@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsfast import checkpoint, distributed, figures
+from rsfast import figures
+from rsfast.training import checkpoint
+from rsfast.runtime import distributed
 from rsfast.data import BACKENDS, FolderIndex, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
-from rsfast.distributed import Rank
+from rsfast.runtime.distributed import Rank
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import choose_backend
-from rsfast.metrics import TopK
+from rsfast.engine.metrics import TopK
 from rsfast.models import RSNet
 from rsfast.models.deploy import bn_mixture, calibrate, multiply_adds
-from rsfast.tables import write_rows
-from rsfast.validation import Accuracy, validate
+from rsfast.files.tables import write_rows
+from rsfast.training.validation import Accuracy, validate
 
 __all__ = [
     "Evaluation",

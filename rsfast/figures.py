@@ -16,8 +16,8 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from rsfast.plots import accuracy_against_multiply_adds, new_figure, write
-from rsfast.tables import read_rows
+from rsfast.files.plots import accuracy_against_multiply_adds, new_figure, write
+from rsfast.files.tables import read_rows
 
 __all__ = ["draw", "main"]
 

@@ -1,6 +1,6 @@
 """`torchrun -m rsfast.train`: the training loop. The file to read first.
 
-`rsfast.run.build` does everything that happens once; what happens at every step and at the end of
+`rsfast.training.run.build` does everything that happens once; what happens at every step and at the end of
 every epoch stands here.
 """
 
@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from rsfast import distributed
+from rsfast.runtime import distributed
 from rsfast.config import TrainConfig, parse_args
 from rsfast.data import Batch, prefetch
 from rsfast.engine import PRECISIONS
-from rsfast.interrupt import STOPPED, Interrupt, Stopped
-from rsfast.optim import set_lr
-from rsfast.resume import Progress, save
-from rsfast.run import Run, build, run_folder
-from rsfast.validation import Accuracy, validate
+from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
+from rsfast.engine.optim import set_lr
+from rsfast.training.resume import Progress, save
+from rsfast.training.run import Run, build, run_folder
+from rsfast.training.validation import Accuracy, validate
 
 __all__ = ["main", "train"]
 

@@ -30,11 +30,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rsfast import resume, seal, train
-from rsfast import run as running
+from rsfast import train
+from rsfast.training import resume
+from rsfast.files import seal
+from rsfast.training import run as running
 from rsfast.data import Batch, pil
-from rsfast.interrupt import Interrupt
-from rsfast.run import Run
+from rsfast.runtime.interrupt import Interrupt
+from rsfast.training.run import Run
 
 Fault = dict[str, Any]
 SIGNALS: list[int] = []  # that this process has got

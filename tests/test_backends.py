@@ -24,7 +24,7 @@ from rsfast.models.layers import Conv2d, MaxPool2d, SwitchableBatchNorm2d, globa
 from rsfast.models.mobilenetv2 import InvertedResidual
 from rsfast.models.resnet import BasicBlock, Bottleneck
 from rsfast.models.rsnet import FOLDS
-from rsfast.optim import build_optimizer
+from rsfast.engine.optim import build_optimizer
 
 RESOLUTIONS = (32, 16)
 STEPS = 2

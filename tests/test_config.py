@@ -12,7 +12,7 @@ import pytest
 
 from rsfast.config import TrainConfig, parse_args, recipe_names
 from rsfast.models import ARCHITECTURES
-from rsfast.run import Run
+from rsfast.training.run import Run
 
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:

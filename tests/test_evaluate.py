@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from helpers import make_image_folder
-from rsfast import RSNet, checkpoint, create_model, evaluate
+from rsfast import RSNet, create_model, evaluate
+from rsfast.training import checkpoint
 from rsfast.data import val_loader
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
-from rsfast.tables import read_columns
+from rsfast.files.tables import read_columns
 
 PIL = ["--loader", "pil", "--workers", "0", "--batch-size", "4"]
 

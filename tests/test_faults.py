@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers import environment, make_image_folder, torchrun
-from rsfast.unpickle import load_dict
+from rsfast.files.unpickle import load_dict
 from run_helpers import assert_same_run, log_of
 
 FAULTS = str(Path(__file__).with_name("faults.py"))
@@ -84,7 +84,7 @@ def test_twenty_kills_of_two_ranks_leave_the_run_as_it_would_have_been(
 
 RESTART = """
 import os, sys
-from rsfast import distributed
+from rsfast.runtime import distributed
 rank = distributed.join("cpu")
 first = not os.path.exists("failed")
 print("joined", rank.index, distributed.same_everywhere(rank, 1), flush=True)

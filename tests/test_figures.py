@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from rsfast import figures
-from rsfast.tables import write_rows
+from rsfast.files.tables import write_rows
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 COMMITTED = sorted({file.parent for file in RESULTS.rglob("*.csv")})

@@ -16,7 +16,7 @@ from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.optim import build_optimizer, set_lr
+from rsfast.engine.optim import build_optimizer, set_lr
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
 RESOLUTIONS = (64, 48, 32)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from helpers import make_image_folder
-from rsfast import checkpoint, train
+from rsfast import train
+from rsfast.training import checkpoint
 from rsfast.data.builtin import builtin_root
-from rsfast.unpickle import load_dict
+from rsfast.files.unpickle import load_dict
 
 SMALL = """--arch resnet18 --resolutions 48 32 --batch-size 4 --lr 0.01 --log-every 1
     --seed 3""".split()
@@ -129,7 +130,7 @@ def test_without_data_the_builtin_set_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = builtin_root(tmp_path / "cache", num_train=20, num_val=10)
-    monkeypatch.setattr("rsfast.run.builtin_root", lambda: root)
+    monkeypatch.setattr("rsfast.training.run.builtin_root", lambda: root)
     caplog.set_level("INFO")
     assert run(None, tmp_path / "run", "--epochs", "1", "--steps-per-epoch", "2") == 0
     assert "using the built-in generated set" in caplog.text

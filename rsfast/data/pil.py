@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rsfast.data.folder import FolderIndex, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
-from rsfast.interrupt import ignore_in_worker
+from rsfast.runtime.interrupt import ignore_in_worker
 
 __all__ = ["PillowDecoder", "render"]
 

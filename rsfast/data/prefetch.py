@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from rsfast.data.loader import Batch, Loader
-from rsfast.nvtx import nvtx_range
+from rsfast.runtime.nvtx import nvtx_range
 
 __all__ = ["prefetch"]
 

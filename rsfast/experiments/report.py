@@ -21,7 +21,7 @@ from rsfast.config import shown
 from rsfast.experiments.compare import Difference, paired_difference, spread
 from rsfast.experiments.results import column_name, read_hits
 from rsfast.experiments.sets import Comparison, ExperimentSet, Method
-from rsfast.tables import read_rows, write_rows
+from rsfast.files.tables import read_rows, write_rows
 
 __all__ = ["reading", "write_report"]
 

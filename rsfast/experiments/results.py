@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rsfast.experiments.runs import run_folder_of, test_folder
 from rsfast.experiments.sets import Cell, ExperimentSet
-from rsfast.tables import read_columns, read_log, read_rows, write_rows
+from rsfast.files.tables import read_columns, read_log, read_rows, write_rows
 
 __all__ = ["collect", "column_name", "read_hits"]
 

@@ -136,7 +136,7 @@ class SwitchableBatchNorm2d(nn.Module):
         running_mean, running_var: [B, C]; unbiased variance; momentum 0.1 as in PyTorch.
         num_batches_tracked: [B] int64.
         banks_in_use: the sets of the last training forward. An optimiser step must leave all
-            others untouched, weight decay included (`rsfast.optim.build_optimizer` does).
+            others untouched, weight decay included (`rsfast.engine.optim.build_optimizer` does).
         backend: what computes it, "torch", "triton" or "cuda".
         synced: whether training statistics are those of all ranks.
         deferred: whether a training batch norm without residual is left to what reads its output.

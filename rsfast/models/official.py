@@ -19,7 +19,7 @@ from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
 from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.resnet import DEPTHS, Bottleneck
 from rsfast.models.rsnet import RSNet, create_model
-from rsfast.unpickle import load_dict
+from rsfast.files.unpickle import load_dict
 
 __all__ = ["alpha_of", "from_state_dict", "is_official", "key_map", "load", "save"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsfast.tables import read_rows, write_rows
+from rsfast.files.tables import read_rows, write_rows
 
 IMAGES = 60
 

@@ -16,7 +16,7 @@ import pytest
 
 from helpers import environment, make_image_folder
 from rsfast.experiments.__main__ import main
-from rsfast.tables import read_rows
+from rsfast.files.tables import read_rows
 
 FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py')}"
 SETTINGS = ["--arch", "resnet18", "--resolutions", "48", "32", "--batch-size", "8", "--lr", "0.01"]

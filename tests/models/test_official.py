@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench.rivals import AuthorsNet
-from rsfast import checkpoint, create_model
+from rsfast import create_model
+from rsfast.training import checkpoint
 from rsfast.models import official
 
 RESOLUTIONS = (64, 48, 32)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from rsfast import plots
-from rsfast.seal import write_whole
-from rsfast.tables import as_csv, read_log, read_rows
+from rsfast.files import plots
+from rsfast.files.seal import write_whole
+from rsfast.files.tables import as_csv, read_log, read_rows
 
 __all__ = ["RunLog"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rsfast.losses import LossTerms
 from rsfast.models.layers import SwitchableBatchNorm2d, running_statistics
-from rsfast.vector import as_vector, fill_from_vector
+from rsfast.runtime.vector import as_vector, fill_from_vector
 
 __all__ = ["StepGuard", "skips_on_device"]
 

@@ -11,7 +11,7 @@ import torch
 
 from rsfast import create_model
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.optim import build_optimizer, lr_at, set_lr
+from rsfast.engine.optim import build_optimizer, lr_at, set_lr
 
 RESOLUTIONS = (64, 48, 32)
 

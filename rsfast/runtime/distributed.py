@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rsfast.models import RSNet
 from rsfast.models.layers import running_statistics
-from rsfast.vector import as_vector, fill_from_vector
+from rsfast.runtime.vector import as_vector, fill_from_vector
 
 __all__ = [
     "Rank",

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rsfast import checkpoint, environment
+from rsfast.training import checkpoint
+from rsfast.runtime import environment
 from rsfast.config import TrainConfig, checkpoint_interval, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
-from rsfast.distributed import Rank, agree, first_rank_first, same_everywhere
+from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.engine import PRECISIONS, TrainStep
-from rsfast.interrupt import Vote
+from rsfast.runtime.interrupt import Vote
 from rsfast.kernels import MAX_LEVELS, choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.metrics import LossMeter
+from rsfast.engine.metrics import LossMeter
 from rsfast.models import RSNet, create_model
-from rsfast.nvtx import ProfileWindow, enable_ranges, name_layers
-from rsfast.optim import build_optimizer, lr_at
-from rsfast.resume import Progress, config_hash, digest, find_checkpoint, restore
-from rsfast.runlog import RunLog
+from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
+from rsfast.engine.optim import build_optimizer, lr_at
+from rsfast.training.resume import Progress, config_hash, digest, find_checkpoint, restore
+from rsfast.training.runlog import RunLog
 
 __all__ = ["Run", "build", "run_folder"]
 

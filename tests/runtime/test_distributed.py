@@ -18,7 +18,7 @@ from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.kernels import switchable_bn_act_reference
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.optim import build_optimizer
+from rsfast.engine.optim import build_optimizer
 
 RESOLUTIONS = (48, 32)
 
@@ -27,11 +27,12 @@ STEPS = """
 import sys
 import torch
 import torch.distributed as dist
-from rsfast import Pyramid, create_model, distributed
+from rsfast import Pyramid, create_model
+from rsfast.runtime import distributed
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.optim import build_optimizer
+from rsfast.engine.optim import build_optimizer
 
 rank = distributed.join("cpu")
 torch.manual_seed(rank.index)  # different weights at first: they must become the first rank's
@@ -105,11 +106,12 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
 FULL = """
 import sys
 import torch
-from rsfast import Pyramid, create_model, distributed
+from rsfast import Pyramid, create_model
+from rsfast.runtime import distributed
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.optim import build_optimizer
+from rsfast.engine.optim import build_optimizer
 
 rank = distributed.join("cpu")
 model, loss = create_model("resnet18", (48, 32), 4), MultiResolutionDistillation(2)
@@ -145,7 +147,7 @@ def test_memory_that_runs_out_in_the_backward_of_ddp_is_named_by_every_rank(
 SYNCED = """
 import sys
 import torch
-from rsfast import distributed
+from rsfast.runtime import distributed
 from rsfast.kernels import switchable_bn_act
 
 rank = distributed.join("cpu")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rsfast.data import Batch
-from rsfast.metrics import TopK
+from rsfast.engine.metrics import TopK
 from rsfast.models import RSNet
 
 __all__ = ["Accuracy", "validate"]

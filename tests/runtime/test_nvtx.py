@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rsfast import create_model, nvtx
+from rsfast import create_model
+from rsfast.runtime import nvtx
 
 CONV2D = importlib.import_module("rsfast.kernels.conv2d")  # not the function of that name
 

@@ -9,8 +9,8 @@ from rsfast import Pyramid, RSNet, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep, is_out_of_memory
 from rsfast.losses import LossTerms, MultiResolutionDistillation
-from rsfast.optim import build_optimizer
-from rsfast.snapshot import Snapshot
+from rsfast.engine.optim import build_optimizer
+from rsfast.engine.snapshot import Snapshot
 
 RESOLUTIONS = (64, 32)
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rsfast.data import Batch
-from rsfast.guard import StepGuard, skips_on_device
+from rsfast.engine.guard import StepGuard, skips_on_device
 from rsfast.losses import LossTerms
 from rsfast.models.layers import SwitchableBatchNorm2d
-from rsfast.nvtx import name_all_reduces, nvtx_range
+from rsfast.runtime.nvtx import name_all_reduces, nvtx_range
 from rsfast.pyramid import Pyramid
-from rsfast.snapshot import Snapshot
+from rsfast.engine.snapshot import Snapshot
 
 __all__ = ["PRECISIONS", "TrainStep", "is_out_of_memory"]
 

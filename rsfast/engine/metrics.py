@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rsfast.distributed import sum_over_ranks
+from rsfast.runtime.distributed import sum_over_ranks
 from rsfast.losses import LossTerms
 
 __all__ = ["EpochMean", "LossMeter", "TopK", "label_places"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rsfast.seal import write_whole
+from rsfast.files.seal import write_whole
 
 __all__ = ["as_csv", "read_columns", "read_log", "read_rows", "write_rows"]
 

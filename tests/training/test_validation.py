@@ -10,8 +10,8 @@ import torch
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.losses import LossTerms
-from rsfast.metrics import LossMeter, TopK, label_places
-from rsfast.validation import Accuracy, validate
+from rsfast.engine.metrics import LossMeter, TopK, label_places
+from rsfast.training.validation import Accuracy, validate
 
 
 def test_top_k_counts_by_hand() -> None:

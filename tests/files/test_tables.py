@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rsfast.tables import as_csv, read_columns, read_rows, write_rows
+from rsfast.files.tables import as_csv, read_columns, read_rows, write_rows
 
 
 def test_rows_come_back_as_text(tmp_path: Path) -> None:

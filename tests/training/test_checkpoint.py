@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from faults import WithWrite
-from rsfast import checkpoint, create_model, seal
+from rsfast import create_model
+from rsfast.training import checkpoint
+from rsfast.files import seal
 from rsfast.losses import MultiResolutionDistillation
 
 

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from rsfast import checkpoint
+from rsfast.training import checkpoint
 from rsfast.config import TrainConfig
 from rsfast.data import FolderIndex
-from rsfast.distributed import Rank, agree
-from rsfast.metrics import EpochMean
+from rsfast.runtime.distributed import Rank, agree
+from rsfast.engine.metrics import EpochMean
 from rsfast.models.layers import running_statistics
-from rsfast.vector import as_vector, fill_from_vector
+from rsfast.runtime.vector import as_vector, fill_from_vector
 
 if TYPE_CHECKING:
-    from rsfast.run import Run
+    from rsfast.training.run import Run
 
 __all__ = [
     "Progress",

@@ -1,0 +1,150 @@
+"""The optimiser of the paper, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.models import RSNet
+
+__all__ = ["OPTIMIZERS", "build_optimizer", "lr_at", "set_lr"]
+
+DECAY_MODES = ("all", "weights")
+OPTIMIZERS = ("sgd", "apex_sgd")
+
+
+def lr_at(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
+    """Cosine to zero per step, after an optional linear warm-up.
+
+    Args:
+        step: from 0; the last one is total_steps - 1, so the rate never is exactly 0.
+        total_steps: T, warm-up included.
+        lr: the highest rate.
+        warmup_steps: steps from 0 up to `lr`; the cosine spans the rest. 0 in the paper.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    return 0.5 * lr * (1.0 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the rate of all groups; a tensor rate keeps its place in memory.
+
+    Rounded to float32, as a captured step has it: PyTorch's fused SGD would compute with the
+    float64 of an eager one.
+    """
+    lr = _as_float32(lr)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def build_optimizer(
+    model: RSNet,
+    loss: MultiResolutionDistillation,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    nesterov: bool = False,
+    decay: str = "all",
+    kind: str = "sgd",
+) -> torch.optim.Optimizer:
+    """SGD over the network and alpha, which leaves batch-norm sets that took no part untouched.
+
+    A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
+    and momentum would move them all the same. They are put back after each such step.
+
+    Args:
+        model: the network.
+        loss: its `alpha` is trained by the same rule.
+        lr: learning rate of the first step.
+        momentum: of SGD.
+        weight_decay: L2 factor.
+        nesterov: momentum of that kind.
+        decay: "all" parameters (the paper's runs: biases, batch norm and alpha too), or only the
+            "weights" of convolutions and classifier.
+        kind: "sgd" of PyTorch, fused, or "apex_sgd", NVIDIA Apex's.
+
+    Raises:
+        ValueError: if `decay` or `kind` is unknown.
+        ImportError: if Apex is asked for and absent, or another package has its name.
+    """
+    if decay not in DECAY_MODES:
+        raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
+    norms = {id(p) for norm in model.batch_norms() for p in norm.parameters()}
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
+    for param in (*model.parameters(), *loss.parameters()):
+        plain = param.dim() < 2 or id(param) in norms
+        (free if decay == "weights" and plain else decayed).append(param)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": _as_float32(lr), "momentum": momentum, "nesterov": nesterov}
+    optimizer: torch.optim.Optimizer
+    if kind == "apex_sgd":
+        optimizer = _apex_sgd()(groups, **settings)
+    elif kind == "sgd":
+        optimizer = torch.optim.SGD(groups, **settings, fused=True)
+        # Zeros are where momentum starts. PyTorch's fused SGD starts from memory that its first
+        # step is to fill, and leaves it unfilled when the gradient scaler skips that step.
+        for group in optimizer.param_groups if momentum else []:
+            for param in group["params"]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    else:
+        raise ValueError(f"kind must be one of {OPTIMIZERS}, got {kind!r}")
+    _keep_idle_banks(optimizer, model)
+    return optimizer
+
+
+def _as_float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _apex_sgd() -> type[torch.optim.Optimizer]:
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise ImportError(
+            "optimizer apex_sgd needs NVIDIA Apex, built from github.com/NVIDIA/apex with its CUDA "
+            f"extensions (the apex of PyPI is another package): {error}"
+        ) from error
+    return FusedSGD
+
+
+def _keep_idle_banks(optimizer: torch.optim.Optimizer, model: RSNet) -> None:
+    saved: list[tuple[Tensor, Tensor]] = []
+
+    def save(*_: object) -> None:
+        saved.extend((rows, rows.clone()) for rows in _idle_rows(optimizer, model))
+
+    def restore(*_: object) -> None:
+        for rows, before in saved:
+            rows.copy_(before)
+        saved.clear()
+
+    optimizer.register_step_pre_hook(save)
+    optimizer.register_step_post_hook(restore)
+
+
+def _idle_rows(optimizer: torch.optim.Optimizer, model: RSNet) -> Iterator[Tensor]:
+    """Views of the parameters and momenta of sets that the last training forward did not use."""
+    for norm in model.batch_norms():
+        for bank in set(range(norm.num_banks)) - set(norm.banks_in_use):
+            for param in norm.parameters():
+                yield param.detach()[bank]
+                momentum = optimizer.state[param].get("momentum_buffer")
+                if momentum is not None:
+                    yield momentum[bank]

@@ -1,0 +1,287 @@
+"""Checkpoints: everything needed to continue or to use a network.
+
+A checkpoint is a file of `torch.save`, sealed with a checksum (`rsfast.files.seal`), of tensors and plain
+values only: reading one runs nothing. A run folder holds the newest as last.pt, the ones before it
+as last-1.pt, last-2.pt, and so on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from rsfast.losses import scores_of_resolutions
+from rsfast.models import RSNet, create_model, official
+from rsfast.files.seal import is_sealed, seal_zip, sync_folder, write_whole
+from rsfast.files.unpickle import load_dict
+
+__all__ = [
+    "clean",
+    "load_model",
+    "load_state",
+    "model_payload",
+    "newest",
+    "save",
+    "save_weights",
+    "save_with_predecessors",
+]
+
+_FORMAT = 2
+_LOG = logging.getLogger("rsfast")
+# Attributes of a network that say what goes in and what comes out.
+_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "class_names")
+
+
+def save(payload: dict[str, Any], *paths: Path) -> None:
+    """Writes a checkpoint under each of the paths; each is the old file or the whole new one.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": _FORMAT, **payload}, buffer)
+    archive = buffer.getbuffer()
+    seal = seal_zip(archive)
+    for path in paths:
+        write_whole(path, [archive, seal])
+
+
+def save_with_predecessors(payload: dict[str, Any], folder: Path, keep: int, *also: Path) -> None:
+    """Writes last.pt; the one there becomes last-1.pt, that one last-2.pt, ... `keep` in all.
+
+    last.pt is there at every moment. The same goes under the paths in `also` first.
+
+    Raises:
+        OSError: if it cannot be written; last.pt is then what it was.
+    """
+    last, coming = folder / "last.pt", folder / f".last.pt.coming.{os.getpid()}"
+    try:
+        save(payload, *also, coming)
+        if last.exists() and keep > 1:
+            older = _predecessors(folder)
+            for number in sorted((n for n in older if n < keep - 1), reverse=True):
+                os.replace(older[number], folder / f"last-{number + 1}.pt")
+            _copy(last, folder / "last-1.pt")
+        os.replace(coming, last)
+    except BaseException:
+        coming.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+    for number, path in _predecessors(folder).items():
+        if number >= keep:
+            path.unlink()
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; None if there is none at all.
+
+    Damaged ones that are newer get ".damaged" behind their names.
+
+    Raises:
+        ValueError: if all of them are damaged.
+    """
+    older = _predecessors(folder)
+    last = folder / "last.pt"
+    paths = [*([last] if last.exists() else []), *(older[number] for number in sorted(older))]
+    faults = {}
+    for path in paths:
+        if fault := _fault(path):
+            faults[path] = fault
+            continue
+        for bad in faults:
+            os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
+        if faults:
+            reasons = "; ".join(faults.values())
+            _LOG.warning("CONTINUING FROM AN OLDER CHECKPOINT, %s: %s", path, reasons)
+        return path
+    if faults:
+        raise ValueError(
+            f"no checkpoint of {folder} is whole (--resume FILE takes an older copy, or "
+            f"model_best.pt): {'; '.join(faults.values())}"
+        )
+    return None
+
+
+def clean(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote has left."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.+(last|model_best|log|summary).*\d", path.name):
+            path.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this format, undamaged, on the CPU.
+
+    Raises:
+        ValueError: if it is missing, damaged, of a newer rsfast, or not a checkpoint.
+    """
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"checkpoint {path} holds weights only: continue from last.pt")
+    content = load_dict(path)
+    _check_state(Path(path), content)
+    return content
+
+
+def model_payload(model: RSNet) -> dict[str, Any]:
+    """What it takes to rebuild a network: its settings, weights, and the input they expect."""
+    return {
+        "settings": model.settings(),
+        "model": model.state_dict(),
+        **{name: getattr(model, name) for name in _INPUT_FIELDS},
+    }
+
+
+def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
+    """Writes a network as safetensors; its metadata says, in JSON, how to rebuild and feed it.
+
+    Args:
+        model: the network.
+        alpha: [R] raw ensemble scores, the tensor "ensemble.alpha".
+        path: of the file.
+    """
+    about = {**model.settings(), **{name: getattr(model, name) for name in _INPUT_FIELDS}}
+    tensors = {**model.state_dict(), "ensemble.alpha": alpha.detach()}
+    # A convolution's channels-last strides are not kept: the file holds values in row-major order.
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    text = json.dumps(about)
+    metadata = {"format": "pt", "rsfast": text, "sha256": _digest(text, tensors)}
+    write_whole(path, [to_safetensors(tensors, metadata)])
+
+
+def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tuple[RSNet, Tensor]:
+    """A network ready to be evaluated, from a checkpoint or safetensors of rsfast or the authors'.
+
+    Averaged (EMA) weights are taken where the run kept them.
+
+    Args:
+        path: of the checkpoint.
+        resolutions: of an authors' checkpoint with other than five sizes.
+
+    Returns:
+        The network in eval mode, and the raw ensemble scores [R].
+
+    Raises:
+        ValueError: if the checkpoint is missing, damaged or fits no architecture.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _load_weights(path)
+    content = load_dict(path)
+    if official.is_official(content):
+        model = official.from_state_dict(content, resolutions)
+        alpha = official.alpha_of(content)
+        return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
+    missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
+    if missing:
+        raise ValueError(
+            f"checkpoint {path} is neither of rsfast nor of the authors' code: "
+            f"it has no {sorted(missing)[0]!r}"
+        )
+    _check_state(path, content)
+    about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
+    model = _rebuild(path, about, content.get("ema") or content["model"])
+    return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
+
+
+def _load_weights(path: Path) -> tuple[RSNet, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _digest(metadata["rsfast"], tensors):
+            raise ValueError("its checksum does not match")
+        about = json.loads(metadata["rsfast"])
+        alpha = tensors.pop("ensemble.alpha")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"checkpoint {path} is damaged or not of rsfast: {error}") from error
+    return _rebuild(path, about, tensors), alpha
+
+
+def _digest(about: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a file of weights says."""
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _rebuild(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> RSNet:
+    """A network in eval mode of its settings, input fields and weights."""
+    model = create_model(**{k: v for k, v in about.items() if k not in _INPUT_FIELDS})
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint {path} does not fit the {model.arch} it says it is: {error}"
+        ) from error
+    for name in _INPUT_FIELDS:
+        value = about[name]
+        setattr(model, name, tuple(value) if isinstance(value, list) else value)
+    return model.eval()
+
+
+def _predecessors(folder: Path) -> dict[int, Path]:
+    """n -> last-n.pt."""
+    found = {}
+    for path in folder.glob("last-*.pt"):
+        number = path.stem.removeprefix("last-")
+        if number.isdecimal():
+            found[int(number)] = path
+    return found
+
+
+def _check_state(path: Path, content: dict[str, Any]) -> None:
+    """Refuses what is not as it was written, or not of this format."""
+    if fault := _fault(path):
+        raise ValueError(fault)
+    if content.get("format") != _FORMAT:
+        raise ValueError(
+            f"checkpoint {path} must be of format {_FORMAT}, got {content.get('format')}: "
+            f"another version of rsfast wrote it"
+        )
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file that should be sealed."""
+    try:
+        sealed = is_sealed(path)
+    except OSError as error:
+        return f"checkpoint {path} cannot be read: {error}"
+    if sealed:
+        return None
+    reason = "its checksum does not match"
+    if sealed is None:
+        reason = "it has no checksum at its end, as files of rsfast have"
+    return f"checkpoint {path} is damaged: {reason}"
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Another name for the same bytes, put in place at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
