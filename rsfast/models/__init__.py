@@ -1,6 +1,7 @@
-"""Networks: shared convolutions, private batch norm per resolution."""
+"""Networks: any CNN made switchable, and those that come with rsfast."""
 
 from rsfast.models import official
-from rsfast.models.rsnet import ARCHITECTURES, RSNet, create_model
+from rsfast.models.registry import ARCHITECTURES
+from rsfast.models.rsnet import RSNet, convert, create_model
 
-__all__ = ["ARCHITECTURES", "RSNet", "create_model", "official"]
+__all__ = ["ARCHITECTURES", "RSNet", "convert", "create_model", "official"]

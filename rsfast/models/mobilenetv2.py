@@ -1,16 +1,14 @@
-"""MobileNetV2 trunk at width 1.0, over pyramids.
+"""MobileNetV2 at width 1.0, in torchvision's layout and names.
 
-Initialisation: normal with variance 2 / (k * k * C_out), for depthwise convolutions too.
+Initialisation: convolutions normal with variance 2 / (k * k * C_out), depthwise ones too, the
+classifier normal with deviation 0.01. No dropout, as in the authors' code.
 """
 
 from __future__ import annotations
 
 import math
 
-from torch import nn
-
-from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
-from rsfast.pyramid import Pyramid
+from torch import Tensor, nn
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
 
@@ -24,57 +22,63 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+_WIDTH_OUT = 1280
 
 
 class InvertedResidual(nn.Module):
     """1x1 expansion (absent at factor 1), 3x3 depthwise, linear 1x1 projection."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, expansion: int, num_banks: int
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
         width = in_channels * expansion
         self.identity = stride == 1 and in_channels == out_channels
-        self.expand = nn.Sequential()
-        if expansion != 1:
-            self.expand.append(Conv2d(in_channels, width, 1))
-            self.expand.append(SwitchableBatchNorm2d(width, num_banks, "relu6"))
-        self.depthwise = Conv2d(width, width, 3, stride, groups=width)
-        self.depthwise_bn = SwitchableBatchNorm2d(width, num_banks, "relu6")
-        self.project = Conv2d(width, out_channels, 1)
-        self.project_bn = SwitchableBatchNorm2d(out_channels, num_banks)
+        layers = [] if expansion == 1 else [_conv_bn_relu6(in_channels, width, 1)]
+        self.conv = nn.Sequential(
+            *layers,
+            _conv_bn_relu6(width, width, 3, stride, groups=width),
+            nn.Conv2d(width, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
 
-    def forward(self, x: Pyramid) -> Pyramid:
-        y = self.depthwise_bn(self.depthwise(self.expand(x)))
-        return self.project_bn(self.project(y), x if self.identity else None)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.identity else self.conv(x)
 
 
 class MobileNetV2(nn.Module):
-    """Images to the 1280-channel feature map before pooling."""
+    """Images [N, 3, H, W] to logits [N, K].
 
-    out_channels = 1280
+    Args:
+        num_classes: K.
+    """
 
-    def __init__(self, num_banks: int) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.stem = Conv2d(3, 32, 3, stride=2)
-        self.stem_bn = SwitchableBatchNorm2d(32, num_banks, "relu6")
-        self.blocks = nn.Sequential()
+        self.features = nn.Sequential(_conv_bn_relu6(3, 32, 3, stride=2))
         channels = 32
-        for expansion, out_channels, depth, stride in STAGES:
+        for expansion, out_channels, depth, first in STAGES:
             for index in range(depth):
-                self.blocks.append(
-                    InvertedResidual(
-                        channels, out_channels, stride if index == 0 else 1, expansion, num_banks
-                    )
-                )
+                stride = first if index == 0 else 1
+                self.features.append(InvertedResidual(channels, out_channels, stride, expansion))
                 channels = out_channels
-        self.head = Conv2d(channels, self.out_channels, 1)
-        self.head_bn = SwitchableBatchNorm2d(self.out_channels, num_banks, "relu6")
+        self.features.append(_conv_bn_relu6(channels, _WIDTH_OUT, 1))
         for module in self.modules():
-            if isinstance(module, Conv2d):
+            if isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+        # At torchvision's place behind a dropout, which the authors do not have.
+        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(_WIDTH_OUT, num_classes))
+        nn.init.normal_(self.classifier[1].weight, 0.0, 0.01)
+        nn.init.zeros_(self.classifier[1].bias)
 
-    def forward(self, x: Pyramid) -> Pyramid:
-        x = self.blocks(self.stem_bn(self.stem(x)))
-        return self.head_bn(self.head(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def _conv_bn_relu6(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU6(inplace=True),
+    )

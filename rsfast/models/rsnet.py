@@ -1,66 +1,65 @@
-"""RSNet: a trunk, one shared classifier, and the choice of batch-norm set per resolution."""
+"""RSNet: any network made switchable, and the choice of batch-norm bank per resolution."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rsfast import kernels
-from rsfast.models import deploy
-from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d, global_avg_pool
-from rsfast.models.mobilenetv2 import MobileNetV2
-from rsfast.models.resnet import DEPTHS, ResNet
-from rsfast.pyramid import Pyramid, check_resolutions
+from rsfast.models import registry
+from rsfast.pyramid import Pyramid, SwitchableBatchNorm2d, check_resolutions
+from rsfast.pyramid.convert import bn_mixture, to_single, to_switchable
+from rsfast.pyramid.dispatch import place_in_network
+from rsfast.pyramid.pyramid import Content
+from rsfast.pyramid.spatial import PaddedImages
 
-__all__ = ["ARCHITECTURES", "FOLDS", "RSNet", "create_model"]
+__all__ = ["BN_MODES", "RSNet", "convert", "create_model"]
 
-ARCHITECTURES = (*DEPTHS, "mobilenetv2")
 BN_MODES = ("private", "shared")
-# Sizes of the convolutions that measure what they write.
-FOLDS = {"none": (), "statistics": (1,), "1x1": (1,), "all": (1, 3)}
+_COLOURS = 3
 
 
 class RSNet(nn.Module):
-    """A resolution switchable network: shared weights, private batch norm per resolution.
+    """A resolution switchable network: shared weights, a private batch-norm bank per resolution.
+
+    Made by :func:`convert` and :func:`create_model`.
 
     Attributes:
+        network: the user's own modules, batch norms swapped; names are theirs.
         resolutions: trained resolutions in pixels, descending.
+        num_classes: K.
+        bn: "private" or "shared" (one bank for all).
+        arch: the name that :func:`create_model` knows it by; None if there is none.
         input_mean, input_std: the normalisation of the input that the weights expect, on values
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
         class_names: names of the classes if known.
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
-        folded: see :meth:`fold_batch_norm`.
     """
 
     def __init__(
-        self, arch: str, resolutions: Sequence[int], num_classes: int, bn: str = "private"
+        self,
+        network: nn.Module,
+        resolutions: Sequence[int],
+        num_classes: int,
+        bn: str = "private",
+        arch: str | None = None,
     ) -> None:
         super().__init__()
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
-        if bn not in BN_MODES:
-            raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.arch = arch
+        self.network = network
         self.resolutions = check_resolutions(resolutions)
         self.num_classes = num_classes
         self.bn = bn
+        self.arch = arch
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
         self.val_crop = "center"
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
-        self.folded = "none"
-        num_banks = len(self.resolutions) if bn == "private" else 1
-        self.backbone = MobileNetV2(num_banks) if arch == "mobilenetv2" else ResNet(arch, num_banks)
-        self.classifier = nn.Linear(self.backbone.out_channels, num_classes)
-        if arch == "mobilenetv2":
-            nn.init.normal_(self.classifier.weight, 0.0, 0.01)
-            nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Pyramid | Sequence[Tensor]) -> Tensor:
         """Logits of every level.
@@ -68,21 +67,32 @@ class RSNet(nn.Module):
         Args:
             images: a Pyramid of 3-channel levels (zeros may follow the colours), or a sequence of
                 tensors [N, 3, r, r]. Without explicit `banks` each level must have a trained
-                resolution, in descending order; levels of one resolution share its set.
+                resolution, in descending order; levels of one resolution share its bank.
 
         Returns:
             [L, N, K], level by level.
 
         Raises:
-            ValueError: if a level has a resolution that was not trained, or a set is out of range.
+            ValueError: if a level has a resolution that was not trained, or a bank is out of range.
         """
         may_be_padded = isinstance(images, Pyramid)
         if not isinstance(images, Pyramid):
             images = Pyramid.pack(images)
-        if images.num_channels != 3 and not (may_be_padded and images.num_channels > 3):
+        padded = may_be_padded and images.num_channels > _COLOURS
+        if images.num_channels != _COLOURS and not padded:
             raise ValueError(f"images must have 3 channels (RGB), got {images.num_channels}")
-        x = self.backbone(images.with_banks(self._banks_of(images)))
-        return self.classifier(global_avg_pool(x, kernels.without_extension(self.backend)))
+        x = images.with_banks(self._banks_of(images)).on_backend(self.backend)
+        if padded:
+            x = x.like(Content(pending=PaddedImages(x, _COLOURS)))
+        if self.backend == "torch" and x.device.type == "cpu":
+            x = x.by_level()
+        logits = self.network(x)
+        if isinstance(logits, Pyramid) and logits.is_pooled:
+            logits = logits.rows
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            shown = getattr(logits, "shape", type(logits).__name__)
+            raise ValueError(f"network must return logits [N, K] for images, got {shown}")
+        return logits.unflatten(0, (images.num_levels, images.num_images))
 
     def use_backend(self, backend: str) -> RSNet:
         """Chooses what computes batch norm and pooling, and returns the network.
@@ -90,80 +100,45 @@ class RSNet(nn.Module):
         Args:
             backend: "torch", plain PyTorch on any device; "triton", the fused kernels, for a GPU
                 and at most 8 levels; or "cuda", that with training batch norm in CUDA C++, for
-                float16 and bfloat16, which cannot be folded.
+                float16 and bfloat16.
 
         Raises:
-            ValueError: if there is no such backend, or it cannot be folded and is to be.
+            ValueError: if there is no such backend.
         """
-        self._check_choice(kernels.check_backend(backend, "cuda"), self.folded)
-        self.backend = backend
-        for norm in self.batch_norms():
-            norm.backend = backend
-        for conv in self.convolutions():
-            conv.backend = kernels.without_extension(backend)
-        return self
-
-    def fold_batch_norm(self, into: str) -> RSNet:
-        """Chooses who computes training batch norm, and returns the network.
-
-        Convolutions that take over a part of it save passes over the pixels, in products that are
-        Triton's, not the vendor library's (with "statistics" only the forward ones). The stem's
-        pooling applies its own then, too. Synced batch norm is not folded.
-
-        Args:
-            into: "none"; "statistics", where 1x1 convolutions compute those of what they write;
-                "1x1", where they also apply what is pending on what they read; or "all", where 3x3
-                convolutions do so as well (not those of the images, and not depthwise ones).
-
-        Raises:
-            ValueError: if it is something else.
-        """
-        if into not in FOLDS:
-            raise ValueError(f"into must be one of {tuple(FOLDS)}, got {into!r}")
-        self._check_choice(self.backend, into)
-        self.folded = into
-        synced = any(norm.synced for norm in self.batch_norms())
-        sizes = () if synced else FOLDS[into]
-        for norm in self.batch_norms():
-            norm.deferred = bool(sizes)
-        for conv in self.convolutions():
-            plain = conv.groups == 1 and conv.in_channels > 3
-            conv.measured = plain and conv.kernel_size[0] in sizes
-            conv.folded = conv.measured and into != "statistics"
+        self.backend = kernels.check_backend(backend, "cuda")
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:
         """Chooses whose statistics normalise in training, and returns the network.
 
         Args:
-            synced: those of all ranks of the default process group, set by set, instead of this
+            synced: those of all ranks of the default process group, bank by bank, instead of this
                 rank's (the paper's way). For batches too small to have good ones of their own.
         """
         for norm in self.batch_norms():
             norm.synced = synced
-        return self.fold_batch_norm(self.folded)
+        return self
 
-    def at(self, resolution: int, between: str = "interpolate") -> deploy.SingleResolutionNet:
-        """A plain, single-resolution copy of the network in eval mode.
+    def at(self, resolution: int, between: str = "interpolate") -> nn.Module:
+        """The network for one resolution, in eval mode, with plain batch norms: a copy.
+
+        It is of the class that was converted, and its state dict loads into that class without
+        rsfast.
 
         Args:
             resolution: in pixels; any, trained or not.
-            between: the batch-norm set of a resolution that was not trained: "interpolate"
-                linearly between the two neighbours, or "nearest". Outside the trained range both
-                take the nearest set.
+            between: the bank of a resolution that was not trained: "interpolate" linearly between
+                the two neighbours, or "nearest". Outside the trained range both take the nearest.
 
         Returns:
-            A module of plain torch layers, [N, 3, r, r] -> [N, K], on the network's device.
+            [N, 3, r, r] -> [N, K], on the network's device.
         """
-        return deploy.single_resolution(self, resolution, between)
+        mixture = bn_mixture(self.resolutions, resolution, between)
+        return to_single(self.network, ((0, 1.0),) if self.bn == "shared" else mixture).eval()
 
     def batch_norms(self) -> list[SwitchableBatchNorm2d]:
-        """All batch-norm layers, in forward order of construction."""
+        """All batch-norm layers, in the order of the modules."""
         return [m for m in self.modules() if isinstance(m, SwitchableBatchNorm2d)]
-
-    def convolutions(self) -> list[Conv2d]:
-        """All convolutions, in forward order of construction."""
-        return [m for m in self.modules() if isinstance(m, Conv2d)]
 
     def settings(self) -> dict[str, Any]:
         """The arguments of :func:`create_model` that make this network."""
@@ -173,11 +148,6 @@ class RSNet(nn.Module):
             "num_classes": self.num_classes,
             "bn": self.bn,
         }
-
-    @staticmethod
-    def _check_choice(backend: str, folded: str) -> None:
-        if backend == "cuda" and folded != "none":
-            raise ValueError(f"batch norm of backend cuda cannot be folded, got {folded!r}")
 
     def _banks_of(self, images: Pyramid) -> tuple[int, ...]:
         num_banks = 1 if self.bn == "shared" else len(self.resolutions)
@@ -190,7 +160,7 @@ class RSNet(nn.Module):
         for height, width in images.sizes:
             if height != width or height not in self.resolutions:
                 raise ValueError(
-                    f"images of {height}x{width} pixels have no batch-norm set: trained were "
+                    f"images of {height}x{width} pixels have no batch-norm bank: trained were "
                     f"{self.resolutions}; use at(resolution), or a Pyramid with banks"
                 )
             indices.append(self.resolutions.index(height))
@@ -199,6 +169,64 @@ class RSNet(nn.Module):
                 f"levels must come in descending order of resolution, got {images.sizes}"
             )
         return tuple(indices) if self.bn == "private" else (0,) * len(indices)
+
+
+def convert(
+    module: nn.Module, resolutions: Sequence[int], bn: str = "private", backend: str = "torch"
+) -> RSNet:
+    """Makes any CNN with batch norm a resolution switchable network.
+
+    Every `nn.BatchNorm2d` (and `SyncBatchNorm`, and timm's with activation inside) is swapped for
+    one with a bank per resolution, weights and statistics copied into each; the rest stays the
+    module's own code, and its parameters are taken over, not copied. The network is tried on
+    images without content before it is returned.
+
+    Args:
+        module: images [N, 3, r, r] -> logits [N, K].
+        resolutions: in pixels, strictly descending.
+        bn: "private" (one bank per resolution) or "shared" (one bank for all, the paper's
+            ablation).
+        backend: see :meth:`RSNet.use_backend`.
+
+    Raises:
+        ValueError: in one sentence with the module's name, if the network cannot be converted.
+    """
+    return _convert(module, resolutions, bn, backend, None)
+
+
+def _convert(
+    module: nn.Module, resolutions: Sequence[int], bn: str, backend: str, arch: str | None
+) -> RSNet:
+    resolutions = check_resolutions(resolutions)
+    if bn not in BN_MODES:
+        raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
+    kernels.check_backend(backend, "cuda")
+    network = to_switchable(module, len(resolutions) if bn == "private" else 1)
+    network.to(memory_format=torch.channels_last)
+    model = RSNet(network, resolutions, 0, bn, arch)
+    model.num_classes = _try_out(model)
+    return model.use_backend(backend)
+
+
+def _try_out(model: RSNet) -> int:
+    """Runs the network on images without content; returns the number of classes."""
+    # Every tensor of the copy is made anew on the meta device: nothing is copied or computed.
+    memo: dict[int, Any] = {id(t): t.to("meta") for t in model.buffers()}
+    memo |= {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    hollow = copy.deepcopy(model, memo).train()
+    dtype = next(model.parameters()).dtype
+    images = [torch.empty(2, _COLOURS, r, r, dtype=dtype, device="meta") for r in model.resolutions]
+    try:
+        with torch.no_grad():
+            return hollow(images).shape[-1]
+    except Exception as error:
+        place = place_in_network(error.__traceback__)
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"network cannot be converted for {model.resolutions} pixels, {place}: {reason}"
+        ) from error
 
 
 def create_model(
@@ -212,13 +240,19 @@ def create_model(
     """Builds a randomly initialised RS-Net.
 
     Args:
-        arch: resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenetv2.
+        arch: resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d,
+            resnext101_32x8d, mobilenetv2; torchvision/NAME or timm/NAME where those are installed;
+            or MODULE:FUNCTION, which is called with `num_classes`.
         resolutions: in pixels, strictly descending.
         num_classes: K.
-        bn: "private" (one set per resolution) or "shared" (one set for all, the paper's ablation).
+        bn: "private" (one bank per resolution) or "shared" (one bank for all, the paper's
+            ablation).
         backend: see :meth:`RSNet.use_backend`; not part of what a checkpoint holds.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
+        ImportError: if the package of the network is absent.
     """
-    return RSNet(arch, resolutions, num_classes, bn).use_backend(backend)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return _convert(registry.build(arch, num_classes), resolutions, bn, backend, arch)
