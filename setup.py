@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 VARIABLE = "RSFAST_BUILD_CUDA"
 SOURCES = ["csrc/ops.cpp", "csrc/switchable_bn_act.cu"]
@@ -76,16 +76,18 @@ def build_options() -> dict[str, Any]:
     }
 
 
+def packages() -> list[str]:
+    """Every folder of modules, under the name it is imported by."""
+    # A checkout may have a link rsfast/kernels, to be imported without being installed.
+    own = find_packages("rsfast", exclude=["kernels", "kernels.*"])
+    kernels = find_packages("kernels")
+    names = [*own, "kernels", *(f"kernels.{name}" for name in kernels)]
+    return ["rsfast", *(f"rsfast.{name}" for name in sorted(names))]
+
+
 if __name__ == "__main__":
     setup(
-        packages=[
-            "rsfast",
-            "rsfast.data",
-            "rsfast.experiments",
-            "rsfast.kernels",
-            "rsfast.models",
-            "rsfast.recipes",
-        ],
+        packages=packages(),
         package_dir={"rsfast": "rsfast", "rsfast.kernels": "kernels"},
         package_data={"rsfast.experiments": ["*.toml"], "rsfast.recipes": ["*.toml"]},
         **build_options(),

@@ -1,4 +1,4 @@
-"""The Triton kernel of :mod:`rsfast.kernels.distillation_loss`, which holds the equations.
+"""The Triton kernel of :mod:`rsfast.kernels.distillation_loss.op`, which holds the equations.
 
 With x_t = z_t - max z_t and S_t = sum exp(x_t), log p_t = x_t - log S_t. As probabilities add up
 to 1, the logarithms leave the sums over K, and with them most of the rounding:
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._launch import on_device_of
+from rsfast.kernels.common.launch import on_device_of
 
 __all__ = ["launch", "options", "tile"]
 

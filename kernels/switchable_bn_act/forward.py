@@ -7,26 +7,24 @@ another, and a mean of 1e4 deviations costs only its own rounding, once, in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._bn_tiles import (
+from rsfast.kernels.common.launch import OPTIONS, on_device_of
+from rsfast.kernels.common.levels import Affine, Levels
+from rsfast.kernels.common.tiles import find_chunk, share_out
+from rsfast.kernels.switchable_bn_act.tiles import (
     FINALIZE_OPTIONS,
     activate,
     finalize_tile,
-    find_chunk,
     load_affine,
     load_origin,
     mask_tile,
     merge_chunks,
     merge_lanes,
-    share_out,
 )
-from rsfast.kernels._launch import OPTIONS, on_device_of
 
 __all__ = ["apply", "batch_statistics"]
 
@@ -102,7 +100,7 @@ def _bn_finalize_kernel(
     for level in tl.static_range(L):
         rows = (level_rows[level] >> 1) - 1
         if (banks[level] >> 1) - 1 == bank:
-            _origin, level_mean, level_m2 = merge_chunks(
+            level_mean, level_m2 = merge_chunks(
                 partial_ptr,
                 stride_partial,
                 first_chunk,
@@ -110,7 +108,6 @@ def _bn_finalize_kernel(
                 chunk_rows,
                 cols,
                 C,
-                False,
                 BLOCK_K,
                 BLOCK_C,
             )
@@ -194,15 +191,14 @@ def batch_statistics(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
+    levels: Levels,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [L, C] of each level; moves the running statistics. Two launches."""
     num_channels = x.shape[1]
-    chunks = share_out(level_rows, banks, num_channels)
+    chunks = share_out(levels, num_channels)
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
-    mean = x.new_empty(len(level_rows), num_channels, dtype=torch.float32)
+    mean = x.new_empty(len(levels.rows), num_channels, dtype=torch.float32)
     var = torch.empty_like(mean)
     final = finalize_tile(num_channels)
     with on_device_of(x):
@@ -230,12 +226,8 @@ def batch_statistics(
 def apply(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
+    affine: Affine,
+    levels: Levels,
     y: Tensor,
     mask: Tensor | None,
     *,
@@ -244,15 +236,12 @@ def apply(
     eps: float,
 ) -> None:
     """Fills `y`, and `mask` where one is given. One launch."""
-    chunks = share_out(level_rows, banks, x.shape[1])
+    chunks = share_out(levels, x.shape[1])
     with on_device_of(x):
         _bn_apply_kernel[chunks.grid](
             x,
             residual,
-            mean,
-            var,
-            weight,
-            bias,
+            *affine,
             y,
             mask,
             *chunks.levels,

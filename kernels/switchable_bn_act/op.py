@@ -26,7 +26,8 @@ per element when there is a residual: y is not read again. In 16 bits that is 16
 20.4 with a residual; at 4.3 TB/s 3.7 and 4.7 ps.
 
 Backend "cuda", training: one launch each way, which reads once what the chip can hold
-(:mod:`rsfast.kernels._bn_cuda`). Evaluation, and statistics over all ranks, are as for "triton".
+(:mod:`rsfast.kernels.switchable_bn_act.cuda`). Evaluation, and statistics over all ranks, are as
+for "triton".
 """
 
 from __future__ import annotations
@@ -35,90 +36,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from rsfast.kernels._bn_checks import check_batch_norm, check_batch_norm_for_triton
-from rsfast.kernels._bn_cuda import check_one_pass_rows, switchable_bn_act_one_pass
-from rsfast.kernels._checks import check_backend, load_kernels
-from rsfast.kernels._ranks import (
+from rsfast.kernels.common.backend import check_backend, load_kernels
+from rsfast.kernels.common.checks import (
+    check_activation,
+    check_batch_norm,
+    check_batch_norm_for_triton,
+    check_residual,
+    check_rows,
+)
+from rsfast.kernels.common.levels import Affine, Levels, Norm
+from rsfast.kernels.common.ranks import (
     average_over_ranks,
-    joint_batch_norm,
     joint_moments,
     move_running_statistics,
 )
+from rsfast.kernels.switchable_bn_act.cuda import switchable_bn_act_one_pass
+from rsfast.kernels.switchable_bn_act.reference import ACTIVATIONS, switchable_bn_act_reference
 
-__all__ = ["ACTIVATIONS", "switchable_bn_act", "switchable_bn_act_reference"]
-
-_SAVE_MASK = 9  # where it comes among the arguments of the forward op, after x
-ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
-
-
-def switchable_bn_act_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    synced: bool = False,
-) -> Tensor:
-    """Plain PyTorch, one `torch.batch_norm` per level; see :func:`switchable_bn_act`."""
-    levels = torch.split(x, list(level_rows))
-    norm = weight, bias, running_mean, running_var, num_batches_tracked
-    if training and synced:
-        outputs = joint_batch_norm(levels, *norm, banks, momentum, eps)
-    else:
-        settings = training, momentum, eps
-        outputs = [
-            _batch_norm(rows, *norm, bank, *settings)
-            for rows, bank in zip(levels, banks, strict=True)
-        ]
-    y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    if residual is not None:
-        y = y + residual
-    return ACTIVATIONS[activation](y)
-
-
-def _batch_norm(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    bank: int,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order; as
-    # [m, C] it would walk every channel through all of memory. Made by view and permute: an
-    # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
-    # backward then takes the gradient for NCHW and returns a wrong one.
-    image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
-    mean, var = running_mean[bank], running_var[bank]
-    if training:
-        # Levels may share a set: batch_norm keeps what it is given for the backward, so each
-        # level works on copies of its own.
-        mean, var = mean.clone(), var.clone()
-    # Not cuDNN: its statistics are not those of the native kernels.
-    y = torch.batch_norm(image, weight[bank], bias[bank], mean, var, training, momentum, eps, False)
-    if training:
-        running_mean[bank] = mean
-        # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
-        running_var[bank] = var if len(rows) > 1 else (1.0 - momentum) * running_var[bank]
-        num_batches_tracked[bank] += 1
-    return y.permute(0, 2, 3, 1).reshape(rows.shape)
+__all__ = ["batch_statistics", "switchable_bn_act"]
 
 
 @torch.library.custom_op(
@@ -130,39 +67,39 @@ def _stats(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
+    *,
     level_rows: Sequence[int],
     banks: Sequence[int],
     momentum: float,
     synced: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [L, C] float32 of each level; moves the running statistics."""
-    counted = running_mean, running_var, num_batches_tracked, level_rows, banks
-    own = load_kernels("_bn_forward").batch_statistics(x, *counted, 0.0 if synced else momentum)
-    if not synced:
-        return own
-    mean, var = joint_moments(*own)
-    everyone = dist.get_world_size()
+    levels = Levels(level_rows, banks)
     running = running_mean, running_var
-    move_running_statistics(*running, mean, var, level_rows, banks, momentum, everyone)
+    mean, var = load_kernels("switchable_bn_act.forward").batch_statistics(
+        x, *running, num_batches_tracked, levels, 0.0 if synced else momentum
+    )
+    if synced:
+        mean, var = joint_moments(mean, var)
+        move_running_statistics(*running, mean, var, levels, momentum)
     return mean, var
 
 
 @_stats.register_fake
-def _(
-    x: Tensor, mean: Tensor, var: Tensor, num_batches: Tensor, level_rows: Sequence[int], *_: Any
-):
-    shape = len(level_rows), x.shape[1]
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+def _(x: Tensor, *_: Tensor, level_rows: Sequence[int], **__: Any) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(len(level_rows), x.shape[1], dtype=torch.float32)
+    return mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("rsfast::switchable_bn_act_fwd", mutates_args=())
 def _fwd(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
     level_rows: Sequence[int],
     banks: Sequence[int],
     activation: str | None,
@@ -178,15 +115,11 @@ def _fwd(
     `synced` is for the backward.
     """
     y, mask = torch.empty_like(x), _empty_mask(x, save_mask)
-    load_kernels("_bn_forward").apply(
+    load_kernels("switchable_bn_act.forward").apply(
         x,
         residual,
-        weight,
-        bias,
-        mean,
-        var,
-        level_rows,
-        banks,
+        Affine(mean, var, weight, bias),
+        Levels(level_rows, banks),
         y,
         mask if save_mask else None,
         activation=activation,
@@ -197,8 +130,8 @@ def _fwd(
 
 
 @_fwd.register_fake
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _empty_mask(x, arguments[_SAVE_MASK])
+def _(x: Tensor, *_: Tensor | None, save_mask: bool, **__: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _empty_mask(x, save_mask)
 
 
 def _empty_mask(x: Tensor, save_mask: bool) -> Tensor:
@@ -211,10 +144,11 @@ def _bwd(
     dy: Tensor,
     x: Tensor,
     mask: Tensor,
-    weight: Tensor,
-    bias: Tensor,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
     level_rows: Sequence[int],
     banks: Sequence[int],
     activation: str | None,
@@ -224,16 +158,12 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual (no rows where `mask` has none), dweight and dbias."""
     dx, dresidual = torch.empty_like(x), x.new_empty(mask.shape[0], x.shape[1])
-    dweight, dbias = load_kernels("_bn_backward").backward(
+    dweight, dbias = load_kernels("switchable_bn_act.backward").backward(
         dy.contiguous(),  # a sum's gradient has strides of 0
         x,
         mask if len(mask) else None,
-        weight,
-        bias,
-        mean,
-        var,
-        level_rows,
-        banks,
+        Affine(mean, var, weight, bias),
+        Levels(level_rows, banks),
         dx,
         dresidual if len(mask) else None,
         activation=activation,
@@ -245,59 +175,96 @@ def _bwd(
 
 
 @_bwd.register_fake
-def _(dy: Tensor, x: Tensor, mask: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    *_: Any,
+    **__: Any,
+) -> tuple[Tensor, ...]:
     dresidual = x.new_empty(mask.shape[0], x.shape[1])
     return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, bias, mean, var, *ctx.settings, _, eps, synced = inputs
-    ctx.last_settings = eps, synced
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    x, residual, *affine = inputs
+    _, mask = output
+    ctx.settings = {k: v for k, v in keyword_only_inputs.items() if k != "save_mask"}
     ctx.has_residual = residual is not None
-    if ctx.has_residual and ctx.settings[-2] is not None and not len(output[1]):
+    if ctx.has_residual and ctx.settings["activation"] is not None and not len(mask):
         raise ValueError("save_mask must be True for gradients of an activation after a residual")
     ctx.set_materialize_grads(False)  # none of zeros for the mask
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], weight, bias, mean, var)
+    ctx.mark_non_differentiable(mask)
+    ctx.save_for_backward(x, mask, *affine)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 13
-    dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, *ctx.settings, *ctx.last_settings)
+        return (None,) * 6
+    dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, **ctx.settings)
     if not ctx.has_residual:
         dresidual = None
     elif not len(dresidual):  # without an activation
         dresidual = dy
-    return dx, dresidual, dweight, dbias, *(None,) * 9
+    return dx, dresidual, None, None, dweight, dbias
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def apply_given_moments(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    activation: str | None,
-    eps: float,
-    *,
-    batch_statistics: bool = True,
-    synced: bool = False,
-) -> Tensor:
-    """The Triton kernels of :func:`switchable_bn_act` behind those of the statistics.
+def batch_statistics(
+    x: Tensor, norm: Norm, levels: Levels, momentum: float, synced: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [L, C] of each level, tracked in `norm`. Triton kernels."""
+    return _stats(
+        x.detach(),
+        norm.running_mean,
+        norm.running_var,
+        norm.num_batches_tracked,
+        level_rows=levels.rows,
+        banks=levels.banks,
+        momentum=momentum,
+        synced=synced,
+    )
 
-    Mean and variance are those of the levels of x (or of the sets, without `batch_statistics`), and
-    gradients take them so.
-    """
-    save_mask = activation is not None and residual is not None and torch.is_grad_enabled()
-    tensors = x, residual, weight, bias, mean, var, level_rows, banks, activation
-    y, _ = _fwd(*tensors, batch_statistics, save_mask, eps, synced)
+
+def _on_triton(
+    x: Tensor,
+    norm: Norm,
+    levels: Levels,
+    residual: Tensor | None,
+    activation: str | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    synced: bool,
+) -> Tensor:
+    mean, var = norm.running_mean, norm.running_var
+    if training:
+        mean, var = batch_statistics(x, norm, levels, momentum, synced)
+    y, _ = _fwd(
+        x,
+        residual,
+        mean,
+        var,
+        norm.weight,
+        norm.bias,
+        level_rows=levels.rows,
+        banks=levels.banks,
+        activation=activation,
+        batch_statistics=training,
+        save_mask=activation is not None and residual is not None and torch.is_grad_enabled(),
+        eps=eps,
+        synced=synced and training,
+    )
     return y
 
 
@@ -350,51 +317,26 @@ def switchable_bn_act(
         ValueError: naming the argument, the rule and the value.
         ImportError: if Triton, or the extension of "cuda", is asked for and absent.
     """
-    norm = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "num_batches_tracked": num_batches_tracked,
-    }
-    check_batch_norm(x, norm, level_rows, banks, residual)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    if check_backend(backend, "cuda") != "torch":
-        check_batch_norm_for_triton(x, norm, level_rows, residual)
-        mean, var = running_mean, running_var
-        synced = synced and training
-        if backend == "cuda" and training and not synced:
-            check_one_pass_rows(x)
-            options = {"activation": activation, "momentum": momentum, "eps": eps}
-            levels = {"level_rows": level_rows, "banks": banks}
-            return switchable_bn_act_one_pass(x, **norm, **levels, residual=residual, **options)
-        if training:
-            mean, var = _stats(
-                x.detach(),
-                running_mean,
-                running_var,
-                num_batches_tracked,
-                level_rows,
-                banks,
-                momentum,
-                synced,
-            )
-        given = x, residual, weight, bias, mean, var, level_rows, banks, activation
-        return apply_given_moments(*given, eps, batch_statistics=training, synced=synced)
-    return switchable_bn_act_reference(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        level_rows,
-        banks,
-        residual=residual,
-        activation=activation,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        synced=synced,
-    )
+    norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked)
+    levels = Levels(tuple(level_rows), tuple(banks))
+    check_rows(x)
+    check_batch_norm(norm, x.shape[1], len(levels.rows), levels.banks)
+    check_rows(x, levels.rows)
+    check_residual(residual, x)
+    check_activation(activation, ACTIVATIONS)
+    if check_backend(backend, "cuda") == "torch":
+        return switchable_bn_act_reference(
+            x,
+            *norm,
+            *levels,
+            residual=residual,
+            activation=activation,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            synced=synced,
+        )
+    check_batch_norm_for_triton(x, norm, levels, residual)
+    if backend == "cuda" and training and not synced:
+        return switchable_bn_act_one_pass(x, norm, levels, residual, activation, momentum, eps)
+    return _on_triton(x, norm, levels, residual, activation, training, momentum, eps, synced)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rsfast.kernels.common.levels import Levels, Norm
+
 __all__ = ["average_over_ranks", "joint_batch_norm", "joint_moments", "move_running_statistics"]
 
 
@@ -43,15 +45,7 @@ def joint_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joint_batch_norm(
-    levels: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    banks: Sequence[int],
-    momentum: float,
-    eps: float,
+    levels: Sequence[Tensor], norm: Norm, banks: Sequence[int], momentum: float, eps: float
 ) -> list[Tensor]:
     """Training batch norm of every level [m, C], in plain differentiable PyTorch."""
     share = 1.0 / dist.get_world_size()
@@ -59,16 +53,18 @@ def joint_batch_norm(
     mean = share * _Sum.apply(torch.stack([rows.mean(0) for rows in wide]))
     centered = [rows - m for rows, m in zip(wide, mean, strict=True)]
     var = share * _Sum.apply(torch.stack([rows.square().mean(0) for rows in centered]))
-    level_rows = [len(rows) for rows in levels]
-    joint = mean.detach(), var.detach()
-    everyone = dist.get_world_size()
     move_running_statistics(
-        running_mean, running_var, *joint, level_rows, banks, momentum, everyone
+        norm.running_mean,
+        norm.running_var,
+        mean.detach(),
+        var.detach(),
+        Levels([len(rows) for rows in levels], banks),
+        momentum,
     )
     for bank in banks:
-        num_batches_tracked[bank] += 1
+        norm.num_batches_tracked[bank] += 1
     return [
-        (rows * (v + eps).rsqrt() * weight[bank] + bias[bank]).to(levels[0].dtype)
+        (rows * (v + eps).rsqrt() * norm.weight[bank] + norm.bias[bank]).to(levels[0].dtype)
         for rows, v, bank in zip(centered, var, banks, strict=True)
     ]
 
@@ -78,13 +74,12 @@ def move_running_statistics(
     running_var: Tensor,
     mean: Tensor,
     var: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
+    levels: Levels,
     momentum: float,
-    num_ranks: int = 1,
 ) -> None:
-    """Towards statistics [L, C] of so many ranks, level by level, with the unbiased variance."""
-    for level, (rows, bank) in enumerate(zip(level_rows, banks, strict=True)):
+    """Towards statistics [L, C] of all ranks, level by level, with the unbiased variance."""
+    num_ranks = dist.get_world_size()
+    for level, (rows, bank) in enumerate(zip(levels.rows, levels.banks, strict=True)):
         total = rows * num_ranks
         unbiased = var[level] * (total / max(total - 1, 1))
         running_mean[bank].lerp_(mean[level].to(running_mean.dtype), momentum)

@@ -35,90 +35,23 @@ hold the first). It would also be rounded before it is scaled: in float16, gradi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rsfast.kernels._checks import check_backend, check_companion, check_kernel_dtype, load_kernels
+from rsfast.kernels.common.backend import check_backend, load_kernels
+from rsfast.kernels.common.checks import check_companion, check_kernel_dtype
+from rsfast.kernels.distillation_loss.reference import (
+    DISTILL_MODES,
+    DistillationTerms,
+    distillation_loss_reference,
+    teacher_weights,
+)
 
-__all__ = [
-    "DISTILL_MODES",
-    "DistillationTerms",
-    "distillation_loss",
-    "distillation_loss_and_gradients",
-    "distillation_loss_reference",
-    "teacher_weights",
-]
-
-DISTILL_MODES = ("full", "vanilla", "no_ensemble", "largest", "none")
+__all__ = ["distillation_loss", "distillation_loss_and_gradients"]
 
 MAX_RESOLUTIONS = 8  # of the Triton kernel: registers
-
-
-class DistillationTerms(NamedTuple):
-    """The three scalars of the loss, in nats, averaged over the batch."""
-
-    ce: Tensor
-    ensemble: Tensor
-    distill: Tensor
-
-
-def teacher_weights(mode: str, num_resolutions: int) -> tuple[tuple[float, ...], ...]:
-    """W[s - 1][t]: weight of teacher t (0 is the ensemble) for student s, both 1..R.
-
-    `full` is equation 10, `vanilla` equation 8. The two other columns of the paper's Table 5 are
-    those sums without the ensemble: `no_ensemble` keeps the factor of equation 10, `largest`
-    puts p_1 in the place of p_0 in equation 8 (the paper does not print their scale).
-
-    Raises:
-        ValueError: if the mode is unknown.
-    """
-    students = range(1, num_resolutions + 1)
-    teachers = range(num_resolutions + 1)
-    scale = 2.0 / (num_resolutions + 1)
-    rules = {
-        "full": lambda s, t: scale * (t < s),
-        "vanilla": lambda s, t: 1.0 * (t == 0),
-        "no_ensemble": lambda s, t: scale * (0 < t < s),
-        "largest": lambda s, t: 1.0 * (t == 1 < s),
-        "none": lambda s, t: 0.0,
-    }
-    if mode not in rules:
-        raise ValueError(f"mode must be one of {DISTILL_MODES}, got {mode!r}")
-    return tuple(tuple(rules[mode](s, t) for t in teachers) for s in students)
-
-
-def distillation_loss_reference(
-    logits: Tensor,
-    labels: Tensor,
-    alpha: Tensor,
-    mode: str = "full",
-    label_smoothing: float = 0.0,
-) -> DistillationTerms:
-    """Plain PyTorch in closed form; arguments as in :func:`distillation_loss`."""
-    num_resolutions, num_images, _ = logits.shape
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = F.log_softmax(logits, dim=-1)  # [R, N, K]
-    ce = num_resolutions * F.cross_entropy(
-        logits.flatten(0, 1), labels.repeat(num_resolutions), label_smoothing=label_smoothing
-    )
-    weights = torch.softmax(alpha.to(logits.dtype), dim=0)
-    ensemble_logits = torch.einsum("r,rnk->nk", weights, logits.detach())
-    ensemble = F.cross_entropy(ensemble_logits, labels, label_smoothing=label_smoothing)
-
-    if mode == "none":
-        return DistillationTerms(ce, ensemble, torch.zeros_like(ce))
-    with torch.no_grad():
-        table = logits.new_tensor(teacher_weights(mode, num_resolutions))  # [R, R + 1]
-        teachers = torch.cat([F.log_softmax(ensemble_logits, dim=-1)[None], log_probs])
-        probs = teachers.exp()  # [R + 1, N, K]
-        neg_entropy = (probs * teachers).sum(-1)  # [R + 1, N]
-        mixed = torch.einsum("st,tnk->snk", table, probs)  # P_s, [R, N, K]
-        constant = (table @ neg_entropy).sum()
-    distill = (constant - (mixed * log_probs).sum()) / num_images
-    return DistillationTerms(ce, ensemble, distill)
 
 
 def _teacher_range(mode: str, num_resolutions: int) -> tuple[int, int, float]:
@@ -135,7 +68,7 @@ def _distillation_loss_fwd(
     """[3] float32: ce, ensemble, distill."""
     terms = logits.new_empty(logits.shape[1], 3, dtype=torch.float32)
     teachers = _teacher_range(mode, len(logits))
-    load_kernels("_distillation_loss_triton").launch(
+    load_kernels("distillation_loss.forward").launch(
         logits, labels, alpha, teachers, label_smoothing, terms=terms
     )
     return terms.sum(0)
@@ -158,7 +91,7 @@ def _distillation_loss_bwd(
     """d(logits) and d(alpha) for the gradients `upstream` [3] of the three terms."""
     dlogits = torch.empty_like(logits)
     dalpha = logits.new_empty(logits.shape[1], len(logits), dtype=torch.float32)
-    load_kernels("_distillation_loss_triton").launch(
+    load_kernels("distillation_loss.forward").launch(
         logits,
         labels,
         alpha,
@@ -195,7 +128,7 @@ def _distillation_loss_fwd_bwd(
     """[3 + R] float32, the terms and d(alpha), and d(logits), for `upstream` [3] or 1 each."""
     dlogits = torch.empty_like(logits)
     sums = logits.new_empty(logits.shape[1], 3 + len(logits), dtype=torch.float32)
-    load_kernels("_distillation_loss_triton").launch(
+    load_kernels("distillation_loss.forward").launch(
         logits,
         labels,
         alpha,

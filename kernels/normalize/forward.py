@@ -1,4 +1,4 @@
-"""The Triton kernel of :mod:`rsfast.kernels.normalize`."""
+"""The Triton kernel of :mod:`rsfast.kernels.normalize.op`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._launch import OPTIONS, on_device_of
+from rsfast.kernels.common.launch import OPTIONS, on_device_of
 
 __all__ = ["BLOCK_M", "launch"]
 

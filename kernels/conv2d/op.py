@@ -1,6 +1,6 @@
 """Convolution of every level with one weight, from packed rows into packed rows.
 
-    y[l] = conv2d(x[l], weight)                      zero padding k // 2, stride s
+    y[l] = conv2d(x[l], weight)                      any kernel, stride, zero padding, dilation
     dx[l] = gradient of x[l]      dweight = sum over l of the gradients of the weight
 
 Layout: x is [M, C_in] contiguous, the NHWC pixels of all levels one after another; y likewise. The
@@ -20,43 +20,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsfast.kernels._checks import rows_of_levels
+from rsfast.kernels.common.levels import images_of_levels, rows_of_levels
+from rsfast.kernels.common.windows import Geometry, IntOrPair, conv2d_sizes, geometry_of
 
-__all__ = ["conv2d", "conv2d_reference"]
+__all__ = ["conv2d"]
 
-_UNIT = [1, 1]
 # Entered around the forward and the backward of each level, with its name; for profilers.
 level_range: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-
-
-def conv2d_reference(
-    x: Tensor,
-    weight: Tensor,
-    sizes: Sequence[tuple[int, int]],
-    num_images: int,
-    stride: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Plain PyTorch, one `F.conv2d` per level; see :func:`conv2d`."""
-    levels = _levels(x, [size[0] for size in sizes], [size[1] for size in sizes], num_images)
-    padding = weight.shape[2] // 2
-    outputs = [F.conv2d(level, weight, None, stride, padding, 1, groups) for level in levels]
-    return torch.cat([y.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]) for y in outputs])
 
 
 @torch.library.custom_op("rsfast::conv2d_fwd", mutates_args=())
 def _fwd(
     x: Tensor,
     weight: Tensor,
+    *,
     heights: Sequence[int],
     widths: Sequence[int],
     num_images: int,
-    stride: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    y = _empty_output(x, weight, heights, widths, num_images, stride)
-    inputs, outputs = _in_and_out(x, y, heights, widths, num_images, stride)
-    strides, padding = _geometry(weight, stride)
+    sizes, geometry = list(zip(heights, widths, strict=True)), Geometry(stride, padding, dilation)
+    y = _empty_output(x, weight, sizes, num_images, geometry)
+    out_sizes = conv2d_sizes(sizes, weight.shape, *geometry)
+    inputs = images_of_levels(x, sizes, num_images)
+    outputs = images_of_levels(y, out_sizes, num_images)
     cudnn = torch.backends.cudnn
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     for level, output in zip(inputs, outputs, strict=True):
@@ -66,8 +56,8 @@ def _fwd(
                     level,
                     weight,
                     padding,
-                    strides,
-                    _UNIT,
+                    stride,
+                    dilation,
                     groups,
                     cudnn.benchmark,
                     deterministic,
@@ -75,14 +65,36 @@ def _fwd(
                     out=output,
                 )
             else:  # nothing else in PyTorch writes where it is told to
-                output.copy_(F.conv2d(level, weight, None, strides, padding, _UNIT, groups))
+                output.copy_(F.conv2d(level, weight, None, stride, padding, dilation, groups))
     return y
 
 
 @_fwd.register_fake
-def _(*arguments: Any) -> Tensor:
-    *shape, _ = arguments  # all but the groups
-    return _empty_output(*shape)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    num_images: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    sizes = list(zip(heights, widths, strict=True))
+    return _empty_output(x, weight, sizes, num_images, Geometry(stride, padding, dilation))
+
+
+def _empty_output(
+    x: Tensor,
+    weight: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    num_images: int,
+    geometry: Geometry,
+) -> Tensor:
+    out_sizes = conv2d_sizes(sizes, weight.shape, *geometry)
+    return x.new_empty(sum(rows_of_levels(out_sizes, num_images)), weight.shape[0])
 
 
 @torch.library.custom_op("rsfast::conv2d_bwd", mutates_args=())
@@ -90,10 +102,13 @@ def _bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    *,
     heights: Sequence[int],
     widths: Sequence[int],
     num_images: int,
-    stride: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     wants_dx: bool,
     wants_dweight: bool,
@@ -101,10 +116,12 @@ def _bwd(
     """dx and dweight; empty where not wanted."""
     dx = x.new_empty(x.shape if wants_dx else 0)
     dweight = weight.new_empty(0)
-    dy = dy.contiguous()  # a sum's has strides of 0
-    strides, padding = _geometry(weight, stride)
-    inputs, outputs = _in_and_out(x, dy, heights, widths, num_images, stride)
-    targets = _levels(dx, heights, widths, num_images) if wants_dx else inputs
+    sizes = list(zip(heights, widths, strict=True))
+    out_sizes = conv2d_sizes(sizes, weight.shape, stride, padding, dilation)
+    inputs = images_of_levels(x, sizes, num_images)
+    # Contiguous: a sum's gradient has strides of 0.
+    outputs = images_of_levels(dy.contiguous(), out_sizes, num_images)
+    targets = images_of_levels(dx, sizes, num_images) if wants_dx else inputs
     sums = torch.promote_types(weight.dtype, torch.float32)
     total = None
     for level, target, output in zip(inputs, targets, outputs, strict=True):
@@ -114,9 +131,9 @@ def _bwd(
                 level,
                 weight,
                 None,
-                strides,
+                stride,
                 padding,
-                _UNIT,
+                dilation,
                 False,
                 [0, 0],
                 groups,
@@ -133,21 +150,25 @@ def _bwd(
 
 
 @_bwd.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, wants_dx, wants_dweight = arguments
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, *, wants_dx: bool, wants_dweight: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape if wants_dx else 0)
     return dx, torch.empty_like(weight) if wants_dweight else weight.new_empty(0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight)
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    ctx.settings = keyword_only_inputs
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wants_dx, wants_dweight, *rest = ctx.needs_input_grad
-    dx, dweight = _bwd(dy, *ctx.saved_tensors, *ctx.geometry, wants_dx, wants_dweight)
-    return dx if wants_dx else None, dweight if wants_dweight else None, *(None for _ in rest)
+    wants_dx, wants_dweight = ctx.needs_input_grad
+    wanted = {"wants_dx": wants_dx, "wants_dweight": wants_dweight}
+    dx, dweight = _bwd(dy, *ctx.saved_tensors, **ctx.settings, **wanted)
+    return dx if wants_dx else None, dweight if wants_dweight else None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -158,22 +179,27 @@ def conv2d(
     weight: Tensor,
     sizes: Sequence[tuple[int, int]],
     num_images: int,
-    stride: int = 1,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolves every level, "same" padding for odd kernels.
+    """Convolves every level; sizes behind it are those of :func:`conv2d_sizes`.
 
     Args:
         x: [M, C_in] contiguous rows of all levels, floating point.
-        weight: [C_out, C_in / groups, k, k] in the dtype of `x`, k odd; channels-last in memory
+        weight: [C_out, C_in / groups, k_h, k_w] in the dtype of `x`; channels-last in memory
             spares a copy.
         sizes: (H, W) of each level.
         num_images: N.
-        stride: s, the same along both axes.
+        stride: an int or a pair, as in `F.conv2d`.
+        padding: zeros at either end, likewise.
+        dilation: likewise.
         groups: as in `F.conv2d`.
 
     Returns:
-        [M', C_out] rows of levels of ceil(H / s) x ceil(W / s) pixels.
+        [M', C_out] rows of all levels.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -186,66 +212,27 @@ def conv2d(
         raise ValueError(
             f"weight must be {x.dtype} on {x.device} like x, got {weight.dtype} on {weight.device}"
         )
-    k = weight.shape[-1]
-    if weight.dim() != 4 or weight.shape[2] != k or k % 2 == 0:
+    if weight.dim() != 4:
         raise ValueError(
-            f"weight must be [C_out, C_in / groups, k, k] with k odd, got {tuple(weight.shape)}"
+            f"weight must be [C_out, C_in / groups, k_h, k_w], got {tuple(weight.shape)}"
         )
-    if weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+    if groups < 1 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
         raise ValueError(
             f"weight must fit {x.shape[1]} channels in {groups} groups, got {tuple(weight.shape)}"
         )
-    heights, widths = [size[0] for size in sizes], [size[1] for size in sizes]
-    if x.shape[0] != sum(rows_of_levels(heights, widths, num_images)):
+    if x.shape[0] != sum(rows_of_levels(sizes, num_images)):
         raise ValueError(
             f"sizes must add up to the {x.shape[0]} rows of x for {num_images} images, "
             f"got {tuple(sizes)}"
         )
-    return _fwd(x, weight, heights, widths, num_images, stride, groups)
-
-
-def _strided(lengths: Sequence[int], stride: int) -> list[int]:
-    return [-(-length // stride) for length in lengths]
-
-
-def _empty_output(
-    x: Tensor,
-    weight: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    num_images: int,
-    stride: int,
-) -> Tensor:
-    rows = sum(rows_of_levels(heights, widths, num_images, stride))
-    return x.new_empty(rows, weight.shape[0])
-
-
-def _geometry(weight: Tensor, stride: int) -> tuple[list[int], list[int]]:
-    """Strides and padding along both axes."""
-    return [stride] * 2, [weight.shape[2] // 2] * 2
-
-
-def _in_and_out(
-    x: Tensor,
-    y: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    num_images: int,
-    stride: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Views of the levels of the input, and of the output or its gradient."""
-    return (
-        _levels(x, heights, widths, num_images),
-        _levels(y, _strided(heights, stride), _strided(widths, stride), num_images),
+    geometry = geometry_of(stride, padding, dilation)
+    conv2d_sizes(sizes, weight.shape, *geometry)  # refuses levels that would vanish
+    return _fwd(
+        x,
+        weight,
+        heights=[height for height, _ in sizes],
+        widths=[width for _, width in sizes],
+        num_images=num_images,
+        **geometry._asdict(),
+        groups=groups,
     )
-
-
-def _levels(
-    rows: Tensor, heights: Sequence[int], widths: Sequence[int], num_images: int
-) -> list[Tensor]:
-    """[N, C, H, W] channels-last views of packed rows."""
-    counts = rows_of_levels(heights, widths, num_images)
-    return [
-        part.view(num_images, h, w, rows.shape[1]).permute(0, 3, 1, 2)
-        for part, h, w in zip(torch.split(rows, counts), heights, widths, strict=True)
-    ]

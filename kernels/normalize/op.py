@@ -10,38 +10,16 @@ Bytes per pixel: 3 read, C elements written, in one launch with backend "triton"
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rsfast.kernels._checks import KERNEL_DTYPES, check_backend, load_kernels
+from rsfast.kernels.common.backend import check_backend, load_kernels
+from rsfast.kernels.common.checks import KERNEL_DTYPES
+from rsfast.kernels.normalize.reference import affine, normalize_reference
 
-__all__ = ["normalize", "normalize_reference"]
-
-
-def normalize_reference(
-    x: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    dtype: torch.dtype = torch.float32,
-    channels: int = 3,
-) -> Tensor:
-    """Plain PyTorch; arguments as in :func:`normalize`."""
-    compute = torch.promote_types(dtype, torch.float32)
-    scale, shift = _affine_tensors(tuple(mean), tuple(std), compute, x.device)
-    y = x.to(compute).mul_(scale).add_(shift).to(dtype)
-    return torch.nn.functional.pad(y, (0, channels - 3)) if channels > 3 else y
-
-
-@functools.cache
-def _affine_tensors(
-    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """Made once: a copy to a GPU for every batch would be waited for."""
-    return [torch.tensor(part, dtype=dtype, device=device) for part in _affine(mean, std)]
+__all__ = ["normalize"]
 
 
 @torch.library.custom_op("rsfast::normalize", mutates_args=())
@@ -49,7 +27,7 @@ def _normalize(
     x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, channels: int
 ) -> Tensor:
     y = x.new_empty(x.shape[0], channels, dtype=dtype)
-    load_kernels("_normalize_triton").launch(x, y, *_affine(mean, std))
+    load_kernels("normalize.forward").launch(x, y, *affine(mean, std))
     return y
 
 
@@ -58,11 +36,6 @@ def _(
     x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, channels: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], channels, dtype=dtype)
-
-
-def _affine(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    scale = [1.0 / (255.0 * part) for part in std]
-    return scale, [-m / part for m, part in zip(mean, std, strict=True)]
 
 
 def normalize(

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels._bn_tiles import (
+from rsfast.kernels.common.launch import OPTIONS, on_device_of
+from rsfast.kernels.common.levels import Affine, Levels
+from rsfast.kernels.common.tiles import Chunks, find_chunk, share_out
+from rsfast.kernels.switchable_bn_act.tiles import (
     FINALIZE_OPTIONS,
-    Chunks,
     activate,
     finalize_tile,
-    find_chunk,
     load_affine,
     load_invstd,
     mask_tile,
-    share_out,
 )
-from rsfast.kernels._launch import OPTIONS, on_device_of
 
 __all__ = ["backward", "finalize_sums"]
 
@@ -251,12 +250,8 @@ def backward(
     dy: Tensor,
     x: Tensor,
     mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
+    affine: Affine,
+    levels: Levels,
     dx: Tensor,
     dresidual: Tensor | None,
     *,
@@ -270,43 +265,25 @@ def backward(
     `join` makes the sums of each level, [2, L, C], those of all ranks before dx is computed.
     """
     num_channels = x.shape[1]
-    chunks = share_out(level_rows, banks, num_channels)
+    chunks = share_out(levels, num_channels)
     partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
     sizes = {**chunks.sizes, "BATCH_STATISTICS": batch_statistics}
     streaming = {"ACTIVATION": activation, "HAS_MASK": mask is not None, **chunks.tile, **OPTIONS}
     with on_device_of(x):
         _bn_bwd_reduce_kernel[chunks.grid](
-            dy, x, mask, mean, var, weight, bias, partial, *chunks.levels, eps, **sizes, **streaming
+            dy, x, mask, *affine, partial, *chunks.levels, eps, **sizes, **streaming
         )
-        sums, dweight, dbias = finalize_sums(partial, var, weight, chunks, eps, batch_statistics)
+        sums, dweight, dbias = finalize_sums(partial, affine, chunks, eps, batch_statistics)
         if join is not None:
             join(sums)
         _bn_bwd_apply_kernel[chunks.grid](
-            dy,
-            x,
-            mask,
-            mean,
-            var,
-            weight,
-            bias,
-            sums,
-            dx,
-            dresidual,
-            *chunks.levels,
-            eps,
-            **sizes,
-            **streaming,
+            dy, x, mask, *affine, sums, dx, dresidual, *chunks.levels, eps, **sizes, **streaming
         )
     return dweight, dbias
 
 
 def finalize_sums(
-    partial: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    chunks: Chunks,
-    eps: float,
-    batch_statistics: bool = True,
+    partial: Tensor, affine: Affine, chunks: Chunks, eps: float, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dbias and dweight of each level [2, L, C], and dweight and dbias [B, C]. One launch.
 
@@ -314,12 +291,12 @@ def finalize_sums(
     """
     num_channels = partial.shape[2]
     sums = partial.new_empty(2, chunks.sizes["L"], num_channels)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    dweight, dbias = torch.empty_like(affine.weight), torch.empty_like(affine.bias)
     final = finalize_tile(num_channels)
     with on_device_of(partial):
-        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(weight)](
+        _bn_bwd_finalize_kernel[triton.cdiv(num_channels, final["BLOCK_C"]), len(dweight)](
             partial,
-            var,
+            affine.var,
             sums,
             dweight,
             dbias,

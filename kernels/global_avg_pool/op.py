@@ -16,21 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsfast.kernels._checks import check_backend, check_kernel_dtype, check_levels, load_kernels
+from rsfast.kernels.common.backend import check_backend, load_kernels
+from rsfast.kernels.common.checks import check_kernel_dtype, check_levels
+from rsfast.kernels.global_avg_pool.reference import global_avg_pool_reference
 
-__all__ = ["global_avg_pool", "global_avg_pool_reference"]
-
-
-def global_avg_pool_reference(x: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
-    """Plain PyTorch: one mean per level; arguments as in :func:`global_avg_pool`."""
-    levels = torch.split(x, list(level_rows))
-    return torch.cat([rows.view(num_images, -1, x.shape[1]).mean(1) for rows in levels])
+__all__ = ["global_avg_pool"]
 
 
 @torch.library.custom_op("rsfast::global_avg_pool_fwd", mutates_args=())
 def _fwd(x: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
     y = x.new_empty(len(level_rows) * num_images, x.shape[1])
-    load_kernels("_global_avg_pool_triton").forward(x, y, level_rows, num_images)
+    load_kernels("global_avg_pool.forward").forward(x, y, level_rows, num_images)
     return y
 
 
@@ -42,7 +38,7 @@ def _(x: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
 @torch.library.custom_op("rsfast::global_avg_pool_bwd", mutates_args=())
 def _bwd(dy: Tensor, level_rows: Sequence[int], num_images: int) -> Tensor:
     dx = dy.new_empty(sum(level_rows), dy.shape[1])
-    load_kernels("_global_avg_pool_triton").backward(
+    load_kernels("global_avg_pool.backward").backward(
         dy.contiguous(), dx, level_rows, num_images
     )  # a sum's has strides of 0
     return dx

@@ -1,4 +1,4 @@
-"""Training batch norm of :mod:`rsfast.kernels.switchable_bn_act` in one CUDA launch each way.
+"""Training batch norm of :mod:`rsfast.kernels.switchable_bn_act.op` in one CUDA launch each way.
 
 The kernels are those of csrc/switchable_bn_act.cuh, in the optional extension `rsfast._C`. What
 fits into the chip's shared memory is read once: 2 elements per element are moved forward (1 read,
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsfast.kernels._checks import load_extension
+from rsfast.kernels.common.backend import load_extension
+from rsfast.kernels.common.levels import Levels, Norm
 
-__all__ = ["check_one_pass_rows", "switchable_bn_act_one_pass"]
+__all__ = ["switchable_bn_act_one_pass"]
 
 _VECTOR = 8  # channels that a thread reads at once
-_LEVEL_ROWS, _SAVE_MASK = 6, 9  # where they come among the arguments of the forward op, after x
 
 
-def check_one_pass_rows(x: Tensor) -> None:
+def _check_rows(x: Tensor) -> None:
     """Refuses rows that the kernels do not compute on.
 
     Raises:
@@ -46,6 +46,7 @@ def _fwd(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
+    *,
     level_rows: Sequence[int],
     banks: Sequence[int],
     activation: str | None,
@@ -73,8 +74,9 @@ def _fwd(
 
 
 @_fwd.register_fake
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    level_rows, save_mask = arguments[_LEVEL_ROWS], arguments[_SAVE_MASK]
+def _(
+    x: Tensor, *_: Tensor | None, level_rows: Sequence[int], save_mask: bool, **__: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_channels = x.shape
     mask = x.new_empty(num_rows if save_mask else 0, num_channels // _VECTOR, dtype=torch.uint8)
     mean = x.new_empty(len(level_rows), num_channels, dtype=torch.float32)
@@ -90,6 +92,7 @@ def _bwd(
     bias: Tensor,
     mean: Tensor,
     var: Tensor,
+    *,
     level_rows: Sequence[int],
     banks: Sequence[int],
     activation: str | None,
@@ -104,7 +107,9 @@ def _bwd(
 
 
 @_bwd.register_fake
-def _(dy: Tensor, x: Tensor, mask: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    dy: Tensor, x: Tensor, mask: Tensor, weight: Tensor, *_: Tensor, **__: Any
+) -> tuple[Tensor, ...]:
     dresidual = x.new_empty(mask.shape[0], x.shape[1])
     return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(weight)
 
@@ -113,35 +118,32 @@ class _OnePass(torch.autograd.Function):
     """Joins the operators: PyTorch takes no gradient formula for one that writes to its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
-        y, mask, mean, var = _fwd(x, residual, *arguments)
-        weight, bias, *_, level_rows, banks, activation, save_mask, _, eps = arguments
-        ctx.settings = level_rows, banks, activation, eps
-        ctx.has_residual, ctx.has_mask = residual is not None, save_mask
-        ctx.save_for_backward(x, mask, weight, bias, mean, var)
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, settings: dict[str, Any], *norm: Tensor
+    ) -> Tensor:
+        y, mask, mean, var = _fwd(x, residual, *norm, **settings)
+        names = "level_rows", "banks", "activation", "eps"
+        ctx.settings = {name: settings[name] for name in names}
+        ctx.has_residual, ctx.has_mask = residual is not None, settings["save_mask"]
+        parameters = Norm(*norm)
+        ctx.save_for_backward(x, mask, parameters.weight, parameters.bias, mean, var)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, *ctx.settings)
+        dx, dresidual, dweight, dbias = _bwd(dy, *ctx.saved_tensors, **ctx.settings)
         if not ctx.has_residual:
             dresidual = None
         elif not ctx.has_mask:  # without an activation
             dresidual = dy
-        return dx, dresidual, dweight, dbias, *(None,) * 9
+        return dx, dresidual, None, dweight, dbias, None, None, None
 
 
 def switchable_bn_act_one_pass(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    level_rows: Sequence[int],
-    banks: Sequence[int],
-    *,
+    norm: Norm,
+    levels: Levels,
     residual: Tensor | None,
     activation: str | None,
     momentum: float,
@@ -150,21 +152,16 @@ def switchable_bn_act_one_pass(
     """Training batch norm of :func:`switchable_bn_act`, whose checks come before.
 
     Raises:
+        ValueError: naming the argument, the rule and the value.
         ImportError: if `rsfast._C` is absent.
     """
-    save_mask = activation is not None and residual is not None and torch.is_grad_enabled()
-    return _OnePass.apply(
-        x,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        tuple(level_rows),
-        tuple(banks),
-        activation,
-        save_mask,
-        momentum,
-        eps,
-    )
+    _check_rows(x)
+    settings = {
+        "level_rows": levels.rows,
+        "banks": levels.banks,
+        "activation": activation,
+        "save_mask": activation is not None and residual is not None and torch.is_grad_enabled(),
+        "momentum": momentum,
+        "eps": eps,
+    }
+    return _OnePass.apply(x, residual, settings, *norm)

@@ -1,0 +1,1 @@
+"""What the operations share: argument checks, levels, where kernels run, statistics over ranks."""

@@ -1,0 +1,165 @@
+"""Switchable batch norm in plain PyTorch; :mod:`rsfast.kernels.switchable_bn_act.op` has the
+equations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rsfast.kernels.common.checks import (
+    check_activation,
+    check_batch_norm,
+    check_residual,
+    check_rows,
+)
+from rsfast.kernels.common.levels import Norm
+from rsfast.kernels.common.ranks import joint_batch_norm
+
+__all__ = ["ACTIVATIONS", "switchable_bn_act_levels", "switchable_bn_act_reference"]
+
+_FUNCTIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
+ACTIVATIONS = tuple(_FUNCTIONS)
+
+
+def switchable_bn_act_levels(
+    levels: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    banks: Sequence[int],
+    *,
+    residual: Sequence[Tensor] | None = None,
+    activation: str | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    synced: bool = False,
+) -> list[Tensor]:
+    """:func:`switchable_bn_act` where each level has a tensor of its own: nothing is packed.
+
+    Plain PyTorch, one `torch.batch_norm` per level, on any device; what a CPU computes fastest.
+
+    Args:
+        levels: [m_l, C] contiguous rows of each of the L levels, floating point, of one dtype.
+        weight: [B, C] scale (gamma) of each of the B sets.
+        bias: [B, C] shift (beta).
+        running_mean: [B, C]; updated in place when training.
+        running_var: [B, C], unbiased; updated in place when training.
+        num_batches_tracked: [B] int64; incremented for each level when training.
+        banks: the set each level uses, each in [0, B).
+        residual: like `levels`, added before the activation.
+        activation: one of ACTIVATIONS.
+        training: use (and track) batch statistics instead of running ones.
+        momentum: weight of the batch in the running statistics, as in PyTorch.
+        eps: added to the variance.
+        synced: batch statistics are those of all ranks of the default process group.
+
+    Returns:
+        [m_l, C] for each level, in its dtype.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+    norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked)
+    _check_levels(levels, norm, banks, residual, activation)
+    if training and synced:
+        outputs = joint_batch_norm(levels, norm, banks, momentum, eps)
+    else:
+        outputs = [
+            _batch_norm(rows, norm, bank, training, momentum, eps)
+            for rows, bank in zip(levels, banks, strict=True)
+        ]
+    if residual is not None:
+        outputs = [y + own for y, own in zip(outputs, residual, strict=True)]
+    return [_FUNCTIONS[activation](y) for y in outputs]
+
+
+def switchable_bn_act_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    level_rows: Sequence[int],
+    banks: Sequence[int],
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    synced: bool = False,
+) -> Tensor:
+    """Plain PyTorch, level by level; arguments as in :func:`switchable_bn_act`."""
+    outputs = switchable_bn_act_levels(
+        x.split(list(level_rows)),
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        banks,
+        residual=None if residual is None else residual.split(list(level_rows)),
+        activation=activation,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        synced=synced,
+    )
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _check_levels(
+    levels: Sequence[Tensor],
+    norm: Norm,
+    banks: Sequence[int],
+    residual: Sequence[Tensor] | None,
+    activation: str | None,
+) -> None:
+    if not levels:
+        raise ValueError("levels must be at least one tensor, got none")
+    for rows in levels:
+        check_rows(rows, name="every one of levels")
+        if rows.shape[1] != levels[0].shape[1] or rows.dtype != levels[0].dtype:
+            raise ValueError(
+                f"levels must have one number of channels and one dtype, got "
+                f"{[(tuple(rows.shape), rows.dtype) for rows in levels]}"
+            )
+    check_batch_norm(norm, levels[0].shape[1], len(levels), banks)
+    check_activation(activation, ACTIVATIONS)
+    if residual is not None and len(residual) != len(levels):
+        raise ValueError(
+            f"residual must have a tensor for each of {len(levels)} levels, got {len(residual)}"
+        )
+    for own, rows in zip(residual or (), levels, strict=False):
+        check_residual(own, rows)
+
+
+def _batch_norm(
+    rows: Tensor, norm: Norm, bank: int, training: bool, momentum: float, eps: float
+) -> Tensor:
+    # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order; as
+    # [m, C] it would walk every channel through all of memory. Made by view and permute: an
+    # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
+    # backward then takes the gradient for NCHW and returns a wrong one.
+    image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
+    mean, var = norm.running_mean[bank], norm.running_var[bank]
+    if training:
+        # Levels may share a set: batch_norm keeps what it is given for the backward, so each
+        # level works on copies of its own.
+        mean, var = mean.clone(), var.clone()
+    weight, bias = norm.weight[bank], norm.bias[bank]
+    # Not cuDNN: its statistics are not those of the native kernels.
+    y = torch.batch_norm(image, weight, bias, mean, var, training, momentum, eps, False)
+    if training:
+        norm.running_mean[bank] = mean
+        # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
+        norm.running_var[bank] = var if len(rows) > 1 else (1.0 - momentum) * norm.running_var[bank]
+        norm.num_batches_tracked[bank] += 1
+    return y.permute(0, 2, 3, 1).reshape(rows.shape)
