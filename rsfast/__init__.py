@@ -13,11 +13,21 @@ __version__ = "0.1.0"
 _SOURCES = {
     "Pyramid": "rsfast.pyramid",
     "RSNet": "rsfast.models",
+    "convert": "rsfast.models",
     "create_model": "rsfast.models",
 }
-_MODULES = ("checkpoint", "data", "engine", "kernels", "losses", "models", "optim")
+_MODULES = (
+    "checkpoint",
+    "data",
+    "engine",
+    "kernels",
+    "losses",
+    "models",
+    "optim",
+    "pyramid",
+)
 
-__all__ = ["Pyramid", "RSNet", "create_model", *_MODULES]
+__all__ = ["Pyramid", "RSNet", "convert", "create_model", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

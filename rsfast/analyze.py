@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from rsfast import figures
-from rsfast.training import checkpoint
-from rsfast.runtime import distributed
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.evaluate import (
@@ -37,11 +36,13 @@ from rsfast.evaluate import (
     evaluate,
     parse_resolutions,
 )
-from rsfast.kernels import choose_backend
-from rsfast.models import RSNet
-from rsfast.models.deploy import SingleResolutionNet
 from rsfast.files.tables import read_rows, write_rows
 from rsfast.files.unpickle import load_dict
+from rsfast.kernels import choose_backend
+from rsfast.models import RSNet
+from rsfast.models.deploy import pooled_features as features_of
+from rsfast.runtime import distributed
+from rsfast.training import checkpoint
 
 __all__ = [
     "alpha_over_epochs",
@@ -106,9 +107,9 @@ def batch_norm_means(model: RSNet) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def pooled_features(net: SingleResolutionNet, batches: Iterable[Batch]) -> NDArray[np.float32]:
+def pooled_features(net: nn.Module, batches: Iterable[Batch]) -> NDArray[np.float32]:
     """[n, C]: what the classifier sees of the images, which have one level."""
-    return torch.cat([net.features(b.images.level(0)).float().cpu() for b in batches]).numpy()
+    return torch.cat([features_of(net, b.images.level(0)).float().cpu() for b in batches]).numpy()
 
 
 def feature_histogram(

@@ -23,10 +23,11 @@ import tomli_w
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
+from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
-from rsfast.models.rsnet import ARCHITECTURES, BN_MODES, FOLDS
-from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.models.registry import NETWORKS, check_arch
+from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 _CHOICES: dict[str, Sequence[str]] = {
-    "arch": ARCHITECTURES,
     "bn": BN_MODES,
     "distill": DISTILL_MODES,
     "crop": CROP_MODES,
@@ -52,7 +52,6 @@ _CHOICES: dict[str, Sequence[str]] = {
     "decay": DECAY_MODES,
     "device": ("auto", "cpu", "cuda"),
     "kernels": ("auto", *KERNEL_BACKENDS, "cuda"),
-    "fold_bn": tuple(FOLDS),
     "optimizer": OPTIMIZERS,
 }
 _LARGEST = 2**31 - 1  # of any count
@@ -132,10 +131,6 @@ class TrainConfig:
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
     on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), for bf16 and fp16, not
     timed yet"""
-    fold_bn: str = "none"
-    """statistics: 1x1 convolutions compute those of the batch norm behind them; 1x1: they also
-    apply the one before them; all: 3x3 ones, too; the stem's pooling applies its own; fewer passes
-    over memory with kernels triton, not timed yet"""
     graph: bool = True
     """replay the whole step as one CUDA graph; without effect on a CPU"""
     deterministic: bool = False
@@ -166,6 +161,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in choices and not (name == "precision" and value is None):
                 raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+        check_arch(self.arch)
         check_resolutions(self.resolutions)
         for name in ("batch_size", "copies", "epochs", "log_every", "max_skipped", "keep"):
             if getattr(self, name) < 1:
@@ -188,10 +184,6 @@ class TrainConfig:
                 "optimizer apex_sgd takes its learning rate from the host, which a captured step "
                 "cannot: add --no-graph"
             )
-        if self.kernels == "cuda" and self.fold_bn != "none":
-            raise ValueError(f"fold_bn must be none for kernels cuda, got {self.fold_bn!r}")
-        if self.sync_bn and self.fold_bn != "none":
-            raise ValueError(f"fold_bn must be none with sync_bn, got {self.fold_bn!r}")
         if self.kernels == "cuda" and self.precision == "fp32":
             raise ValueError("kernels cuda needs precision bf16 or fp16, got fp32")
         if self.profile is not None:
@@ -295,7 +287,7 @@ def parse_args(
         file = flags.pop("config", None)
         from_file = _read_toml(Path(file)) if file is not None else {}
         arch = flags.get("arch", from_file.get("arch", TrainConfig().arch))
-        values = _read_recipe(arch) if arch in ARCHITECTURES else {}
+        values = _read_recipe(NETWORKS[arch].recipe) if arch in NETWORKS else {}
         given = {**from_file, **flags}
         if "data" not in given and given.get("loader") != "synthetic":
             values |= _read_recipe("builtin")

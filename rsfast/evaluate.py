@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from rsfast import figures
-from rsfast.training import checkpoint
-from rsfast.runtime import distributed
 from rsfast.data import BACKENDS, FolderIndex, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
-from rsfast.runtime.distributed import Rank
 from rsfast.engine import PRECISIONS
+from rsfast.engine.metrics import TopK
+from rsfast.files.tables import write_rows
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import choose_backend
-from rsfast.engine.metrics import TopK
 from rsfast.models import RSNet
-from rsfast.models.deploy import bn_mixture, calibrate, multiply_adds
-from rsfast.files.tables import write_rows
+from rsfast.models.deploy import calibrate, multiply_adds
+from rsfast.pyramid.convert import bn_mixture
+from rsfast.runtime import distributed
+from rsfast.runtime.distributed import Rank
+from rsfast.training import checkpoint
 from rsfast.training.validation import Accuracy, validate
 
 __all__ = [
@@ -277,7 +278,7 @@ def _trained_rows(model: RSNet, accuracy: Accuracy) -> list[Row]:
     singles = {r: model.at(r) for r in model.resolutions}
     origin = "own set" if model.bn == "private" else "shared set"
     return [
-        Row(r, True, origin, multiply_adds(net), _count(net), top1, top5)
+        Row(r, True, origin, multiply_adds(net, r), _count(net), top1, top5)
         for (r, net), (top1, top5) in zip(singles.items(), accuracy.levels, strict=True)
     ]
 
@@ -293,8 +294,8 @@ def _untrained_rows(
     between = "nearest" if settings.between == "nearest" else "interpolate"
     nets = [model.at(r, between) for r in resolutions]
     if settings.between == "calibrate":
-        for net in nets:
-            calibrate(net, _calibration_images(model, net.resolution, settings, rank))
+        for net, resolution in zip(nets, resolutions, strict=True):
+            calibrate(net, _calibration_images(model, resolution, settings, rank))
     loader = _val_batches(model, resolutions, settings, rank)
     counts = TopK(len(nets), rank.device, loader.num_images)
     for batch in loader:
@@ -305,14 +306,14 @@ def _untrained_rows(
     accuracies, _ = counts.read()
     rows = [
         Row(
-            net.resolution,
+            resolution,
             False,
-            _origin(model, net.resolution, settings.between),
-            multiply_adds(net),
+            _origin(model, resolution, settings.between),
+            multiply_adds(net, resolution),
             _count(net),
             *values,
         )
-        for net, values in zip(nets, accuracies, strict=True)
+        for resolution, net, values in zip(resolutions, nets, accuracies, strict=True)
     ]
     return list(zip(rows, counts.places(), strict=True))
 

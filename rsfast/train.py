@@ -1,7 +1,7 @@
 """`torchrun -m rsfast.train`: the training loop. The file to read first.
 
-`rsfast.training.run.build` does everything that happens once; what happens at every step and at the end of
-every epoch stands here.
+`rsfast.training.start.build` does everything that happens once; what happens at every step and at the
+end of every epoch stands here.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from rsfast.runtime import distributed
 from rsfast.config import TrainConfig, parse_args
 from rsfast.data import Batch, prefetch
 from rsfast.engine import PRECISIONS
-from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.engine.optim import set_lr
+from rsfast.runtime import distributed
+from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.training.resume import Progress, save
 from rsfast.training.run import Run, build, run_folder
 from rsfast.training.validation import Accuracy, validate

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
-from rsfast.losses import MultiResolutionDistillation
 from rsfast.engine.optim import build_optimizer, set_lr
+from rsfast.losses import MultiResolutionDistillation
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
 RESOLUTIONS = (64, 48, 32)
@@ -39,8 +40,9 @@ def train(arch: str) -> list[list[float]]:
         for param in model.parameters():
             if param.dim() > 2:
                 param.copy_(uniform(*param.shape) * (6 / param[0].numel()) ** 0.5)
-        model.classifier.weight.copy_(0.05 * uniform(*model.classifier.weight.shape))
-        model.classifier.bias.zero_()
+        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        head.weight.copy_(0.05 * uniform(*head.weight.shape))
+        head.bias.zero_()
     loss = MultiResolutionDistillation(len(RESOLUTIONS)).double()
     optimizer = build_optimizer(model, loss, lr=0.001)
     step = TrainStep(model, loss, optimizer, precision="fp32")

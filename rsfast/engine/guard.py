@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rsfast.losses import LossTerms
-from rsfast.models.layers import SwitchableBatchNorm2d, running_statistics
-from rsfast.runtime.vector import as_vector, fill_from_vector
+from rsfast.pyramid import moved_by_forward
+from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 
 __all__ = ["StepGuard", "skips_on_device"]
 
@@ -38,10 +38,7 @@ class StepGuard:
         self._params = list(modules.parameters())
         self._optimizer: Any = optimizer
         self._scaler = scaler
-        norms = [m for m in modules.modules() if isinstance(m, SwitchableBatchNorm2d)]
-        # Kept by type: each is copied as one vector, in a few launches.
-        counters = [norm.num_batches_tracked for norm in norms]
-        self._buffers = [b for b in (running_statistics(modules), counters) if b]
+        self._buffers = by_dtype(moved_by_forward(modules))
         self._before: list[Tensor] = []
         self.counts = torch.zeros(3, dtype=torch.int64, device=self._params[0].device)
 

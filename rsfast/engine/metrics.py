@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rsfast.runtime.distributed import sum_over_ranks
 from rsfast.losses import LossTerms
+from rsfast.runtime.distributed import sum_over_ranks
 
 __all__ = ["EpochMean", "LossMeter", "TopK", "label_places"]
 

@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rsfast.data import Batch
 from rsfast.engine.guard import StepGuard, skips_on_device
-from rsfast.losses import LossTerms
-from rsfast.models.layers import SwitchableBatchNorm2d
-from rsfast.runtime.nvtx import name_all_reduces, nvtx_range
-from rsfast.pyramid import Pyramid
 from rsfast.engine.snapshot import Snapshot
+from rsfast.losses import LossTerms
+from rsfast.pyramid import Pyramid
+from rsfast.runtime.nvtx import name_all_reduces, nvtx_range
 
 __all__ = ["PRECISIONS", "TrainStep", "is_out_of_memory"]
 
@@ -168,7 +167,7 @@ class TrainStep:
         self._objective = self._modules
         gc.collect()
         for module in self._modules.modules():
-            if isinstance(module, SwitchableBatchNorm2d):
+            if hasattr(module, "synced"):
                 module.synced = False
         num_images = batch.images.num_images
         size = num_images // 2

@@ -19,9 +19,9 @@ from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
 from rsfast.experiments.runs import Job, Jobs, test_folder
 from rsfast.experiments.sets import FIG9_CROP_AREA, SETS, ExperimentSet, make_set
+from rsfast.files.tables import read_rows
 from rsfast.runtime.interrupt import STOPPED
 from rsfast.training.resume import digest
-from rsfast.files.tables import read_rows
 
 __all__ = ["main"]
 

@@ -22,10 +22,10 @@ import torch
 
 from rsfast.config import TrainConfig, read_config
 from rsfast.experiments.sets import Training
-from rsfast.runtime.interrupt import STOPPED
-from rsfast.training.resume import fixed_settings
 from rsfast.files.seal import write_whole
 from rsfast.files.tables import read_log
+from rsfast.runtime.interrupt import STOPPED
+from rsfast.training.resume import fixed_settings
 
 __all__ = ["Job", "Jobs", "Outcome", "run_folder_of", "test_folder"]
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rsfast.models.layers import Conv2d, SwitchableBatchNorm2d
-from rsfast.models.mobilenetv2 import MobileNetV2
-from rsfast.models.resnet import DEPTHS, Bottleneck
-from rsfast.models.rsnet import RSNet, create_model
 from rsfast.files.unpickle import load_dict
+from rsfast.models.registry import NETWORKS
+from rsfast.models.rsnet import RSNet, create_model
+from rsfast.pyramid import SwitchableBatchNorm2d
 
 __all__ = ["alpha_of", "from_state_dict", "is_official", "key_map", "load", "save"]
 
@@ -71,9 +70,9 @@ def from_state_dict(content: dict[str, Any], resolutions: Sequence[int] | None =
             f"got {tuple(resolutions)}"
         )
     arch = _guess_arch(state)
-    bias = ("classifier" if arch == "mobilenetv2" else "fc") + ".module.bias"
-    if bias not in state:
-        raise ValueError(f"checkpoint lacks {bias}, which a {arch} of this layout has")
+    bias = next((key for key in state if key.endswith(".module.bias")), None)
+    if bias is None:
+        raise ValueError(f"checkpoint lacks the bias of the classifier, which a {arch} has")
     num_classes = state[bias].shape[0]
     model = create_model(arch, resolutions, num_classes)
     entries = key_map(model)
@@ -139,60 +138,53 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
 
 
 def _guess_arch(state: dict[str, Tensor]) -> str:
-    if "conv.0.module.weight" in state and "features.0.0.module.weight" in state:
-        return "mobilenetv2"
-    depths = tuple(
-        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")})
-        for stage in range(1, 5)
-    )
-    bottleneck = "layer1.0.conv3.module.weight" in state
-    for arch, (block, expected) in DEPTHS.items():
-        if depths == expected and bottleneck == (block is Bottleneck):
+    """The network of rsfast whose convolutions and classifier have the names and shapes here."""
+    shapes = {
+        key: tuple(tensor.shape) for key, tensor in state.items() if key.endswith(".module.weight")
+    }
+    for arch, network in NETWORKS.items():
+        with torch.device("meta"):
+            plain = network.build(1)
+        expected = {
+            f"{network.authors_name(name)}.module.weight": tuple(layer.weight.shape)
+            for name, layer in plain.named_modules()
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        }
+        # Except for the number of classes.
+        if {key: shape[1:] for key, shape in expected.items()} == {
+            key: shape[1:] for key, shape in shapes.items()
+        } and all(shape[0] == shapes[key][0] for key, shape in expected.items() if len(shape) == 4):
             return arch
     raise ValueError(
-        f"checkpoint fits no architecture of rsfast: {depths} blocks per stage, "
-        f"{'bottleneck' if bottleneck else 'basic'}"
+        f"checkpoint fits no architecture of rsfast ({', '.join(NETWORKS)}): its "
+        f"{len(shapes)} shared layers are of another network"
     )
 
 
 def key_map(model: RSNet) -> list[tuple[str, str, int | None]]:
-    """Their key (no DataParallel prefix), our state dict key, and the batch-norm set or None.
+    """Their key (no DataParallel prefix), our state dict key, and the batch-norm bank or None.
 
     Covers everything but alpha, which belongs to the loss here.
+
+    Raises:
+        ValueError: if the authors have no such network.
     """
-    backbone = model.backbone
-    if isinstance(backbone, MobileNetV2):
-        names, classifier = _mobilenet_names(backbone), "classifier.module"
-    else:
-        names, classifier = {name: name for name, _ in backbone.named_modules()}, "fc.module"
+    if model.arch not in NETWORKS:
+        raise ValueError(
+            f"the authors' layout has {', '.join(NETWORKS)} only, got arch {model.arch!r}"
+        )
+    theirs = NETWORKS[model.arch].authors_name
     entries: list[tuple[str, str, int | None]] = []
-    for ours, layer in backbone.named_modules():
-        if isinstance(layer, Conv2d):
-            entries.append((f"{names[ours]}.module.weight", f"backbone.{ours}.weight", None))
+    for ours, layer in model.network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            entries += (
+                (f"{theirs(ours)}.module.{field}", f"network.{ours}.{field}", None)
+                for field, _ in layer.named_parameters()
+            )
         elif isinstance(layer, SwitchableBatchNorm2d):
             entries += (
-                (f"{names[ours]}.bn_{bank}.{field}", f"backbone.{ours}.{field}", bank)
+                (f"{theirs(ours)}.bn_{bank}.{field}", f"network.{ours}.{field}", bank)
                 for bank in range(layer.num_banks)
                 for field in _BN_FIELDS
             )
-    fields = ("weight", "bias")
-    return entries + [(f"{classifier}.{field}", f"classifier.{field}", None) for field in fields]
-
-
-def _mobilenet_names(backbone: MobileNetV2) -> dict[str, str]:
-    """Our layer names to theirs, which are positions in nn.Sequential, activations counted."""
-    names = {
-        "stem": "features.0.0",
-        "stem_bn": "features.0.1",
-        "head": "conv.0",
-        "head_bn": "conv.1",
-    }
-    for number, block in enumerate(backbone.blocks):
-        position = 0
-        for name, layer in block.named_modules():
-            if not isinstance(layer, Conv2d | SwitchableBatchNorm2d):
-                continue
-            names[f"blocks.{number}.{name}"] = f"features.{number + 1}.conv.{position}"
-            activated = isinstance(layer, SwitchableBatchNorm2d) and layer.activation is not None
-            position += 2 if activated else 1
-    return names
+    return entries

@@ -95,8 +95,10 @@ def build(arch: str, num_classes: int) -> nn.Module:
         return NETWORKS[arch].build(num_classes)
     package, slash, name = arch.partition("/")
     if slash:
-        return _from_torchvision(name, num_classes) if package == "torchvision" else _from_timm(
-            name, num_classes
+        return (
+            _from_torchvision(name, num_classes)
+            if package == "torchvision"
+            else _from_timm(name, num_classes)
         )
     return _from_function(arch, num_classes)
 

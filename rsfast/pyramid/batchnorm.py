@@ -94,8 +94,10 @@ class SwitchableBatchNorm2d(nn.Module):
         Args:
             mixture: (bank, weight) pairs; the weights add up to 1.
         """
-        norm = copy.deepcopy(self._plain[0]) if self._plain else nn.BatchNorm2d(
-            self.num_features, self.eps, self.momentum, device="meta"
+        norm = (
+            copy.deepcopy(self._plain[0])
+            if self._plain
+            else nn.BatchNorm2d(self.num_features, self.eps, self.momentum, device="meta")
         )
         norm.to(self.weight.dtype).to_empty(device=self.weight.device)
         with torch.no_grad():

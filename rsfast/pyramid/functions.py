@@ -23,12 +23,62 @@ from rsfast.pyramid.extent import Extent
 from rsfast.pyramid.per_image import combine_per_image
 from rsfast.pyramid.pyramid import Content, Pyramid
 
-_ELEMENTWISE = """
-abs acos asin atan celu clamp clamp_max clamp_min clip cos elu erf exp expm1 gelu hardshrink
-hardsigmoid leaky_relu log log1p logsigmoid mish neg nan_to_num reciprocal relu relu6 round rsqrt
-rrelu selu sigmoid sign silu sin softplus softshrink softsign sqrt square tanh tanhshrink threshold
-hardswish prelu clone contiguous detach to type_as float half bfloat16 double
-""".split()
+_ELEMENTWISE = [
+    "abs",
+    "acos",
+    "asin",
+    "atan",
+    "celu",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "clip",
+    "cos",
+    "elu",
+    "erf",
+    "exp",
+    "expm1",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "leaky_relu",
+    "log",
+    "log1p",
+    "logsigmoid",
+    "mish",
+    "neg",
+    "nan_to_num",
+    "reciprocal",
+    "relu",
+    "relu6",
+    "round",
+    "rsqrt",
+    "rrelu",
+    "selu",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "sqrt",
+    "square",
+    "tanh",
+    "tanhshrink",
+    "threshold",
+    "hardswish",
+    "prelu",
+    "clone",
+    "contiguous",
+    "detach",
+    "to",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+]
 _BINARY = "add sub mul div true_divide maximum minimum pow"
 _ALONG_CHANNELS = "softmax log_softmax softmin cumsum flip roll"
 
@@ -44,9 +94,7 @@ def _spellings(name: str) -> Iterator[Any]:
 
 def _plain(name: str) -> Callable[..., Any]:
     """The function that computes it on tensors."""
-    return next(
-        getattr(owner, name) for owner in (F, torch, Tensor) if getattr(owner, name, None)
-    )
+    return next(getattr(owner, name) for owner in (F, torch, Tensor) if getattr(owner, name, None))
 
 
 def _register_elementwise(name: str) -> None:
@@ -152,9 +200,7 @@ def _combine(f: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Pyramid
         if a.sizes == b.sizes:
             if a.is_packed and b.is_packed:
                 return a.with_rows(f(a.rows, b.rows))
-            return a.like(
-                Content(parts=[f(p, q) for p, q in zip(a.parts, b.parts, strict=True)])
-            )
+            return a.like(Content(parts=[f(p, q) for p, q in zip(a.parts, b.parts, strict=True)]))
         if b.is_pooled:
             return combine_per_image(f, a, b.rows)
         if a.is_pooled:
@@ -219,8 +265,8 @@ def _register_along_channels(name: str) -> None:
     def along(x: Pyramid, dim: Any = None, *args: Any, **kwargs: Any) -> Pyramid:
         kwargs.pop("_stacklevel", None)
         dim = kwargs.pop("dims", dim)
-        place = [_channel_dim(x, d) for d in dim] if isinstance(dim, Sequence) else _channel_dim(
-            x, dim
+        place = (
+            [_channel_dim(x, d) for d in dim] if isinstance(dim, Sequence) else _channel_dim(x, dim)
         )
         return x.map_rows(lambda rows: plain(rows, place, *args, **kwargs))
 
@@ -295,8 +341,10 @@ def _getitem(x: Pyramid, index: Any) -> Any:
         places[at : at + 1] = [slice(None)] * (x.ndim - len(places) + 1)
     places += [slice(None)] * (x.ndim - len(places))
     images, *channels, rows, cols = places
-    if images != slice(None) or None in places or not all(
-        isinstance(place, slice) for place in (rows, cols)
+    if (
+        images != slice(None)
+        or None in places
+        or not all(isinstance(place, slice) for place in (rows, cols))
     ):
         raise ValueError(f"a pyramid can be indexed by channels and by slices of maps, got {index}")
     if any(place != slice(None) for place in channels):
@@ -408,9 +456,7 @@ def _reduce(f: Callable[..., Any], x: Pyramid, dim: Any, keepdim: bool, **kwargs
     if isinstance(made[0], Tensor):
         return _stored_like(x, made)
     # max and min over one dimension: values and indices
-    return type(made[0])(
-        [_stored_like(x, list(parts)) for parts in zip(*made, strict=True)]
-    )
+    return type(made[0])([_stored_like(x, list(parts)) for parts in zip(*made, strict=True)])
 
 
 def _stored(x: Pyramid) -> tuple[Tensor, ...]:

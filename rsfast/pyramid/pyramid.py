@@ -165,9 +165,7 @@ class Pyramid:
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
         return cls(packed, sizes, levels[0].shape[0], banks)
 
-    def like(
-        self, content: Content, sizes: Sequence[tuple[int, int]] | None = None
-    ) -> Pyramid:
+    def like(self, content: Content, sizes: Sequence[tuple[int, int]] | None = None) -> Pyramid:
         """Other pixels of the same images and banks, of other sizes if those are given."""
         made = object.__new__(Pyramid)
         sizes = self.sizes if sizes is None else sizes
@@ -384,9 +382,23 @@ def _operator(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow neg getitem"
-).split():
+for _name in [
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+    "mul",
+    "rmul",
+    "imul",
+    "truediv",
+    "rtruediv",
+    "itruediv",
+    "pow",
+    "neg",
+    "getitem",
+]:
     setattr(Pyramid, f"__{_name}__", _operator(f"__{_name}__"))
 
 

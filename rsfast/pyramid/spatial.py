@@ -85,9 +85,7 @@ def _conv2d(
     return x.like(Content(rows=y if bias is None else y + bias.to(dtype)), sizes)
 
 
-def _product(
-    x: Pyramid, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]
-) -> Pyramid:
+def _product(x: Pyramid, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Pyramid:
     down, right = stride
     if stride != (1, 1):
         x = x.map_levels(lambda level: level[:, :, ::down, ::right])
@@ -156,9 +154,7 @@ _register_by_level(torch.conv_transpose2d)
 def _instance_norm(x: Pyramid, *args: Any, use_input_stats: bool = True, **kwargs: Any) -> Pyramid:
     if not use_input_stats:
         raise ValueError("instance norm with running statistics mixes the levels' statistics")
-    return x.map_levels(
-        lambda level: F.instance_norm(level, *args, use_input_stats=True, **kwargs)
-    )
+    return x.map_levels(lambda level: F.instance_norm(level, *args, use_input_stats=True, **kwargs))
 
 
 class _MaxPool(torch.autograd.Function):

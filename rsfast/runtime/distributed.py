@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from rsfast.models import RSNet
-from rsfast.models.layers import running_statistics
+from rsfast.pyramid import moved_by_forward
 from rsfast.runtime.vector import as_vector, fill_from_vector
 
 __all__ = [
@@ -200,11 +199,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_bn_statistics(model: RSNet) -> None:
+def average_bn_statistics(model: nn.Module) -> None:
     """Gives all ranks the mean of their running statistics, so that they validate one network."""
     if not dist.is_initialized():
         return
-    buffers = running_statistics(model)
+    buffers = [tensor for tensor in moved_by_forward(model) if tensor.is_floating_point()]
     flat = as_vector(buffers)
     dist.all_reduce(flat)
     fill_from_vector(buffers, flat / dist.get_world_size())

@@ -26,7 +26,7 @@ def enable_ranges() -> None:
     global _enabled
     _enabled = True
     # The package's name for the module is taken by the function in it.
-    conv2d: Any = importlib.import_module("rsfast.kernels.conv2d")
+    conv2d: Any = importlib.import_module("rsfast.kernels.conv2d.op")
     conv2d.level_range = nvtx_range
 
 

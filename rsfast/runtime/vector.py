@@ -7,12 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_vector", "fill_from_vector"]
+__all__ = ["as_vector", "by_dtype", "fill_from_vector"]
 
 
 def as_vector(tensors: Sequence[Tensor]) -> Tensor:
     """A copy of all values, one tensor after the other; the tensors share type and device."""
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each type, each list of which :func:`as_vector` takes."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
 
 
 @torch.no_grad()

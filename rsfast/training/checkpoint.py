@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from rsfast.losses import scores_of_resolutions
-from rsfast.models import RSNet, create_model, official
 from rsfast.files.seal import is_sealed, seal_zip, sync_folder, write_whole
 from rsfast.files.unpickle import load_dict
+from rsfast.losses import scores_of_resolutions
+from rsfast.models import RSNet, create_model, official
 
 __all__ = [
     "clean",
@@ -39,7 +39,7 @@ __all__ = [
     "save_with_predecessors",
 ]
 
-_FORMAT = 2
+_FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
 _INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "class_names")

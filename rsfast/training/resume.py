@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from rsfast.training import checkpoint
 from rsfast.config import TrainConfig
 from rsfast.data import FolderIndex
-from rsfast.runtime.distributed import Rank, agree
 from rsfast.engine.metrics import EpochMean
-from rsfast.models.layers import running_statistics
-from rsfast.runtime.vector import as_vector, fill_from_vector
+from rsfast.models import RSNet
+from rsfast.pyramid import moved_by_forward
+from rsfast.runtime.distributed import Rank, agree
+from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
+from rsfast.training import checkpoint
 
 if TYPE_CHECKING:
     from rsfast.training.run import Run
@@ -61,8 +63,6 @@ _FREE_TO_CHANGE = {
 }
 # And those that may if it goes on from the start of an epoch.
 _FREE_AT_AN_EPOCH = {"loader", "batch_size", "steps_per_epoch"}
-# What runs did before there was a setting for it.
-_BEFORE_THE_SETTING = {"fold_bn": "none"}
 
 
 @dataclass
@@ -212,7 +212,7 @@ def config_hash(cfg: TrainConfig) -> str:
 
 
 def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
-    before = {**_BEFORE_THE_SETTING, **content["config"]}
+    before = content["config"]
     now = dataclasses.asdict(run.cfg)
     for name in fixed_settings(at_an_epoch=True):
         if before.get(name) != now[name]:
@@ -262,7 +262,7 @@ def _rank_state(run: Run) -> dict[str, Any]:
     _, numpy_keys, *numpy_rest = np.random.get_state()
     version, python_keys, gauss = random.getstate()
     state = {
-        "statistics": [as_vector(running_statistics(m)).cpu() for m in models],
+        "moved": [[as_vector(part).cpu() for part in _moved(model)] for model in models],
         "meter": run.meter.sums.cpu(),
         "rng": torch.get_rng_state(),
         "numpy_rng": [torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest],
@@ -273,10 +273,16 @@ def _rank_state(run: Run) -> dict[str, Any]:
     return state
 
 
+def _moved(model: RSNet) -> list[list[Tensor]]:
+    """What each rank's own forwards have moved, by type."""
+    return by_dtype(moved_by_forward(model))
+
+
 def _restore_rank(run: Run, state: dict[str, Any]) -> None:
     models = [run.model, *([run.averaged_model] if run.ema else [])]
-    for model, vector in zip(models, state["statistics"], strict=True):
-        fill_from_vector(running_statistics(model), vector.to(run.rank.device))
+    for model, vectors in zip(models, state["moved"], strict=True):
+        for tensors, vector in zip(_moved(model), vectors, strict=True):
+            fill_from_vector(tensors, vector.to(run.rank.device))
     run.meter.sums.copy_(state["meter"])
     torch.set_rng_state(state["rng"])
     keys, *rest = state["numpy_rng"]

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rsfast.training import checkpoint
-from rsfast.runtime import environment
 from rsfast.config import TrainConfig, checkpoint_interval, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
-from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.engine import PRECISIONS, TrainStep
-from rsfast.runtime.interrupt import Vote
+from rsfast.engine.metrics import LossMeter
+from rsfast.engine.optim import build_optimizer, lr_at
 from rsfast.kernels import MAX_LEVELS, choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.engine.metrics import LossMeter
 from rsfast.models import RSNet, create_model
+from rsfast.runtime import environment
+from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
+from rsfast.runtime.interrupt import Vote
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
-from rsfast.engine.optim import build_optimizer, lr_at
+from rsfast.training import checkpoint
 from rsfast.training.resume import Progress, config_hash, digest, find_checkpoint, restore
 from rsfast.training.runlog import RunLog
 
@@ -143,7 +143,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
             loader.feed(dtype, _PADDED_CHANNELS, without_extension(cfg.kernels))
     num_classes = len(loaders[0].class_names)
     model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
-    model.to(rank.device).fold_batch_norm(cfg.fold_bn)
+    model.to(rank.device)
     model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
     model.input_mean, model.input_std = loaders[0].mean, loaders[0].std
     model.val_crop, model.class_names = cfg.val_crop, loaders[0].class_names
@@ -294,7 +294,6 @@ def _open_folder(run: Run) -> None:
         "total_batch": run.rank.world_size * run.cfg.batch_size,
         "device": str(run.rank.device),
         "kernels": run.cfg.kernels,
-        "fold_bn": run.cfg.fold_bn,
         "config_hash": config_hash(run.cfg),
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
