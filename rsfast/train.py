@@ -1,7 +1,7 @@
 """`torchrun -m rsfast.train`: the training loop. The file to read first.
 
-`rsfast.training.start.build` does everything that happens once; what happens at every step and at the
-end of every epoch stands here.
+`rsfast.training.start.build` does everything that happens once; what happens at every step and at
+the end of every epoch stands here.
 """
 
 from __future__ import annotations

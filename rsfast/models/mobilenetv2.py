@@ -66,9 +66,10 @@ class MobileNetV2(nn.Module):
                 fan_out = math.prod(module.kernel_size) * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         # At torchvision's place behind a dropout, which the authors do not have.
-        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(_WIDTH_OUT, num_classes))
-        nn.init.normal_(self.classifier[1].weight, 0.0, 0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        linear = nn.Linear(_WIDTH_OUT, num_classes)
+        nn.init.normal_(linear.weight, 0.0, 0.01)
+        nn.init.zeros_(linear.bias)
+        self.classifier = nn.Sequential(nn.Identity(), linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rsfast import kernels
 from rsfast.models import registry
 from rsfast.pyramid import Pyramid, SwitchableBatchNorm2d, check_resolutions
+from rsfast.pyramid.content import Content
 from rsfast.pyramid.convert import bn_mixture, to_single, to_switchable
 from rsfast.pyramid.dispatch import place_in_network
-from rsfast.pyramid.pyramid import Content
 from rsfast.pyramid.spatial import PaddedImages
 
 __all__ = ["BN_MODES", "RSNet", "convert", "create_model"]
@@ -202,7 +202,7 @@ def _convert(
         raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
     kernels.check_backend(backend, "cuda")
     network = to_switchable(module, len(resolutions) if bn == "private" else 1)
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = RSNet(network, resolutions, 0, bn, arch)
     model.num_classes = _try_out(model)
     return model.use_backend(backend)
