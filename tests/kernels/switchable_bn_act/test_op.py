@@ -54,7 +54,7 @@ MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval")]
 @pytest.fixture(params=[8, None], ids=["long-chunks", "short-chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, each with several tiles, or many with one tile."""
-    tiles = pytest.importorskip("rsfast.kernels._bn_tiles", reason="Triton is not installed")
+    tiles = pytest.importorskip("rsfast.kernels.common.tiles", reason="Triton is not installed")
     if request.param:
         monkeypatch.setattr(tiles, "PROGRAMS", request.param)
 
@@ -229,24 +229,26 @@ def test_operators_pass_opcheck(activation: str | None, residual: bool, device: 
     inputs = make_bn_inputs(level_rows, 7, 3, residual=residual, device=device)
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     state = tuple(inputs[name] for name in STATE)
-    torch.library.opcheck(STATS.default, (x, *state, level_rows, banks, 0.1))
-    mean, var = STATS(x, *state, level_rows, banks, 0.1)
-    has_mask = residual and activation is not None
-    arguments = (weight, bias, mean, var, level_rows, banks, activation, True)
-    _, mask = FWD(x, inputs["residual"], *arguments, has_mask, 1e-5)
-    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *arguments, 1e-5))
+    levels = {"level_rows": level_rows, "banks": banks}
+    torch.library.opcheck(STATS.default, (x, *state), {**levels, "momentum": 0.1})
+    affine = *STATS(x, *state, **levels, momentum=0.1), weight, bias
+    settings = {**levels, "activation": activation, "batch_statistics": True, "eps": 1e-5}
+    keep = {"save_mask": residual and activation is not None}
+    _, mask = FWD(x, inputs["residual"], *affine, **settings, **keep)
+    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *affine), settings)
     for tensor in (x, weight, bias, *([inputs["residual"]] if residual else [])):
         tensor.requires_grad_()
-    torch.library.opcheck(FWD.default, (x, inputs["residual"], *arguments, has_mask, 1e-5))
+    torch.library.opcheck(FWD.default, (x, inputs["residual"], *affine), {**settings, **keep})
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_gradients_behind_a_residual_need_the_mask(device: str) -> None:
     inputs = make_bn_inputs((9,), 5, 1, residual=True, device=device)
-    tensors = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    arguments = (inputs["residual"], *tensors, (9,), (0,), "relu", False, False, 1e-5)
+    names = ("residual", "running_mean", "running_var", "weight", "bias")
+    settings = {"level_rows": (9,), "banks": (0,), "activation": "relu", "eps": 1e-5}
+    settings |= {"batch_statistics": False, "save_mask": False}
     with pytest.raises(ValueError, match="save_mask must be True"):
-        FWD(inputs["x"].requires_grad_(), *arguments)
+        FWD(inputs["x"].requires_grad_(), *(inputs[name] for name in names), **settings)
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
