@@ -153,12 +153,15 @@ class Variant(NamedTuple):
 ALL_VARIANTS = [
     *(
         Variant(activation, residual, batch)
-        for activation in (None, "relu", "relu6")
+        for activation in (None, "relu", "relu6", "silu", "hardswish")
         for residual in (False, True)
         for batch in (True, False)
     ),
     Variant("relu", True, False, backward=False),
 ]
+CUTTING = ("relu", "relu6")
+SMOOTH_VARIANTS = [Variant("silu", False, True), Variant("silu", True, True)]
+SMOOTH_VARIANTS += [Variant("hardswish", False, True), Variant("hardswish", True, True)]
 MAIN_VARIANTS = [Variant("relu", False, True), Variant("relu", True, True)]
 
 
@@ -170,60 +173,91 @@ def switchable_bn_act() -> Iterator[Case]:
         yield from _switchable_bn_act(channels, "bf16", NUM_LEVELS, MAIN_VARIANTS)
     for channels, dtype in ((64, "fp16"), (64, "fp32"), (2048, "fp32")):
         yield from _switchable_bn_act(channels, dtype, NUM_LEVELS, MAIN_VARIANTS)
+    for channels, dtype in ((96, "bf16"), (2047, "bf16"), (64, "fp32")):
+        yield from _of_variants(channels, dtype, NUM_LEVELS, SMOOTH_VARIANTS)
 
 
 def _switchable_bn_act(
     channels: int, dtype: str, num_levels: int, variants: Sequence[Variant]
 ) -> Iterator[Case]:
-    rows = "*" + dtype
+    batches = sorted({variant.batch_statistics for variant in variants})
+    yield from _statistics_and_finalize(channels, dtype, num_levels, batches)
+    yield from _of_variants(channels, dtype, num_levels, variants)
+
+
+class BnTypes(NamedTuple):
+    """What kernels of batch norm have in common for C channels and L levels."""
+
+    sizes: dict[str, int]
+    levels: dict[str, Any]
+    tile: dict[str, int]
+
+
+def _bn_types(channels: int, num_levels: int) -> BnTypes:
     levels = {"level_rows": ("i32",) * num_levels, "banks": ("i32",) * num_levels}
-    levels |= {"chunk_rows": "i32"}
     block_m, block_c = bn_tile(channels)
     sizes = {"L": num_levels, "C": channels}
     tile = {**sizes, "BLOCK_M": block_m, "BLOCK_C": block_c}
-    final = {**sizes, **bn_tiles.finalize_tile(channels)}
-    partial = {"partial_ptr": "*fp32", **levels}
-    moments = dict.fromkeys(["mean_ptr", "var_ptr"], "*fp32")
-    running = dict.fromkeys(["running_mean_ptr", "running_var_ptr"], "*fp32")
-    affine = {**moments, "gamma_ptr": "*fp32", "eps": "fp32", **levels}
+    return BnTypes(sizes, levels | {"chunk_rows": "i32"}, tile)
 
-    def case(kernel: Any, types: dict[str, str], constants: dict[str, Any], name: str = "") -> Case:
-        label = f"{kernel.__name__} L={num_levels} C={channels} {dtype} {name}"
-        final = "finalize" in kernel.__name__
-        options = bn_tiles.FINALIZE_OPTIONS if final else OPTIONS
-        return Case(label, kernel, types, constants, options)
 
-    yield case(bn_forward._bn_statistics_kernel, {"x_ptr": rows, **partial}, tile)
-    types = {"x_ptr": rows, **partial, **moments, **running}
+def _pointers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "*fp32")
+
+
+def _statistics_and_finalize(
+    channels: int, dtype: str, num_levels: int, batches: Sequence[bool]
+) -> Iterator[Case]:
+    common = _bn_types(channels, num_levels)
+    rows, label = "*" + dtype, f"L={num_levels} C={channels} {dtype}"
+    final = {**common.sizes, **bn_tiles.finalize_tile(channels)}
+    types = {"x_ptr": rows, "partial_ptr": "*fp32", **common.levels}
+    kernel = bn_forward._bn_statistics_kernel
+    yield Case(f"{kernel.__name__} {label}", kernel, types, common.tile, OPTIONS)
+    types |= _pointers("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr")
     types |= {"num_batches_ptr": "*i64", "stride_partial": "i32", "momentum": "fp32"}
-    yield case(bn_forward._bn_finalize_kernel, types, final)
-    types = {**partial, "stride_partial": "i32", "eps": "fp32"}
-    types |= dict.fromkeys(["var_ptr", "sums_ptr", "dgamma_ptr", "dbeta_ptr"], "*fp32")
-    for batch in sorted({variant.batch_statistics for variant in variants}):
+    options, kernel = bn_tiles.FINALIZE_OPTIONS, bn_forward._bn_finalize_kernel
+    yield Case(f"{kernel.__name__} {label}", kernel, types, final, options)
+    types = {"partial_ptr": "*fp32", **common.levels, "stride_partial": "i32", "eps": "fp32"}
+    types |= _pointers("var_ptr", "sums_ptr", "dgamma_ptr", "dbeta_ptr")
+    kernel = bn_backward._bn_bwd_finalize_kernel
+    for batch in batches:
         constants = {**final, "BATCH_STATISTICS": batch}
-        yield case(bn_backward._bn_bwd_finalize_kernel, types, constants, f"batch={batch}")
+        yield Case(f"{kernel.__name__} {label} {batch=}", kernel, types, constants, options)
+
+
+def _of_variants(
+    channels: int, dtype: str, num_levels: int, variants: Sequence[Variant]
+) -> Iterator[Case]:
+    common = _bn_types(channels, num_levels)
+    rows = "*" + dtype
     for variant in variants:
-        activation, residual, batch, _ = variant
-        name = f"{activation} residual={residual} batch={batch}"
-        has_mask = residual and activation is not None and variant.backward
-        mask = {"mask_ptr": "*u8"} if has_mask else {}
-        types = {**affine, **mask, "beta_ptr": "*fp32", "x_ptr": rows}
-        constants = {**tile, "BATCH_STATISTICS": batch, "ACTIVATION": activation}
+        activation, residual, batch, backward = variant
+        label = f"L={num_levels} C={channels} {dtype} {activation} {residual=} {batch=}"
+
+        def case(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> Case:
+            return Case(f"{kernel.__name__} {label}", kernel, types, constants, OPTIONS)  # noqa: B023
+
+        has_mask = residual and activation in CUTTING and backward
+        keeps_residual = residual and activation not in (None, *CUTTING)
+        types = _pointers("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
+        types |= {"eps": "fp32", **common.levels, "x_ptr": rows}
+        types |= {"mask_ptr": "*u8"} if has_mask else {}
+        constants = {**common.tile, "BATCH_STATISTICS": batch, "ACTIVATION": activation}
+        more = {"residual_ptr": rows} if residual else {}
         yield case(
             bn_forward._bn_apply_kernel,
-            {**types, "y_ptr": rows, **({"residual_ptr": rows} if residual else {})},
+            {**types, "y_ptr": rows, **more},
             {**constants, "HAS_RESIDUAL": residual, "WRITE_MASK": has_mask},
-            name,
         )
-        if not variant.backward:
+        if not backward:
             continue
-        types |= {"dy_ptr": rows}
-        constants["HAS_MASK"] = has_mask
-        reduce_types = {**types, "partial_ptr": "*fp32"}
-        yield case(bn_backward._bn_bwd_reduce_kernel, reduce_types, constants, name)
+        constants |= {"HAS_RESIDUAL": keeps_residual, "HAS_MASK": has_mask}
+        types |= {"dy_ptr": rows, **({"residual_ptr": rows} if keeps_residual else {})}
+        yield case(bn_backward._bn_bwd_reduce_kernel, {**types, "partial_ptr": "*fp32"}, constants)
         types |= {"sums_ptr": "*fp32", "dx_ptr": rows}
-        types |= {"dresidual_ptr": rows} if has_mask else {}
-        yield case(bn_backward._bn_bwd_apply_kernel, types, constants, name)
+        types |= {"dresidual_ptr": rows} if has_mask or keeps_residual else {}
+        yield case(bn_backward._bn_bwd_apply_kernel, types, constants)
 
 
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {

@@ -22,7 +22,7 @@ NUM_CASES = {
     "distillation_loss": 99,
     "global_avg_pool": 20,
     "normalize": 6,
-    "switchable_bn_act": 122,
+    "switchable_bn_act": 182,
 }
 
 

@@ -181,6 +181,8 @@ def test_operators_pass_opcheck(batch: bool, device: str) -> None:
         ),
         ({"banks": (0, 3)}, "banks must name one of 3 sets"),
         ({"activation": "gelu"}, "activation must be one of"),
+        ({"activation": "silu"}, r"activation must be one of \[None, 'relu', 'relu6'\]"),
+        ({"activation": "hardswish", "backend": "torch"}, "activation must be one of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

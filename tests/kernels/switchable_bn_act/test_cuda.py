@@ -219,7 +219,9 @@ def test_either_backward_reads_the_mask(gpu: EmulatedGpu) -> None:
     torch.testing.assert_close(y, want)
     assert torch.equal(mask, want_mask)
     ours = BWD(inputs["dy"], x, mask, weight, bias, mean, var, **options)
-    theirs = torch.ops.rsfast.switchable_bn_act_bwd(inputs["dy"], x, mask, *affine, **settings)
+    theirs = torch.ops.rsfast.switchable_bn_act_bwd(
+        inputs["dy"], x, None, mask, *affine, **settings
+    )
     for grad, want_grad in zip(ours, theirs, strict=True):
         torch.testing.assert_close(grad, want_grad)
 
@@ -320,6 +322,16 @@ def test_the_operator_reads_nothing_astray(
     levels = {"level_rows": (8, 4), "banks": (0, 1), "activation": "relu", "save_mask": True}
     with pytest.raises(RuntimeError, match=message):
         FWD(**{**inputs, **levels, "momentum": 0.1, "eps": 1e-5, **change})
+
+
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_smooth_activations_are_refused(activation: str, training: bool) -> None:
+    inputs = make_bn_inputs((8, 4), 8, 2, dtype=torch.float16)
+    inputs.pop("dy")
+    options = {"activation": activation, "training": training, "backend": "cuda"}
+    with pytest.raises(ValueError, match=rf"activation .* got '{activation}': choose .* triton"):
+        switchable_bn_act(**inputs, level_rows=(8, 4), banks=(0, 1), **options)
 
 
 def test_seven_channels_are_refused() -> None:

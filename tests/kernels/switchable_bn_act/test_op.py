@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.inputs import make_bn_inputs
-from bn_helpers import STATE, VARIANTS, assert_as_good_as_pytorch, run
+from bn_helpers import ALL_VARIANTS, STATE, assert_as_good_as_pytorch, run
 from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,
@@ -61,7 +61,7 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
 @pytest.mark.parametrize(("level_rows", "banks", "channels"), SHAPES)
 def test_output_gradients_and_state_match_the_float64_reference(
     level_rows: tuple[int, ...],
@@ -80,7 +80,7 @@ def test_output_gradients_and_state_match_the_float64_reference(
 
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
 def test_any_share_of_rows_matches_the_float64_reference(
     activation: str | None, residual: bool, device: str
 ) -> None:
@@ -101,6 +101,23 @@ def test_many_chunks_and_channels_match_the_float64_reference(
     inputs = make_bn_inputs(level_rows, channels, 3, residual=True, device=device, dtype=dtype)
     options = {"activation": "relu", "training": True}
     assert_as_good_as_pytorch(inputs, level_rows=level_rows, banks=banks, **options)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("far", [-1000.0, 1000.0], ids=str)
+def test_smooth_activations_far_from_zero_are_those_of_their_limits(
+    far: float, activation: str, device: str
+) -> None:
+    inputs = make_bn_inputs((20,), 5, 1, residual=True, device=device)
+    inputs["residual"] += far
+    options = {"level_rows": (20,), "banks": (0,), "training": True, "backend": "triton"}
+    ours = run(switchable_bn_act, inputs, activation=activation, **options)
+    share = 1.0 if far > 0 else 0.0
+    want = run(switchable_bn_act, inputs, activation=None, **options)
+    torch.testing.assert_close(ours["dresidual"], share * inputs["dy"])
+    torch.testing.assert_close(ours["y"], share * want["y"])
+    assert torch.isfinite(ours["dx"]).all()
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -128,7 +145,7 @@ def test_difficult_rows_match_the_float64_reference(kind: str, device: str) -> N
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish"])
 def test_nan_is_not_hidden_and_stays_in_its_level_and_channel(activation: str, device: str) -> None:
     inputs = make_bn_inputs((40, 30), 16, 2, residual=True, device=device)
     inputs["x"][7, 3] = float("nan")
@@ -223,7 +240,7 @@ def test_backward_can_run_twice(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
 def test_operators_pass_opcheck(activation: str | None, residual: bool, device: str) -> None:
     level_rows, banks = (5, 3, 1), (2, 0, 1)
     inputs = make_bn_inputs(level_rows, 7, 3, residual=residual, device=device)
@@ -233,9 +250,10 @@ def test_operators_pass_opcheck(activation: str | None, residual: bool, device: 
     torch.library.opcheck(STATS.default, (x, *state), {**levels, "momentum": 0.1})
     affine = *STATS(x, *state, **levels, momentum=0.1), weight, bias
     settings = {**levels, "activation": activation, "batch_statistics": True, "eps": 1e-5}
-    keep = {"save_mask": residual and activation is not None}
+    keep = {"save_mask": residual and activation in ("relu", "relu6")}
     _, mask = FWD(x, inputs["residual"], *affine, **settings, **keep)
-    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *affine), settings)
+    kept = inputs["residual"] if activation in ("silu", "hardswish") else None
+    torch.library.opcheck(BWD.default, (inputs["dy"], x, kept, mask, *affine), settings)
     for tensor in (x, weight, bias, *([inputs["residual"]] if residual else [])):
         tensor.requires_grad_()
     torch.library.opcheck(FWD.default, (x, inputs["residual"], *affine), {**settings, **keep})

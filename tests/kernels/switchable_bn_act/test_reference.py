@@ -14,6 +14,8 @@ ACTIVATIONS = {
     None: lambda y: y,
     "relu": lambda y: y.clamp(min=0),
     "relu6": lambda y: y.clamp(0, 6),
+    "silu": lambda y: y / (1 + torch.exp(-y)),
+    "hardswish": lambda y: y * (y + 3).clamp(0, 6) / 6,
 }
 LEVELS = [((24,), (0,)), ((24, 10), (0, 1)), ((31, 1, 2), (2, 0, 1)), ((9, 6, 3), (0, 0, 0))]
 
