@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 __all__ = ["Geometry", "IntOrPair", "conv2d_sizes", "geometry_of"]
 
 IntOrPair = int | Sequence[int]
@@ -74,11 +76,8 @@ def conv2d_sizes(
 
 
 def _pair(name: str, value: IntOrPair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if (
-        isinstance(pair, str)
-        or len(pair) != 2
-        or not all(isinstance(part, int) and part >= least for part in pair)
-    ):
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    # While a compiler traces with sizes unknown, those of a weight are SymInt.
+    if len(pair) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= least for n in pair):
         raise ValueError(f"{name} must be an int or two, at least {least}, got {value!r}")
     return pair[0], pair[1]
