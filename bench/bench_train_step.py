@@ -20,11 +20,11 @@ from bench.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.data import Batch
 from rsfast.engine import PRECISIONS, TrainStep
+from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.models.rsnet import FOLDS
-from rsfast.engine.optim import build_optimizer
 
 BATCH = 64 if ON_GPU else 8
 PRECISION = "bf16" if ON_GPU else "fp32"

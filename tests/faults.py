@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from rsfast import train
-from rsfast.training import resume
-from rsfast.files import seal
-from rsfast.training import run as running
 from rsfast.data import Batch, pil
+from rsfast.files import seal
 from rsfast.runtime.interrupt import Interrupt
+from rsfast.training import resume
+from rsfast.training import run as running
 from rsfast.training.run import Run
 
 Fault = dict[str, Any]

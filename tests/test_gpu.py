@@ -15,12 +15,12 @@ from kernel_helpers import host_must_not_wait
 from rsfast import Pyramid, create_model, train
 from rsfast.data import Batch, train_loader, val_loader
 from rsfast.engine import TrainStep
+from rsfast.engine.metrics import LossMeter
+from rsfast.engine.optim import build_optimizer, set_lr
 from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.engine.metrics import LossMeter
 from rsfast.models import RSNet
 from rsfast.models.rsnet import FOLDS
-from rsfast.engine.optim import build_optimizer, set_lr
 from run_helpers import assert_same_run, stop_when
 
 pytestmark = [

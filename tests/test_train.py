@@ -14,9 +14,9 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import train
-from rsfast.training import checkpoint
 from rsfast.data.builtin import builtin_root
 from rsfast.files.unpickle import load_dict
+from rsfast.training import checkpoint
 
 SMALL = """--arch resnet18 --resolutions 48 32 --batch-size 4 --lr 0.01 --log-every 1
     --seed 3""".split()

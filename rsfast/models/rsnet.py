@@ -202,7 +202,9 @@ def _convert(
         raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
     kernels.check_backend(backend, "cuda")
     network = to_switchable(module, len(resolutions) if bn == "private" else 1)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for param in network.parameters():
+        if param.dim() == 4:  # as convolutions of channels-last pixels read it
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
     model = RSNet(network, resolutions, 0, bn, arch)
     model.num_classes = _try_out(model)
     return model.use_backend(backend)
@@ -223,9 +225,9 @@ def _try_out(model: RSNet) -> int:
             return hollow(images).shape[-1]
     except Exception as error:
         place = place_in_network(error.__traceback__)
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"network cannot be converted for {model.resolutions} pixels, {place}: {reason}"
+            f"network cannot be converted for {model.resolutions} pixels: {reason} (in {place})"
         ) from error
 
 

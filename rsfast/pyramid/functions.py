@@ -115,16 +115,11 @@ for _name in ("chunk", "split", "tensor_split", "unbind"):
 @function(Tensor.__getitem__)
 def _getitem(x: Pyramid, index: Any) -> Any:
     places = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in places:
-        at = places.index(Ellipsis)
-        places[at : at + 1] = [slice(None)] * (x.ndim - len(places) + 1)
-    places += [slice(None)] * (x.ndim - len(places))
+    missing = x.ndim - sum(place is not None and place is not Ellipsis for place in places)
+    at = places.index(Ellipsis) if Ellipsis in places else len(places)
+    places[at : at + 1] = [slice(None)] * missing
     images, *channels, rows, cols = places
-    if (
-        images != slice(None)
-        or None in places
-        or not all(isinstance(place, slice) for place in (rows, cols))
-    ):
+    if images != slice(None) or not all(isinstance(place, slice) for place in (rows, cols)):
         raise ValueError(f"a pyramid can be indexed by channels and by slices of maps, got {index}")
     if any(place != slice(None) for place in channels):
         x = x.map_rows(lambda r: r[(slice(None), *channels)].contiguous())

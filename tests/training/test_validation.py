@@ -9,8 +9,8 @@ import torch
 
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
-from rsfast.losses import LossTerms
 from rsfast.engine.metrics import LossMeter, TopK, label_places
+from rsfast.losses import LossTerms
 from rsfast.training.validation import Accuracy, validate
 
 
