@@ -129,7 +129,7 @@ def backward(
     """
     chunks = share_out_windows(sizes, num_images, banks, x.shape[1])
     dx = torch.empty_like(x)
-    partial = x.new_empty(2, chunks.count, x.shape[1], dtype=torch.float32)
+    partial = x.new_empty(2, chunks.total, x.shape[1], dtype=torch.float32)
 
     def launch(partial: Tensor | None, sums: Tensor | None, dx: Tensor | None) -> None:
         with on_device_of(x):

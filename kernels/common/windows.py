@@ -13,11 +13,11 @@ IntOrPair = int | Sequence[int]
 
 
 class Geometry(NamedTuple):
-    """Along the height and the width."""
+    """Pairs, for the height and the width."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
 
 
 def geometry_of(stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair) -> Geometry:
@@ -68,8 +68,8 @@ def conv2d_sizes(
         if min(height, width) < 1:
             raise ValueError(
                 f"level {level} of {size[0]}x{size[1]} pixels has none left behind a kernel of "
-                f"{window[0]}x{window[1]} with padding {geometry.padding} and dilation "
-                f"{geometry.dilation}"
+                f"{window[0]}x{window[1]} with padding {tuple(geometry.padding)} and "
+                f"dilation {tuple(geometry.dilation)}"
             )
         results.append((height, width))
     return tuple(results)

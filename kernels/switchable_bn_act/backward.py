@@ -288,7 +288,7 @@ def backward(
     """
     num_channels = x.shape[1]
     chunks = share_out(levels, num_channels)
-    partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
+    partial = x.new_empty(2, chunks.total, num_channels, dtype=torch.float32)
     sizes = {**chunks.sizes, "BATCH_STATISTICS": batch_statistics}
     streaming = {
         "ACTIVATION": activation,

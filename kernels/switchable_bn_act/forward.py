@@ -198,7 +198,7 @@ def batch_statistics(
     """Mean and biased variance [L, C] of each level; moves the running statistics. Two launches."""
     num_channels = x.shape[1]
     chunks = share_out(levels, num_channels)
-    partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
+    partial = x.new_empty(2, chunks.total, num_channels, dtype=torch.float32)
     mean = x.new_empty(len(levels.rows), num_channels, dtype=torch.float32)
     var = torch.empty_like(mean)
     final = finalize_tile(num_channels)
