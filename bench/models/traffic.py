@@ -1,4 +1,4 @@
-"""What batch norm reads and writes by itself in a step, computed: `python -m bench.traffic`.
+"""What batch norm reads and writes by itself in a step, computed: `python -m bench.models.traffic`.
 
 Beyond what the convolutions read and write anyway, with the stem's pooling, in MB per image at all
 its resolutions, forward and backward, in 16 bits. Nothing is measured; no GPU is needed.
@@ -7,81 +7,103 @@ its resolutions, forward and backward, in 16 bits. Nothing is measured; no GPU i
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import functools
+from collections.abc import Callable
 
-from bench.shapes import PAPER_RESOLUTIONS, walk
-from rsfast import Pyramid
-from rsfast.models.layers import SwitchableBatchNorm2d
+from bench.support.shapes import PAPER_RESOLUTIONS, BatchNormLayer, batch_norm_of, calls
 
-__all__ = ["PASSES", "elements", "main", "one_pass_mb"]
+__all__ = [
+    "KINDS",
+    "by_kind",
+    "elements",
+    "main",
+    "one_launch",
+    "passes",
+    "pooling_apart",
+    "rsfast",
+]
 
-# Passes over the elements of each kind of batch norm: that of the stem; the first, second and last
-# of a bottleneck; that of a shortcut. A pass of batch norm's three launches each way reads 2 and
-# writes 1 forward, 4 and 1 backward; the last one's residual adds 1 and 1. PyTorch's pooling reads
-# 1, writes 1/4, and indices of 8 bytes; backward it reads both and writes 1. What a folded
-# convolution reads once more backward, x for the activation, is counted, and the pass that adds the
-# gradient of the moments: 2 read, 1 written.
-_POOLED = 1 + 1 + 0.25 + 0.125 + 2 * (1 + 0.25 + 0.125) + 1
-PASSES = {
-    "rsfast": (8 + 1 + 0.25 + 1 + 0.25 + 1 + 1, 8, 8, 10, 8),
-    "pooling fused": (_POOLED, 8, 8, 10, 8),
-    "folded statistics": (_POOLED, 2 + 5, 8, 2 + 1 + 5 + 1, 2 + 5),
-    "folded 1x1": (_POOLED, 2 + 5, 1 + 1 + 3, 2 + 1 + 5 + 1, 2 + 5),
-    "folded all": (_POOLED, 1 + 3, 1 + 3, 2 + 1 + 5 + 1, 2 + 5),
-}
-_KINDS = ("stem", "bn1", "bn2", "bn3", "shortcut")
+# The norm of the stem; the first, second and last of a bottleneck; that of a shortcut.
+KINDS = ("stem", "bn1", "bn2", "bn3", "shortcut")
 _ON_CHIP = 132 * 6 * 2**15  # bytes that the rings of csrc hold on an H100 or H200
 _SLICE = 128  # bytes of a row in a slice of 64 channels
+_BATCHES = (256, 64, 32)
 
 
-def elements() -> dict[str, int]:
-    """Elements per image that each kind of batch norm of a ResNet-50 works on."""
-    found: dict[Any, int] = {}
+def passes(layer: BatchNormLayer) -> tuple[float, float]:
+    """Elements that rsfast's kernels move for one of the map, forward and backward, in 16 bits.
 
-    def record(module: Any, inputs: tuple[Pyramid, ...], _: Any) -> None:
-        if isinstance(module, SwitchableBatchNorm2d):
-            found[module] = inputs[0].rows.numel()
-
-    total = dict.fromkeys(_KINDS, 0)
-    for name, module in walk("resnet50", PAPER_RESOLUTIONS, record).named_modules():
-        if module in found:
-            last = "stem" if name == "backbone.bn1" else name.split(".")[-1]
-            total[last if last in _KINDS else "shortcut"] += found[module]
-    return total
+    Forward they read x for the statistics and once more, and write y; backward they read x and dy
+    twice and write dx. A residual is read, and its gradient written unless that is dy itself.
+    Behind pooling, y and dy are a quarter of the map, each with an index of one byte.
+    """
+    if layer.pooled:
+        end = 0.25 + 0.125
+        return 1 + 1 + end, 2 * (1 + end) + 1
+    own_gradient = layer.residual and layer.activation is not None
+    return 3 + layer.residual, 5 + own_gradient
 
 
-def one_pass_mb(batch: int, on_chip: int = _ON_CHIP) -> float:
-    """MB per image of one launch each way, which reads once what the chip can hold; no pooling."""
-    total = 0.0
+def elements(layer: BatchNormLayer) -> int:
+    """Of the map, for one image."""
+    return sum(layer.level_rows(1)) * layer.channels
 
-    def record(module: Any, inputs: tuple[Pyramid, ...], _: Any) -> None:
-        nonlocal total
-        if not isinstance(module, SwitchableBatchNorm2d):
-            return
-        added = 2 * (len(inputs) > 1)
-        for height, width in inputs[0].sizes:
-            slice_bytes = batch * height * width * _SLICE
-            kept = min(1.0, on_chip / slice_bytes), min(1.0, on_chip / (2 * slice_bytes))
-            passes = 8 + added - kept[0] - 2 * kept[1]
-            total += 2e-6 * height * width * module.num_features * passes
 
-    walk("resnet50", PAPER_RESOLUTIONS, record)
+def rsfast(layer: BatchNormLayer) -> float:
+    """Elements moved per image by the kernels of backend "triton"."""
+    return elements(layer) * sum(passes(layer))
+
+
+def pooling_apart(layer: BatchNormLayer) -> float:
+    """As :func:`rsfast`, with PyTorch's pooling, which keeps indices of 8 bytes, after the norm.
+
+    It reads 1, writes 1/4 and the indices; backward it reads both and writes 1.
+    """
+    if not layer.pooled:
+        return rsfast(layer)
+    pooling = 1 + 0.25 + 1 + 0.25 + 1 + 1
+    return elements(layer) * (sum(passes(layer._replace(pooled=False))) + pooling)
+
+
+def one_launch(layer: BatchNormLayer, batch: int, on_chip: int = _ON_CHIP) -> float:
+    """Elements moved per image by backend "cuda", which reads once what the chip can hold.
+
+    The stem is left to backend "triton".
+    """
+    if layer.pooled:
+        return rsfast(layer)
+    moved = rsfast(layer)
+    for height, width in layer.sizes:
+        slice_bytes = batch * height * width * _SLICE
+        kept = min(1.0, on_chip / slice_bytes), min(1.0, on_chip / (2 * slice_bytes))
+        moved -= height * width * layer.channels * (kept[0] + 2 * kept[1])
+    return moved
+
+
+def by_kind(moved: Callable[[BatchNormLayer], float]) -> dict[str, float]:
+    """Sums over the batch norms of a ResNet-50 of each kind."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for call in calls("resnet50", PAPER_RESOLUTIONS):
+        layer = batch_norm_of(call)
+        if layer is not None:
+            last = call.layer.split(".")[-1]
+            kind = last if last in KINDS else "shortcut"
+            total["stem" if layer.pooled else kind] += moved(layer)
     return total
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    argparse.ArgumentParser(prog="bench.traffic", description=__doc__).parse_args(argv)
-    sizes = elements()
-    print("| ResNet-50, MB per image | in all |", " | ".join(_KINDS), "|")
-    print("|---|---|", "---|" * len(_KINDS), sep="")
-    for name, passes in PASSES.items():
-        parts = [2e-6 * sizes[kind] * n for kind, n in zip(_KINDS, passes, strict=True)]
+    argparse.ArgumentParser(prog="bench.models.traffic", description=__doc__).parse_args(argv)
+    rows: dict[str, Callable[[BatchNormLayer], float]]
+    rows = {"pooling apart": pooling_apart, "rsfast": rsfast}
+    for batch in _BATCHES:
+        rows[f"one launch each way, batch {batch}"] = functools.partial(one_launch, batch=batch)
+    print("| ResNet-50, MB per image | in all |", " | ".join(KINDS), "|")
+    print("|---|---|", "---|" * len(KINDS), sep="")
+    for name, moved in rows.items():
+        parts = [2e-6 * part for part in by_kind(moved).values()]
         print(f"| {name} | {sum(parts):.1f} |", " | ".join(f"{part:.1f}" for part in parts), "|")
-    print(
-        f"\nWithout pooling: {one_pass_mb(1, on_chip=0):.1f} MB in three launches each way; in one"
-    )
-    print(*(f"at batch {batch}: {one_pass_mb(batch):.1f} MB" for batch in (256, 64, 32)), sep="\n")
     return 0
 
 
