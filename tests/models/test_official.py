@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.rivals import AuthorsNet
+from bench.rivals.authors import AuthorsNet
 from rsfast import create_model
-from rsfast.training import checkpoint
 from rsfast.models import official
+from rsfast.training import checkpoint
 
 RESOLUTIONS = (64, 48, 32)
 
