@@ -1,21 +1,23 @@
-"""Batch norm, activation and max pooling of a ResNet's stem: in one pass, or one after another.
+"""Batch norm, activation and max pooling of a ResNet's stem: together, or one after another.
 
-All of them are handed the moments. "separate" is what a network with its batch norm in place runs:
-rsfast's kernel for batch norm and activation, PyTorch's pooling level by level, and packing.
-"reference", like "separate" on a CPU, computes the moments once more.
+All of them compute the statistics of the batch. "separate" is what a network runs whose pooling
+does not join its batch norm: rsfast's kernels for batch norm and activation, PyTorch's pooling
+level by level, and packing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
-from bench.record import check_alike, record
-from bench.shapes import (
+from bench.support.inputs import make_bn_inputs
+from bench.support.record import check_alike, record
+from bench.support.shapes import (
     DTYPES,
     NUM_IMAGES,
     PASSES,
@@ -24,25 +26,34 @@ from bench.shapes import (
     batch_norm_layers,
     short_name,
 )
-from bench.timing import DEVICE, ON_GPU
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
-from rsfast.kernels import apply_bn_act, batch_moments, bn_act_max_pool, bn_act_max_pool_reference
-from rsfast.models.layers import MaxPool2d
+from rsfast.kernels import (
+    bn_act_max_pool,
+    bn_act_max_pool_reference,
+    conv2d_sizes,
+    switchable_bn_act,
+)
 
 IMPLEMENTATIONS = ("separate", "reference", "rsfast") if ON_GPU else ("separate", "reference")
-# The same in every ResNet: the largest of its maps, before pooling.
-STEM = max(batch_norm_layers("resnet50", RESOLUTIONS), key=lambda norm: norm.sizes)
+# The same in every ResNet.
+(STEM,) = (layer for layer in batch_norm_layers("resnet50", RESOLUTIONS) if layer.pooled)
+
+
+def pooled_rows(layer: BatchNormLayer) -> int:
+    """Rows of all levels behind the pooling."""
+    return NUM_IMAGES * sum(h * w for h, w in conv2d_sizes(layer.sizes, 3, 2, 1))
 
 
 def moved_bytes(layer: BatchNormLayer, dtype: torch.dtype, direction: str) -> int:
-    """Forward the map, the pooled one and a byte of index for each of its elements.
+    """Forward the map twice, the pooled one and a byte of index for each of its elements.
 
     Backward the map twice, the pooled one's gradient and index twice, and the map's gradient.
     """
     pixels = sum(layer.level_rows(NUM_IMAGES))
-    pooled = NUM_IMAGES * sum(-(-h // 2) * -(-w // 2) for h, w in layer.sizes)
-    maps, ends = (4, 3) if direction == "forward_backward" else (1, 1)
-    return layer.channels * (maps * pixels * dtype.itemsize + ends * pooled * (dtype.itemsize + 1))
+    maps, ends = (5, 3) if direction == "forward_backward" else (2, 1)
+    pooled = ends * pooled_rows(layer) * (dtype.itemsize + 1)
+    return layer.channels * (maps * pixels * dtype.itemsize + pooled)
 
 
 def make_runs(
@@ -52,39 +63,51 @@ def make_runs(
     banks = tuple(range(len(layer.sizes)))
     level_rows = layer.level_rows(NUM_IMAGES)
     wants_grads = direction == "forward_backward"
-    options = {"device": DEVICE, "dtype": dtype}
-    inputs = make_bn_inputs(level_rows, layer.channels, len(banks), **options)
-    running = [inputs[n] for n in ("running_mean", "running_var", "num_batches_tracked")]
-    moments = batch_moments(inputs["x"], *running, level_rows, banks)
-    leaves = [inputs[name].requires_grad_(wants_grads) for name in ("x", "weight", "bias")]
-    pooled = NUM_IMAGES * sum(-(-h // 2) * -(-w // 2) for h, w in layer.sizes)
-    dy = inputs["dy"][:pooled]
-    pool = MaxPool2d(3, stride=2, padding=1)
+    inputs = make_bn_inputs(level_rows, layer.channels, len(banks), device=DEVICE, dtype=dtype)
+    dy = inputs.pop("dy")[: pooled_rows(layer)]
+    del inputs["residual"]
+    options = {"activation": layer.activation, "training": True}
 
-    def run(function: Callable[..., Tensor], leaves: list[Tensor], **backend: str) -> list[Tensor]:
-        known = [tensor.to(leaves[1].dtype) for tensor in moments]
-        settings = layer.sizes, NUM_IMAGES, banks
-        y = function(*leaves, *known, *settings, activation=layer.activation, **backend)
+    def finish(y: Tensor, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        leaves = [inputs[name] for name in ("x", "weight", "bias")]
         return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))] if wants_grads else [y]
 
+    def run(
+        function: Callable[..., Tensor], inputs: Mapping[str, Tensor], **backend: str
+    ) -> list[Tensor]:
+        y = function(
+            **inputs, sizes=layer.sizes, num_images=NUM_IMAGES, banks=banks, **options, **backend
+        )
+        return finish(y, inputs)
+
     def exact() -> list[Tensor]:
-        wide = [tensor.detach().double().requires_grad_(wants_grads) for tensor in leaves]
-        return run(bn_act_max_pool_reference, wide)
+        wide = {name: t.detach().clone() for name, t in inputs.items()}
+        wide = {name: t.double() if t.is_floating_point() else t for name, t in wide.items()}
+        return run(bn_act_max_pool_reference, _leaves(wide, wants_grads))
 
     def separate() -> list[Tensor]:
-        options = {"activation": layer.activation, "backend": "triton" if ON_GPU else "torch"}
-        z = apply_bn_act(*leaves, *moments, level_rows, banks, **options)
-        y = pool(Pyramid(z, layer.sizes, NUM_IMAGES)).rows
-        return [y, *torch.autograd.grad(y, leaves, dy)] if wants_grads else [y]
+        backend = "triton" if ON_GPU else "torch"
+        z = switchable_bn_act(
+            **inputs, level_rows=level_rows, banks=banks, **options, backend=backend
+        )
+        pooled: Any = F.max_pool2d(Pyramid(z, layer.sizes, NUM_IMAGES), 3, 2, 1)
+        return finish(pooled.rows, inputs)
 
+    _leaves(inputs, wants_grads)
     runs = {
         "exact": exact,
         "separate": separate,
-        "reference": lambda: run(bn_act_max_pool_reference, leaves),
+        "reference": lambda: run(bn_act_max_pool_reference, inputs),
     }
     if ON_GPU:
-        runs["rsfast"] = lambda: run(bn_act_max_pool, leaves, backend="triton")
+        runs["rsfast"] = lambda: run(bn_act_max_pool, inputs, backend="triton")
     return runs
+
+
+def _leaves(inputs: dict[str, Tensor], wants_grads: bool) -> dict[str, Tensor]:
+    for name in ("x", "weight", "bias"):
+        inputs[name].requires_grad_(wants_grads)
+    return inputs
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
