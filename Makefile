@@ -40,7 +40,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Times of each shape, also as JSON; `python -m bench.kernels` interleaves them (CONTRIBUTING.md).
+# Times of each shape, also as JSON; `python -m bench.ops` interleaves them (CONTRIBUTING.md).
 bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=.benchmarks/last.json
@@ -57,7 +57,7 @@ profile: setup
 figures: setup
 	$(BIN)/python -m rsfast.figures bench/results
 	for picture in bench/results/*/plots.png; do \
-	    $(BIN)/python -m bench.plots $$(dirname $$picture) || exit 1; \
+	    $(BIN)/python -m bench.support.plots $$(dirname $$picture) || exit 1; \
 	done
 
 clean:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import STATE
 from kernel_helpers import (
     CPU_OR_GPU,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_loss_inputs as make_inputs
+from bench.support.inputs import make_loss_inputs as make_inputs
 from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,

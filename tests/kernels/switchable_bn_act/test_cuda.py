@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import (
     HALVES,
     STATE,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import ALL_VARIANTS, STATE, assert_as_good_as_pytorch, run
 from kernel_helpers import (
     CPU_OR_GPU,

@@ -1,4 +1,4 @@
-"""All operations against their rivals, interleaved: `python -m bench.kernels`.
+"""All operations against their rivals, interleaved: `python -m bench.ops`.
 
 Correctness is asserted on the timed inputs first. Times of the layers of a network are added up,
 each as often as the network has it. Rows are written as they come.
@@ -10,32 +10,25 @@ import argparse
 import operator
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import bench_bn_act_max_pool as max_pool
-from bench import bench_conv2d as conv
-from bench import bench_distillation_loss as loss
-from bench import bench_folded_conv2d as folded
-from bench import bench_global_avg_pool as pool
-from bench import bench_normalize as pixels
-from bench import bench_stem as stem
-from bench import bench_switchable_bn_act as norm
-from bench import roofline
-from bench.installed import left_out
-from bench.record import as_packed, check_alike
-from bench.results_file import Results
-from bench.shapes import (
-    ARCHITECTURES,
-    batch_norm_layers,
-    conv_layers,
-    short_name,
-)
-from bench.timing import DEVICE, ON_GPU, time_interleaved
+from bench.models import roofline
+from bench.ops import bench_bn_act_max_pool as max_pool
+from bench.ops import bench_conv2d as conv
+from bench.ops import bench_distillation_loss as loss
+from bench.ops import bench_global_avg_pool as pool
+from bench.ops import bench_normalize as pixels
+from bench.ops import bench_stem as stem
+from bench.ops import bench_switchable_bn_act as norm
+from bench.support.installed import left_out
+from bench.support.record import as_packed, check_alike
+from bench.support.results_file import Results
+from bench.support.shapes import ARCHITECTURES, PAPER_ARCHITECTURES, short_name
+from bench.support.timing import DEVICE, ON_GPU, time_interleaved
 
 __all__ = ["main"]
 
@@ -44,28 +37,27 @@ Times = dict[str, list[float]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.ops", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=PAPER_ARCHITECTURES)
     parser.add_argument("--rounds", type=int, default=30, help="of each implementation (30)")
     parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     args = parser.parse_args(argv)
-    missing = left_out() if ON_GPU else f"rsfast, compiled (no GPU), {left_out()}"
+    missing = left_out() if ON_GPU else f"rsfast's Triton kernels, compiled (no GPU), {left_out()}"
     print(f"left out: {', '.join([missing, *args.without])}")
     torch.backends.cudnn.benchmark = True  # as a run has it
-    results = Results(args.output, "kernels", DEVICE)
-    bench = Bench(args.rounds, results, args.without)
-    bench.losses()
-    bench.normalization()
-    if any(arch.startswith("resnet") for arch in args.archs):
-        bench.stem()
+    results = Results(args.output, "ops", DEVICE)
+    session = Session(args.rounds, results, args.without)
+    session.losses()
+    session.normalization()
+    if any(arch.startswith("res") for arch in args.archs):  # ResNets and ResNeXts
+        session.stem()
     for arch in args.archs:
-        bench.pooling(arch)
-        bench.layers(conv, "conv2d", conv_layers(arch, conv.RESOLUTIONS), arch)
-        bench.layers(folded, "folded_conv2d", folded.folded_layers(arch), arch)
-        bench.layers(norm, "switchable_bn_act", batch_norm_layers(arch, norm.RESOLUTIONS), arch)
+        session.pooling(arch)
+        session.layers(conv, "conv2d", arch)
+        session.layers(norm, "switchable_bn_act", arch)
     results.finish(
-        ["bench.kernels", *(sys.argv[1:] if argv is None else argv)],
+        ["bench.ops", *(sys.argv[1:] if argv is None else argv)],
         "Each operation on the shapes of the networks, implementations interleaved, device time. "
         "Rows named after a network add up its layers, each as often as it has it. "
         f"Left out: {', '.join([missing, *args.without])}.",
@@ -73,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Bench:
+class Session:
     """Times of one session on one device.
 
     Args:
@@ -123,15 +115,15 @@ class Bench:
                 moved = pool.moved_bytes(arch, dtype, direction)
                 self._add(f"global_avg_pool/{arch}/{short_name(dtype)}/{direction}", times, moved)
 
-    def layers(self, module: Any, op: str, layers: Counter[Any], arch: str) -> None:
+    def layers(self, module: Any, op: str, arch: str) -> None:
         """Every kind of a network's layers that an operation computes, then all of them together.
 
         Args:
             module: the benchmark of the operation.
             op: its name.
-            layers: and how many there are of each.
             arch: name of the network.
         """
+        layers = module.layers(arch)
         for dtype in module.DTYPES:
             for direction in module.PASSES:
                 each = [self._layer(module, op, layer, dtype, direction) for layer in layers]
@@ -167,7 +159,7 @@ class Bench:
         pack: Callable[[Any], Any],
     ) -> Times:
         chosen = [name for name in names if name in runs and name not in self._without]
-        check_alike(runs, [name for name in chosen if name not in folded.UNCHECKED], pack)
+        check_alike(runs, chosen, pack)
         return time_interleaved({n: runs[n] for n in chosen}, DEVICE, rounds=self._rounds)
 
     def _add(self, group: str, times: Times, moved_bytes: int) -> None:

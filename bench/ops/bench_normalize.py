@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.record import check_alike, record
-from bench.shapes import NUM_IMAGES, RESOLUTIONS, short_name
-from bench.timing import DEVICE, ON_GPU
+from bench.support.record import check_alike, record
+from bench.support.shapes import NUM_IMAGES, RESOLUTIONS, short_name
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast.data import NORMALIZATIONS
 from rsfast.kernels import normalize, normalize_reference
 

@@ -1,4 +1,4 @@
-"""What the vendor library makes of each k x k convolution: `python -m bench.conv_table`.
+"""What the vendor library makes of each k x k convolution: `python -m bench.step.conv_table`.
 
 Level by level, and all levels by rsfast's operator, which runs the library on each of them; forward
 and the gradients of x ("dgrad") and of the weight ("wgrad") by themselves, but none of images.
@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import roofline, shapes
-from bench.record import check_alike
-from bench.results_file import Results
-from bench.shapes import ARCHITECTURES, RESOLUTIONS, ConvLayer
-from bench.timing import DEVICE, time_interleaved
+from bench.models import roofline
+from bench.support import shapes
+from bench.support.record import check_alike
+from bench.support.results_file import Results
+from bench.support.shapes import ARCHITECTURES, PAPER_ARCHITECTURES, RESOLUTIONS, ConvLayer
+from bench.support.timing import DEVICE, time_interleaved
 from rsfast import Pyramid
 from rsfast.kernels import conv2d
+from rsfast.kernels.common.windows import geometry_of
 
 __all__ = ["Line", "level_flops", "main", "make_runs", "markdown"]
 
@@ -95,7 +97,7 @@ def make_runs(
     """A callable per level, "0" and up, "all" for the operator, and what it is checked by."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     mask = [direction == "dgrad", direction == "wgrad"]
-    geometry = [layer.stride] * 2, [layer.kernel // 2] * 2, [1, 1]
+    geometry = geometry_of(layer.stride, layer.kernel // 2, 1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
@@ -115,10 +117,20 @@ def make_runs(
 
     def packed() -> list[Tensor]:
         if direction == "forward":
-            return [conv2d(x.rows, weight, layer.sizes, num_images, layer.stride, layer.groups)]
-        heights, widths = ([size[axis] for size in layer.sizes] for axis in (0, 1))
-        rest = heights, widths, num_images, layer.stride, layer.groups, *mask
-        return [torch.ops.rsfast.conv2d_bwd(dy.rows, x.rows, weight, *rest)[mask.index(True)]]
+            return [conv2d(x.rows, weight, layer.sizes, num_images, **layer.geometry)]
+        grads = torch.ops.rsfast.conv2d_bwd(
+            dy.rows,
+            x.rows,
+            weight,
+            heights=[height for height, _ in layer.sizes],
+            widths=[width for _, width in layer.sizes],
+            num_images=num_images,
+            **geometry._asdict(),
+            groups=layer.groups,
+            wants_dx=mask[0],
+            wants_dweight=mask[1],
+        )
+        return [grads[mask.index(True)]]
 
     def together(dtype: torch.dtype) -> list[Tensor]:
         pairs = zip(x.to(dtype).levels(), dy.to(dtype).levels(), strict=True)
@@ -148,9 +160,9 @@ def markdown(lines: Sequence[Line], resolutions: Sequence[int], rate: float) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.conv_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.step.conv_table", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=PAPER_ARCHITECTURES)
     parser.add_argument("--batch", type=int, default=shapes.NUM_IMAGES, help="images per level")
     parser.add_argument("--rounds", type=int, default=30, help="of each level (30)")
     args = parser.parse_args(argv)
@@ -166,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if direction != "dgrad" or layer.sizes[0][0] < RESOLUTIONS[0]  # not of images
         ]
     table = f"{_ABOUT.format(batch=args.batch, rate=rate)}\n\n{markdown(lines, RESOLUTIONS, rate)}"
-    results.finish(["bench.conv_table", *(sys.argv[1:] if argv is None else argv)], table)
+    results.finish(["bench.step.conv_table", *(sys.argv[1:] if argv is None else argv)], table)
     return 0
 
 

@@ -1,4 +1,6 @@
-"""A floor for accuracies: ridge regression on thumbnails, `python -m bench.ridge --data DIR`.
+"""A floor for accuracies: ridge regression on thumbnails.
+
+    python -m bench.rivals.ridge --data DIR
 
 What a network must beat to have learnt more than colours and coarse shapes. The regularisation is
 chosen on a fifth of the training images; validation images are looked at once.
@@ -38,7 +40,7 @@ def accuracy(train: tuple[Matrix, Matrix], test: tuple[Matrix, Matrix], strength
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.ridge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.rivals.ridge", description=__doc__)
     parser.add_argument("--data", required=True, help="folder with train/ and val/")
     parser.add_argument("--size", type=int, default=16, help="of the thumbnails, in pixels (16)")
     parser.add_argument("--loader", choices=("dali", "pil"), default="dali")

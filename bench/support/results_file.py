@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from bench import plots
+from bench.support import plots
 from rsfast.runtime.environment import describe
 
 __all__ = ["Results"]
 
-_RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Results:

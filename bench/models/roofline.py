@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from bench.results_file import Results
-from bench.shapes import batch_norm_layers, walk
-from bench.timing import DEVICE, time_interleaved
+from bench.models import traffic
+from bench.support.results_file import Results
+from bench.support.shapes import batch_norm_of, hollow, observe
+from bench.support.timing import DEVICE, time_interleaved
 from rsfast import Pyramid
 from rsfast.models.deploy import multiply_adds
-from rsfast.models.layers import Conv2d
 
 __all__ = ["Floors", "copy_bandwidth", "matmul_rate", "measure_card", "step_floors"]
 
@@ -24,7 +25,7 @@ class Floors(NamedTuple):
     Attributes:
         flops: of convolutions and classifier, forward, input and weight gradients.
         bytes_16_bit: moved if every convolution reads its input and writes its output once for
-            each of the three, and batch norm takes two kernels each way.
+            each of the three, and batch norm, with the stem's pooling, what rsfast's kernels take.
     """
 
     flops: float
@@ -58,17 +59,21 @@ def measure_card(results: Results) -> tuple[float, float]:
 
 def step_floors(arch: str, resolutions: Sequence[int]) -> Floors:
     """FLOPs and bytes of one image; divide the card's rates by them for images/s."""
-    elements = 0
+    model, elements = hollow(arch, resolutions), 0.0
 
-    def count(module: Any, inputs: tuple[Pyramid, ...], output: Any) -> None:
+    def count(_: nn.Module, inputs: tuple[Pyramid, ...], output: Pyramid) -> None:
         nonlocal elements
-        if isinstance(module, Conv2d):
-            # Forward reads x and writes y, dgrad reads dy and writes dx, wgrad reads x and dy.
-            elements += 3 * inputs[0].rows.numel() + 3 * output.rows.numel()
+        # Forward reads x and writes y, dgrad reads dy and writes dx, wgrad reads x and dy.
+        elements += 3 * inputs[0].numel() + 3 * output.numel()
 
-    model = walk(arch, resolutions, count)
-    for layer, number in batch_norm_layers(arch, resolutions).items():
-        passes = 8 + 2 * layer.residual
-        elements += number * passes * sum(layer.level_rows(1)) * layer.channels
-    macs = sum(multiply_adds(model.at(r)) for r in resolutions)
+    hooks = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    found = [batch_norm_of(call) for call in observe(model)]
+    elements += sum(traffic.rsfast(layer) for layer in found if layer is not None)
+    for hook in hooks:  # copies of the network would have them, too
+        hook.remove()
+    macs = sum(multiply_adds(model.at(r), r) for r in resolutions)
     return Floors(flops=3 * 2 * macs, bytes_16_bit=2 * elements)

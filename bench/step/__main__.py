@@ -1,6 +1,6 @@
 """The training step against its rivals, interleaved, and whether the loader keeps up with it.
 
-    python -m bench.train_step
+    python -m bench.step
 
 Implementations that train the same thing must lose the same at their first step. Times are of
 the wall clock over several steps, so that what the host costs is in them. Rows are written as they
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from bench import bench_loader as loader
-from bench import bench_train_step as bench
-from bench import roofline
-from bench.results_file import Results
-from bench.shapes import ARCHITECTURES
-from bench.timing import DEVICE, ON_GPU, time_steps
+from bench.models import roofline
+from bench.step import bench_loader as loader
+from bench.step import bench_train_step as race
+from bench.support.results_file import Results
+from bench.support.shapes import ARCHITECTURES, PAPER_ARCHITECTURES
+from bench.support.timing import DEVICE, ON_GPU, time_steps
 from rsfast.data.prefetch import prefetch
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import choose_backend
@@ -43,16 +43,14 @@ a loader."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.train_step", description=_ABOUT)
-    batches = [32, 64, 128, 256] if ON_GPU else [bench.BATCH]
+    parser = argparse.ArgumentParser(prog="bench.step", description=_ABOUT)
+    batches = [32, 64, 128, 256] if ON_GPU else [race.BATCH]
     parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=PAPER_ARCHITECTURES)
     parser.add_argument("--batches", nargs="+", type=int, default=batches)
-    parser.add_argument("--resolutions", nargs="+", type=int, default=bench.RESOLUTIONS)
-    parser.add_argument("--precision", choices=list(PRECISIONS), default=bench.PRECISION)
-    parser.add_argument(
-        "--impls", nargs="+", choices=bench.IMPLEMENTATIONS, default=bench.IMPLEMENTATIONS
-    )
+    parser.add_argument("--resolutions", nargs="+", type=int, default=race.RESOLUTIONS)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default=race.PRECISION)
+    parser.add_argument("--impls", nargs="+", choices=race.IMPLEMENTATIONS, help="(all)")
     parser.add_argument("--rounds", type=int, default=10, help="of each implementation (10)")
     parser.add_argument("--steps", type=int, default=5, help="in a round (5)")
     parser.add_argument("--loaders", action=argparse.BooleanOptionalAction, default=True)
@@ -61,23 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(args.output, "train_step", DEVICE)
     copy, rate = roofline.measure_card(results)
     resolutions = tuple(args.resolutions)
+    impls = args.impls or race.implementations(args.precision)
     for arch in args.archs:
         floors = roofline.step_floors(arch, resolutions)
         results.add(f"card/floor_flops/{arch}", [rate / floors.flops], "images/s")
         results.add(f"card/floor_bytes/{arch}", [copy / floors.bytes_16_bit], "images/s")
         for batch in args.batches:
-            setting = bench.Setting(arch, batch, args.precision, resolutions)
-            _race(setting, args.impls, args.rounds, args.steps, results)
+            setting = race.Setting(arch, batch, args.precision, resolutions)
+            _race(setting, impls, args.rounds, args.steps, results)
     if args.loaders:
-        largest = bench.Setting(args.archs[0], max(args.batches), args.precision, resolutions)
+        largest = race.Setting(args.archs[0], max(args.batches), args.precision, resolutions)
         _race_loaders(args.rounds, results)
         _train_from_loaders(largest, args.rounds, args.steps, results)
-    results.finish(["bench.train_step", *(sys.argv[1:] if argv is None else argv)], _ABOUT)
+    results.finish(["bench.step", *(sys.argv[1:] if argv is None else argv)], _ABOUT)
     return 0
 
 
 def _race(
-    setting: bench.Setting, impls: Sequence[str], rounds: int, steps: int, results: Results
+    setting: race.Setting, impls: Sequence[str], rounds: int, steps: int, results: Results
 ) -> None:
     """Interleaves all that fit into memory at once; the rest races rsfast again, later."""
     anchor, waiting = impls[-1], list(impls)
@@ -103,21 +102,21 @@ def _race(
 
 
 def _build(
-    setting: bench.Setting, impls: Sequence[str]
-) -> tuple[dict[str, bench.Step], dict[str, float | None]]:
+    setting: race.Setting, impls: Sequence[str]
+) -> tuple[dict[str, race.Step], dict[str, float | None]]:
     """What fits into memory beside each other, and the memory that each takes at most, in GiB."""
     runs, losses, peaks = {}, {}, {}
     for impl in impls:
         before = _reset_peak()
         try:
-            run = bench.make_step(setting, impl)
+            run = race.make_step(setting, impl)
             losses[impl] = float(run())
             run()
         except torch.OutOfMemoryError:
             continue
         runs[impl] = run
         peaks[impl] = (torch.cuda.max_memory_allocated() - before) / 2**30 if ON_GPU else None
-    bench.check_losses(losses)
+    race.check_losses(losses)
     return runs, peaks
 
 
@@ -139,9 +138,9 @@ def _race_loaders(rounds: int, results: Results) -> None:
         )
 
 
-def _train_from_loaders(setting: bench.Setting, rounds: int, steps: int, results: Results) -> None:
+def _train_from_loaders(setting: race.Setting, rounds: int, steps: int, results: Results) -> None:
     """The same step fed with one random batch, and with JPEG files."""
-    step = bench.rsfast_step(setting, graph=ON_GPU)
+    step = race.rsfast_step(setting, graph=ON_GPU)
     files = "dali" if loader.HAS_DALI else "pil"
     runs = {name: _fed(step, setting, name) for name in ("synthetic", files)}
     for name, seconds in time_steps(runs, rounds=rounds, steps=steps).items():
@@ -152,7 +151,7 @@ def _train_from_loaders(setting: bench.Setting, rounds: int, steps: int, results
         )
 
 
-def _fed(step: Callable[..., Any], setting: bench.Setting, backend: str) -> Callable[[], Any]:
+def _fed(step: Callable[..., Any], setting: race.Setting, backend: str) -> Callable[[], Any]:
     source = loader.make_loader(backend, DEVICE.type, setting.batch, setting.resolutions)
     dtype = PRECISIONS[setting.precision] or torch.float32
     source.feed(dtype, 4 if ON_GPU else 3, choose_backend("auto", DEVICE))

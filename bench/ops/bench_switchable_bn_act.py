@@ -6,6 +6,7 @@ split and no concatenation. Eager bfloat16 takes PyTorch's own kernels, eager fl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
-from bench.installed import INSTALLED, apex_batch_norm, cudnn_batch_norm
-from bench.record import as_packed, check_alike, record
-from bench.shapes import (
+from bench.models import traffic
+from bench.support.inputs import make_bn_inputs
+from bench.support.installed import INSTALLED, apex_batch_norm, cudnn_batch_norm
+from bench.support.record import as_packed, check_alike, record
+from bench.support.shapes import (
     ARCHITECTURES,
     DTYPES,
     NUM_IMAGES,
@@ -27,22 +29,32 @@ from bench.shapes import (
     batch_norm_layers,
     short_name,
 )
-from bench.timing import DEVICE, ON_GPU
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
 IMPLEMENTATIONS = ["eager", "compiled", "rsfast"] if ON_GPU else ["eager", "reference"]
 _OPTIONAL = {"apex_groupbn", "cudnn_graph", "rsfast_cuda"}  # the last: one launch each way
-IMPLEMENTATIONS += ["rsfast_sliced", *sorted(INSTALLED & _OPTIONAL)] if ON_GPU else []
-CASES = sorted({n for arch in ARCHITECTURES for n in batch_norm_layers(arch, RESOLUTIONS)}, key=str)
+IMPLEMENTATIONS += sorted(INSTALLED & _OPTIONAL) if ON_GPU else []
+
+
+def layers(arch: str) -> Counter[BatchNormLayer]:
+    """Those of a network that the operation computes, and how many there are of each.
+
+    What is pooled at once is in bench_bn_act_max_pool.
+    """
+    found = batch_norm_layers(arch, RESOLUTIONS)
+    return Counter({layer: count for layer, count in found.items() if not layer.pooled})
+
+
+CASES = sorted({layer for arch in ARCHITECTURES for layer in layers(arch)}, key=str)
 
 
 def moved_bytes(layer: BatchNormLayer, dtype: torch.dtype, direction: str) -> int:
     """What two kernels each way must move: 3 passes and 5 backward, a residual 1 and 1."""
-    passes = 3 + layer.residual
-    if direction == "forward_backward":  # without an activation, dresidual is dy
-        passes += 5 + (layer.residual and layer.activation is not None)
-    return passes * sum(layer.level_rows(NUM_IMAGES)) * layer.channels * dtype.itemsize
+    forward, backward = map(int, traffic.passes(layer))
+    passes = forward + backward if direction == "forward_backward" else forward
+    return passes * NUM_IMAGES * traffic.elements(layer) * dtype.itemsize
 
 
 def eager(
@@ -133,13 +145,10 @@ def make_runs(
         "reference": lambda: run_packed(switchable_bn_act_reference),
     }
     if ON_GPU:
-        from bench.sliced_bn import switchable_bn_act_in_slices  # needs Triton
-
         torch._dynamo.reset()  # after 8 shapes it would go on without compiling
         compiled = torch.compile(eager, dynamic=False, fullgraph=True)
         runs["compiled"] = lambda: run_levels(compiled, *arguments)
         runs["rsfast"] = lambda: run_packed(switchable_bn_act, backend="triton")
-        runs["rsfast_sliced"] = lambda: run_packed(switchable_bn_act_in_slices)
         if "rsfast_cuda" in INSTALLED:
             runs["rsfast_cuda"] = lambda: run_packed(switchable_bn_act, backend="cuda")
         apex = (

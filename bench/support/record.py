@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timing import ON_GPU
+from bench.support.timing import ON_GPU
 
 __all__ = ["as_packed", "check_alike", "record"]
 
@@ -16,7 +16,7 @@ Runs = Mapping[str, Callable[[], Any]]
 
 
 def as_packed(results: Sequence[Any]) -> list[Tensor]:
-    """Lists as one tensor each: images and rows of levels as rows, parameters of sets as [B, C]."""
+    """Lists as one tensor each: images and rows of levels as rows, those of banks as [B, C]."""
     packed = []
     for result in results:
         if isinstance(result, list):

@@ -1,7 +1,7 @@
 """One training step: rsfast against what users would run instead.
 
 Same network, weights, images and loss; the losses are compared before the clock starts. Without a
-GPU the shapes are small and say only that all run. `python -m bench.train_step` interleaves them.
+GPU the shapes are small and say only that all run. `python -m bench.step` interleaves them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.installed import INSTALLED
-from bench.rivals import AuthorsNet, authors_loss
-from bench.shapes import RESOLUTIONS
-from bench.timing import DEVICE, ON_GPU
+from bench.rivals.authors import AuthorsNet, authors_loss
+from bench.support.installed import INSTALLED
+from bench.support.shapes import PAPER_ARCHITECTURES, RESOLUTIONS
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.data import Batch
 from rsfast.engine import PRECISIONS, TrainStep
@@ -24,7 +24,6 @@ from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import choose_backend, without_extension
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
-from rsfast.models.rsnet import FOLDS
 
 BATCH = 64 if ON_GPU else 8
 PRECISION = "bf16" if ON_GPU else "fp32"
@@ -34,17 +33,13 @@ COMPILE_MODES = {
     "authors_compile_graph": "reduce-overhead",
 }
 # In the names of design: authors_fp32 and authors_amp are a list of tensors through every layer,
-# eager; the next three are that compiled; separate_amp is five trainings of one resolution each.
-# rsfast_folded_* is rsfast_graph with parts of batch norm in convolutions and the stem's pooling,
-# rsfast_sliced with batch norm in slices, rsfast_cuda with batch norm in CUDA C++.
-_RIVALS = ["authors_fp32", "authors_amp", *COMPILE_MODES, "separate_amp"]
-_FOLDED = [f"rsfast_folded_{into}" for into in FOLDS if into != "none"]
-_VARIANTS = [*_FOLDED, "rsfast_sliced", *sorted(INSTALLED & {"rsfast_cuda"})]
-IMPLEMENTATIONS = (
-    [*_RIVALS, "rsfast_eager", *_VARIANTS, "rsfast_graph"]
-    if ON_GPU
-    else ["authors_fp32", "separate_amp", "rsfast_folded_all", "rsfast_eager"]
-)
+# eager; the next three are that compiled; separate_amp is one training for each resolution.
+# rsfast_eager and rsfast_graph are rsfast as it comes: Triton kernels over packed rows on a GPU,
+# PyTorch's operations level by level on a CPU. rsfast_cuda has batch norm in CUDA C++.
+IMPLEMENTATIONS = ["authors_fp32", "authors_amp", "separate_amp", "rsfast_eager"]
+if ON_GPU:
+    IMPLEMENTATIONS[2:2] = COMPILE_MODES
+    IMPLEMENTATIONS += [*sorted(INSTALLED & {"rsfast_cuda"}), "rsfast_graph"]
 
 Step = Callable[[], Tensor]
 
@@ -63,6 +58,11 @@ class _Data(NamedTuple):
     labels: Tensor
 
 
+def implementations(precision: str) -> list[str]:
+    """Those that differ from each other: in float32, authors_amp is authors_fp32."""
+    return [i for i in IMPLEMENTATIONS if i != "authors_amp" or precision != "fp32"]
+
+
 def make_data(setting: Setting) -> _Data:
     """Channels-last float32 images and labels on the device."""
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -77,14 +77,8 @@ def make_data(setting: Setting) -> _Data:
 def make_step(setting: Setting, impl: str) -> Step:
     """Trains on one batch and returns the loss, detached."""
     if impl.startswith("rsfast"):
-        into = impl.removeprefix("rsfast_folded_") if "folded" in impl else "none"
         backend = "cuda" if impl == "rsfast_cuda" else "auto"
-        step = _rsfast(setting, graph=impl != "rsfast_eager", into=into, backend=backend)
-        if impl != "rsfast_sliced":
-            return step
-        from bench.sliced_bn import in_slices  # needs Triton
-
-        return in_slices(step)
+        return _rsfast(setting, graph=impl != "rsfast_eager", backend=backend)
     if impl == "separate_amp":
         return _separate(setting)
     precision = "fp32" if impl == "authors_fp32" else setting.precision
@@ -147,27 +141,25 @@ def _separate(setting: Setting) -> Step:
     return step
 
 
-def rsfast_step(
-    setting: Setting, *, graph: bool, into: str = "none", backend: str = "auto"
-) -> TrainStep:
+def rsfast_step(setting: Setting, *, graph: bool, backend: str = "auto") -> TrainStep:
     """rsfast's own, from the weights that the rivals start from."""
     backend = choose_backend(backend, DEVICE)
     net = official.from_state_dict(_network(setting).state_dict(), setting.resolutions)
-    net.to(DEVICE).use_backend(backend).fold_batch_norm(into).train()
+    net.to(DEVICE).use_backend(backend).train()
     plain = without_extension(backend)
     loss = MultiResolutionDistillation(len(setting.resolutions), backend=plain).to(DEVICE)
     optimizer = build_optimizer(net, loss, lr=1e-4)
     return TrainStep(net, loss, optimizer, precision=setting.precision, graph=graph)
 
 
-def _rsfast(setting: Setting, *, graph: bool, into: str, backend: str) -> Step:
+def _rsfast(setting: Setting, *, graph: bool, backend: str) -> Step:
     images, labels = make_data(setting)
     pyramid = Pyramid.pack(images)
     if ON_GPU:  # what the loader hands over
         rows = nn.functional.pad(pyramid.rows, (0, 1))
         pyramid = pyramid.with_rows(rows.to(PRECISIONS[setting.precision] or torch.float32))
     batch = Batch(pyramid, labels, labels)
-    step = rsfast_step(setting, graph=graph, into=into, backend=backend)
+    step = rsfast_step(setting, graph=graph, backend=backend)
     return lambda: step(batch).total
 
 
@@ -178,8 +170,8 @@ def check_losses(losses: dict[str, float]) -> None:
         assert loss == pytest.approx(next(iter(same.values())), rel=0.02), (name, losses)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
+@pytest.mark.parametrize("impl", implementations(PRECISION))
+@pytest.mark.parametrize("arch", PAPER_ARCHITECTURES)
 def test_train_step(benchmark, arch: str, impl: str) -> None:
     setting = Setting(arch)
     step = make_step(setting, impl)

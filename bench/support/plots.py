@@ -1,4 +1,4 @@
-"""One page of bars from the rows of a result: `python -m bench.plots FOLDER`.
+"""One page of bars from the rows of a result: `python -m bench.support.plots FOLDER`.
 
 A panel holds what competes: rows whose names differ in the implementation, or the precision, only.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.shapes import ARCHITECTURES
+from bench.support.shapes import ARCHITECTURES
 
 __all__ = ["draw", "main"]
 
@@ -91,7 +91,7 @@ def _draw_panel(axes: Any, title: str, bars: Mapping[str, Mapping[str, Any]]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.plots", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.support.plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="with a summary.json; gets plots.png")
     folder = parser.parse_args(argv).folder
     draw(json.loads((folder / "summary.json").read_text())["rows"], folder / "plots.png")

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.record import as_packed, check_alike, record
-from bench.shapes import DTYPES, NUM_IMAGES, RESOLUTIONS, ConvLayer, conv_layers, short_name
-from bench.timing import DEVICE
+from bench.support.record import as_packed, check_alike, record
+from bench.support.shapes import DTYPES, NUM_IMAGES, RESOLUTIONS, ConvLayer, conv_layers, short_name
+from bench.support.timing import DEVICE
 
 IMPLEMENTATIONS = ("C3", "C4", "C8", "space_to_depth", "space_to_depth_here")
 PASSES = ("forward", "wgrad")

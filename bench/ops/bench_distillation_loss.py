@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_loss_inputs
-from bench.installed import INSTALLED, apex_cross_entropy
-from bench.record import check_alike, record
-from bench.rivals import authors_loss
-from bench.shapes import DTYPES, short_name
-from bench.timing import DEVICE, ON_GPU
+from bench.rivals.authors import authors_loss
+from bench.support.inputs import make_loss_inputs
+from bench.support.installed import INSTALLED, apex_cross_entropy
+from bench.support.record import check_alike, record
+from bench.support.shapes import DTYPES, short_name
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast.kernels import (
     distillation_loss,
     distillation_loss_and_gradients,

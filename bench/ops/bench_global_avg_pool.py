@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.record import as_packed, check_alike, record
-from bench.shapes import (
+from bench.support.record import as_packed, check_alike, record
+from bench.support.shapes import (
     ARCHITECTURES,
     DTYPES,
     NUM_IMAGES,
@@ -19,7 +19,7 @@ from bench.shapes import (
     pooled_map,
     short_name,
 )
-from bench.timing import DEVICE, ON_GPU
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast import Pyramid
 from rsfast.kernels import global_avg_pool, global_avg_pool_reference
 

@@ -51,11 +51,22 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -
 class ResidualBlock(nn.Module):
     """A basic or bottleneck block."""
 
-    def __init__(self, c_in: int, width: int, stride: int, bottleneck: bool, count: int) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        count: int,
+        *,
+        bottleneck: bool,
+        groups: int,
+        base: int,
+    ) -> None:
         super().__init__()
-        shapes = [(c_in, width, 3, stride), (width, width, 3, 1)]
+        shapes: list[tuple[int, ...]] = [(c_in, width, 3, stride), (width, width, 3, 1)]
         if bottleneck:
-            shapes = [(c_in, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
+            inner = width * base // 64 * groups
+            shapes = [(c_in, inner, 1), (inner, inner, 3, stride, groups), (inner, 4 * width, 1)]
         self.depth = len(shapes)
         for number, shape in enumerate(shapes, start=1):
             self.add_module(f"conv{number}", conv(*shape))
@@ -115,7 +126,8 @@ class AuthorsNet(nn.Module):
         self.alpha = nn.Parameter(torch.ones(num_resolutions))
 
     def _build_resnet(self, count: int, num_classes: int) -> None:
-        block, depths = DEPTHS[self.arch]
+        block, depths, groups, base = DEPTHS[self.arch]
+        kind = {"bottleneck": block is Bottleneck, "groups": groups, "base": base}
         self.conv1 = conv(3, 64, 7, 2)
         self.bn1 = PrivateNorm(64, count)
         channels = 64
@@ -124,7 +136,7 @@ class AuthorsNet(nn.Module):
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 width = 64 << stage
-                blocks.append(ResidualBlock(channels, width, stride, block is Bottleneck, count))
+                blocks.append(ResidualBlock(channels, width, stride, count, **kind))
                 channels = width * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = Shared(nn.Linear(channels, num_classes))

@@ -7,6 +7,7 @@ can at best be as fast. "reference" concatenates.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.record import as_packed, check_alike, record
-from bench.shapes import (
+from bench.support.record import as_packed, check_alike, record
+from bench.support.shapes import (
     ARCHITECTURES,
     DTYPES,
     NUM_IMAGES,
@@ -26,12 +27,19 @@ from bench.shapes import (
     conv_layers,
     short_name,
 )
-from bench.timing import DEVICE
+from bench.support.timing import DEVICE
 from rsfast import Pyramid
 from rsfast.kernels import conv2d, conv2d_reference
 
 IMPLEMENTATIONS = ("separate", "reference", "rsfast")
-CASES = sorted({n for arch in ARCHITECTURES for n in conv_layers(arch, RESOLUTIONS)}, key=str)
+
+
+def layers(arch: str) -> Counter[ConvLayer]:
+    """Those of a network that the operation computes, and how many there are of each."""
+    return conv_layers(arch, RESOLUTIONS)
+
+
+CASES = sorted({layer for arch in ARCHITECTURES for layer in layers(arch)}, key=str)
 
 
 def moved_bytes(layer: ConvLayer, dtype: torch.dtype, direction: str) -> int:
@@ -62,10 +70,9 @@ def make_runs(
     levels = [v.detach() for v in Pyramid(x.detach(), layer.sizes, NUM_IMAGES).levels()]
     levels = [v.requires_grad_(wants_grads) for v in levels]
     dys = list(Pyramid(dy, layer.out_sizes, NUM_IMAGES).levels())
-    geometry = layer.stride, layer.groups
 
     def run_packed(function: Callable[..., Tensor], x: Tensor, weight: Tensor) -> list[Tensor]:
-        y = function(x, weight, layer.sizes, NUM_IMAGES, *geometry)
+        y = function(x, weight, layer.sizes, NUM_IMAGES, **layer.geometry)
         return [y, *torch.autograd.grad(y, (x, weight), dy.to(y.dtype))] if wants_grads else [y]
 
     def exact() -> list[Tensor]:
@@ -73,10 +80,7 @@ def make_runs(
         return run_packed(conv2d_reference, *inputs)
 
     def separate() -> list[Any]:
-        ys = [
-            F.conv2d(v, weight, None, layer.stride, layer.kernel // 2, 1, layer.groups)
-            for v in levels
-        ]
+        ys = [F.conv2d(v, weight, **layer.geometry) for v in levels]
         if not wants_grads:
             return [ys]
         *dxs, dweight = torch.autograd.grad(ys, [*levels, weight], dys)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by group of layers: `python -m bench.budget`.
+"""Where the time of a training step goes, by group of layers: `python -m bench.step.budget`.
 
 Steps run under PyTorch's profiler. Whatever keeps the device busy belongs to one group, by the
 operations that it was launched from, or by its own name where none is recorded: a replayed CUDA
@@ -26,17 +26,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import bench_train_step as bench
-from bench import roofline
-from bench.results_file import Results
-from bench.shapes import ARCHITECTURES
-from bench.timing import DEVICE, ON_GPU, synchronized_clock, time_steps
+from bench.models import roofline
+from bench.step import bench_train_step as race
+from bench.support.results_file import Results
+from bench.support.shapes import ARCHITECTURES
+from bench.support.timing import DEVICE, ON_GPU, synchronized_clock, time_steps
 from rsfast.engine import PRECISIONS
 
 __all__ = ["GROUPS", "RULES", "Event", "group_of", "main", "read", "shares", "spend"]
 
 GROUPS = (
-    *("conv1x1", "conv_kxk", "conv_folded", "batch_norm", "pool", "loss", "optimizer"),
+    *("conv1x1", "conv_kxk", "batch_norm", "pool", "loss", "optimizer"),
     *("all_reduce", "copies", "other", "idle"),
 )
 
@@ -48,8 +48,6 @@ RULES = (
     ("all_reduce", r"nccl|c10d::"),
     ("optimizer", r"Optimizer\.|_fused_sgd|FusedSgd|_foreach_|multi_tensor"),
     ("loss", r"(?i)distillation_loss|soft_?max|nll_?loss|cross_entropy|kl_div|xlogy"),
-    # Of all sizes, with the batch norm in them.
-    ("conv_folded", r"folded_conv2d"),
     ("conv1x1", r"aten::(convolution\w*|add_?) 1x1"),
     ("conv_kxk", r"rsfast::conv2d|aten::(convolution\w*|add_?) kxk"),
     # cuDNN's and CUTLASS's kernels, whose names may end in relu. In a graph of authors_* they are
@@ -69,13 +67,14 @@ RULES = (
 
 _ABOUT = """\
 Microseconds per image and share of the step, medians over rounds, by what the device is busy with;
-an image counts once for all its resolutions. batch_norm is with ReLU and shortcut, conv1x1 with the
-classifier. `idle` is the wall clock while nothing runs, and longer than without the profiler where
-the host is what the device waits for: `step` is without it. Floors are what the measured matrix
-rate or copy bandwidth alone would allow a step in 16 bits; `gap` is from the higher one to `step`.
-Without operations around them, in a graph, kernels go by their names: cuDNN's to conv_kxk."""
+an image counts once for all its resolutions. batch_norm is with ReLU and shortcut, and on a GPU in
+rsfast_* with the stem's pooling; conv1x1 is with the classifier. `idle` is the wall clock while
+nothing runs, and longer than without the profiler where the host is what the device waits for:
+`step` is without it. Floors are what the measured matrix rate or copy bandwidth alone would allow a
+step in 16 bits; `gap` is from the higher one to `step`. Without operations around them, in a graph,
+kernels go by their names: cuDNN's to conv_kxk."""
 
-_WINDOW = "bench.budget"
+_WINDOW = "bench.step.budget"
 _WEIGHT_AT = {"aten::convolution": 1, "aten::convolution_backward": 2}  # among the arguments
 
 
@@ -100,19 +99,19 @@ Spent = dict[str, dict[str, float]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.budget", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.step.budget", description=__doc__)
     rival = "authors_compile" if ON_GPU else "authors_fp32"
-    default = [rival, *(impl for impl in bench.IMPLEMENTATIONS if impl.startswith("rsfast"))]
+    default = [rival, *(impl for impl in race.IMPLEMENTATIONS if impl.startswith("rsfast"))]
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0])
-    parser.add_argument("--batch", type=int, default=bench.BATCH)
-    parser.add_argument("--resolutions", nargs="+", type=int, default=bench.RESOLUTIONS)
-    parser.add_argument("--precision", choices=list(PRECISIONS), default=bench.PRECISION)
-    parser.add_argument("--impls", nargs="+", choices=bench.IMPLEMENTATIONS, default=default)
+    parser.add_argument("--batch", type=int, default=race.BATCH)
+    parser.add_argument("--resolutions", nargs="+", type=int, default=race.RESOLUTIONS)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default=race.PRECISION)
+    parser.add_argument("--impls", nargs="+", choices=race.IMPLEMENTATIONS, default=default)
     parser.add_argument("--rounds", type=int, default=5, help="of each implementation (5)")
     parser.add_argument("--steps", type=int, default=3, help="in a round (3)")
     args = parser.parse_args(argv)
-    setting = bench.Setting(args.arch, args.batch, args.precision, tuple(args.resolutions))
+    setting = race.Setting(args.arch, args.batch, args.precision, tuple(args.resolutions))
     torch.backends.cudnn.benchmark = True  # as a run has it
     results = Results(args.output, "budget", DEVICE)
     floors = _floors(setting, results)
@@ -120,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns: dict[str, dict[str, float]] = {}
     names: dict[str, Spent] = {}
     for impl in args.impls:
-        run = bench.make_step(setting, impl)
+        run = race.make_step(setting, impl)
         losses[impl] = float(run())
-        bench.check_losses(losses)
+        race.check_losses(losses)
         walls = time_steps({impl: run}, rounds=args.rounds, steps=args.steps)[impl]
         rounds = _profile(run, args.rounds, args.steps, args.batch)
         unit = 1e-3 / (args.steps * args.batch)  # from nanoseconds of a round to us/image
@@ -144,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         top = list(spent["other"].items())[:8]
         report += [f"- {impl}: {value:.2f} `{name[:120]}`" for name, value in top]
     print("", *report, sep="\n")
-    command = ["bench.budget", *(sys.argv[1:] if argv is None else argv)]
+    command = ["bench.step.budget", *(sys.argv[1:] if argv is None else argv)]
     results.finish(command, "\n".join([_ABOUT, "", *report, ""]))
     return 0
 
 
-def _floors(setting: bench.Setting, results: Results) -> dict[str, float]:
+def _floors(setting: race.Setting, results: Results) -> dict[str, float]:
     """us/image; none in float32, of which the roofline knows nothing."""
     if setting.precision == "fp32":
         return {}

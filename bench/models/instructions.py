@@ -1,4 +1,6 @@
-"""Instructions of the Triton kernels, without a GPU: `python -m bench.instructions OPERATION`.
+"""Instructions of the Triton kernels, without a GPU.
+
+    python -m bench.models.instructions OPERATION
 
 A kernel that streams through memory has to issue fewer instructions than the memory gives it time
 for: a multiprocessor of an H200 issues 4 warp instructions per cycle and gets 18.6 bytes. For
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Code", "disassemble", "main", "parse"]
 
-_CASES = Path(__file__).parents[1] / "tests" / "kernels" / "compile_ahead.py"
+_CASES = Path(__file__).parents[2] / "tests" / "kernels" / "compile_ahead.py"
 # Of a multiprocessor of compute capability 9.0.
 _REGISTERS, _SHARED_BYTES, _THREADS, _BLOCKS = 65536, 227 * 1024, 2048, 32
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);")
@@ -98,7 +100,7 @@ def _compile_ahead() -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.instructions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.models.instructions", description=__doc__)
     os.environ.pop("TRITON_INTERPRET", None)
     ahead = _compile_ahead()
     parser.add_argument("operation", choices=ahead.OPERATIONS)

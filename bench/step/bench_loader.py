@@ -1,7 +1,7 @@
 """Images per second of the loaders, from JPEG files to packed pyramids, on the built-in set.
 
 One round is a number of batches with the loader already running. The rate is given per core and in
-all; `python -m bench.train_step` sets what a training step takes beside it.
+all; `python -m bench.step` sets what a training step takes beside it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from bench.shapes import PAPER_RESOLUTIONS
-from bench.timing import ON_GPU
+from bench.support.shapes import PAPER_RESOLUTIONS
+from bench.support.timing import ON_GPU
 from rsfast.data import Batch, Loader, train_loader
 from rsfast.data.builtin import builtin_root
 
