@@ -5,8 +5,12 @@ VENV ?= .venv
 EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# torchvision has no build for the PyTorch that the tests use.
+NETWORKS_VENV ?= .venv-networks
+NETWORKS_BIN := $(NETWORKS_VENV)/bin
+NETWORKS_STAMP := $(NETWORKS_VENV)/.installed
 
-.PHONY: setup demo test soak test-gpu check format bench profile figures clean
+.PHONY: setup demo test soak test-gpu check format bench profile figures networks check-networks clean
 
 setup: $(STAMP)
 
@@ -60,5 +64,19 @@ figures: setup
 	    $(BIN)/python -m bench.support.plots $$(dirname $$picture) || exit 1; \
 	done
 
+$(NETWORKS_STAMP): pyproject.toml setup.py constraints-networks.txt
+	$(PYTHON) -m venv $(NETWORKS_VENV)
+	$(NETWORKS_BIN)/pip install --quiet --constraint constraints-networks.txt \
+	    --editable . torchvision timm pytest
+	touch $@
+
+# Some twenty networks of torchvision and timm, converted, against copies for each resolution.
+check-networks: $(NETWORKS_STAMP)
+	$(NETWORKS_BIN)/python -m pytest tests/networks
+
+# docs/networks.md: every network of torchvision and timm that converts, and why others do not.
+networks: $(NETWORKS_STAMP)
+	$(NETWORKS_BIN)/python -m bench.models.networks --output docs/networks.md
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NETWORKS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
