@@ -222,7 +222,7 @@ def _analyze(args: argparse.Namespace) -> None:
     path: Path = args.run / "last.pt" if args.run.is_dir() else args.run
     folder: Path = args.output or path.parent / "analysis"
     rank = distributed.join(args.device)
-    model, alpha = checkpoint.load_model(path)
+    model, alpha = checkpoint.load_model(path, arch=args.arch)
     model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
     training = _training_settings(path)
     wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
@@ -250,14 +250,16 @@ def _analyze(args: argparse.Namespace) -> None:
             for row, places in zip(own.rows, own.places, strict=True)
             if row.trained and row.resolution != "ensemble"
         }
-        write_rows(folder / "shares.csv", wrong_and_right(hits, model.arch))
+        write_rows(folder / "shares.csv", wrong_and_right(hits, str(model.arch)))
         if (path.parent / "summary.csv").exists():
             write_rows(folder / "alpha.csv", alpha_over_epochs(path.parent / "summary.csv"))
-    if training:
+    if not training:
+        print(f"{path} does not say how images were prepared in training: no features.csv")
+    elif not any(isinstance(module, nn.Linear) for module in model.modules()):
+        print(f"{model.arch} has no linear layer to look in front of: no features.csv")
+    else:
         rows = _features(model, training, settings, args.feature_images, rank.device)
         write_rows(folder / "features.csv", rows)
-    else:
-        print(f"{path} does not say how images were prepared in training: no features.csv")
     figures.draw(folder)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rank = distributed.join(args.device)
         resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
-        model, alpha = checkpoint.load_model(args.checkpoint, args.trained_resolutions)
+        model, alpha = checkpoint.load_model(args.checkpoint, args.trained_resolutions, args.arch)
         with distributed.first_rank_first(rank):
             data = args.data or str(builtin_root())
         settings = Settings(
@@ -225,6 +225,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that runs a network over images takes."""
     add = parser.add_argument
+    add(
+        "--arch",
+        help="what the checkpoint is of; needed for MODULE:FUNCTION, whose code is then run",
+    )
     add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
     add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
     add("--batch-size", type=int, default=64, help="images per process (default 64)")

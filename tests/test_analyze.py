@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from helpers import make_image_folder
 from rsfast import analyze, create_model, train
 from rsfast.files.tables import read_rows
-from rsfast.models.layers import SwitchableBatchNorm2d
+from rsfast.pyramid import SwitchableBatchNorm2d
 
 
 def test_shares_of_table_1_by_hand() -> None:
@@ -43,7 +44,7 @@ def test_histogram_is_a_density_and_knows_the_zeros() -> None:
 @pytest.mark.parametrize(("bn", "sets"), [("private", [48, 32]), ("shared", ["all"])])
 def test_batch_norm_means_are_of_every_layer_and_set(bn: str, sets: list[object]) -> None:
     model = create_model("resnet18", (48, 32), 2, bn)
-    norm = model.backbone.bn1
+    norm = model.network.bn1
     assert isinstance(norm, SwitchableBatchNorm2d)
     with torch.no_grad():
         norm.weight[-1] += torch.arange(64.0)
@@ -109,6 +110,52 @@ def test_a_checkpoint_alone_has_no_history(run: Path, data: Path, tmp_path: Path
     assert not (output / "features.csv").exists()  # nor a word of how its images were prepared
 
 
+TINY_FILE = """
+from torch import nn
+
+def trunk():
+    return [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+
+def linear(num_classes):
+    return nn.Sequential(*trunk(), nn.Flatten(), nn.Linear(8, num_classes))
+
+def convolution(num_classes):
+    return nn.Sequential(*trunk(), nn.Conv2d(8, num_classes, 1), nn.Flatten())
+"""
+
+
+@pytest.mark.parametrize("function", ["linear", "convolution"])
+def test_a_network_of_ones_own_is_analysed_where_it_is_named(
+    function: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tiny.py").write_text(TINY_FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = f"tiny:{function}"
+    flags = f"--arch {arch} --resolutions 48 32 --batch-size 5 --epochs 1 --loader pil --workers 0"
+    flags += f" --lr 0.01 --data {data} --output {tmp_path / 'run'}"
+    assert train.main(flags.split()) == 0
+    monkeypatch.delitem(sys.modules, "tiny")
+    assert analyze.main([str(tmp_path / "run"), *PIL]) == 2
+    assert f"is of {arch}: add --arch {arch} if you trust that code" in capsys.readouterr().err
+    assert "tiny" not in sys.modules
+    assert analyze.main([str(tmp_path / "run"), *PIL, "--arch", arch]) == 0
+    folder = tmp_path / "run" / "analysis"
+    rows = read_rows(folder / "batch_norm.csv")
+    assert [(row["layer"], row["resolution"]) for row in rows] == [
+        ("network.1", "48"),
+        ("network.1", "32"),
+    ]
+    assert {row["method"] for row in read_rows(folder / "shares.csv")} == {arch}
+    missing = f"{arch} has no linear layer to look in front of: no features.csv"
+    assert (folder / "features.csv").exists() == (function == "linear")
+    assert (missing in capsys.readouterr().out) == (function == "convolution")
+    monkeypatch.delitem(sys.modules, "tiny")  # the next one's file is another
+
+
 def test_features_are_of_the_same_images_in_both_preparations(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +172,8 @@ def test_features_are_of_the_same_images_in_both_preparations(
     def spy_on_images(net, loader):
         batches = list(loader)
         indices = [int(i) for b in batches for i in b.indices][:10]
-        seen[net.resolution, len(seen)] = sorted(indices)
+        (resolution,) = {b.images.level(0).shape[-1] for b in batches}
+        seen[resolution, len(seen)] = sorted(indices)
         return pooled(net, batches)
 
     monkeypatch.setattr(analyze, "feature_histogram", spy)

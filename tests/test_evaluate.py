@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from helpers import make_image_folder
 from rsfast import RSNet, create_model, evaluate
 from rsfast.data import val_loader
+from rsfast.data.loader import NORMALIZATIONS
 from rsfast.files.tables import read_columns
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
@@ -37,6 +39,7 @@ def make_network(num_classes: int = 2) -> RSNet:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_network()
     model.class_names = ("cat", "dog")
+    model.input_mean, model.input_std = NORMALIZATIONS["imagenet"]  # as loaders do by themselves
     loss = MultiResolutionDistillation(2)
     path = tmp_path_factory.mktemp("run") / "model_best.pt"
     checkpoint.save({**checkpoint.model_payload(model), "loss": loss.state_dict()}, path)
@@ -140,6 +143,54 @@ def test_an_authors_checkpoint_is_fed_unnormalised_images(
     assert seen == [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
     rows = rows_of(tmp_path / "evaluation")
     assert [row["resolution"] for row in rows] == ["48", "32", "ensemble"]
+
+
+TINY_FILE = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU())
+        self.wide = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8))
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([x, torch.sigmoid(self.wide(x)) * x], dim=1)
+        return self.head(x.mean((2, 3)))
+
+def network(num_classes):
+    return Tiny(num_classes)
+"""
+
+
+def test_a_network_of_ones_own_is_evaluated_where_it_is_named(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tiny.py").write_text(TINY_FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    model = create_model("tiny:network", (48, 32), 2)
+    model.class_names = ("cat", "dog")
+    loss = MultiResolutionDistillation(2)
+    path = tmp_path / "last.pt"
+    checkpoint.save({**checkpoint.model_payload(model), "loss": loss.state_dict()}, path)
+    command = [str(path), "--data", str(folder), *PIL, "--resolutions", "28:64:12"]
+    monkeypatch.delitem(sys.modules, "tiny")
+    assert evaluate.main(command) == 2
+    assert "add --arch tiny:network if you trust that code" in capsys.readouterr().err
+    assert "tiny" not in sys.modules
+    assert evaluate.main([*command, "--arch", "tiny:network"]) == 0
+    rows = rows_of(tmp_path / "evaluation")
+    assert [row["resolution"] for row in rows] == ["64", "52", "48", "40", "32", "28", "ensemble"]
+    assert "tiny:network, trained at 48, 32" in capsys.readouterr().out
+    convolutions = (8 * 3 * 9 + 8 * 9) * 24 * 24
+    assert int(rows[2]["multiply_adds"]) == convolutions + 16 * 2
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Checkpoints: everything needed to continue or to use a network.
 
 A checkpoint is a file of `torch.save`, sealed with a checksum (`rsfast.files.seal`), of tensors
-and plain values only: reading one runs nothing. A run folder holds the newest as last.pt, the ones
-before it as last-1.pt, last-2.pt, and so on.
+and plain values only: reading one runs nothing. It names the network that it is of, and a function
+of somebody's own is imported only where the caller names it, too. A run folder holds the newest as
+last.pt, the ones before it as last-1.pt, last-2.pt, and so on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from rsfast.files.seal import is_sealed, seal_zip, sync_folder, write_whole
 from rsfast.files.unpickle import load_dict
 from rsfast.losses import scores_of_resolutions
 from rsfast.models import RSNet, create_model, official
+from rsfast.models.registry import is_own
+from rsfast.training import older
 
 __all__ = [
     "clean",
@@ -126,19 +129,29 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this format, undamaged, on the CPU.
 
     Raises:
-        ValueError: if it is missing, damaged, of a newer rsfast, or not a checkpoint.
+        ValueError: if it is missing, damaged, of another version of rsfast, or not a checkpoint.
     """
     if Path(path).suffix == ".safetensors":
         raise ValueError(f"checkpoint {path} holds weights only: continue from last.pt")
     content = load_dict(path)
     _check_state(Path(path), content)
+    if content["format"] == older.FORMAT:
+        raise ValueError(
+            f"checkpoint {path} is of an older rsfast (format {older.FORMAT}) and can be "
+            f"evaluated, not continued: start another --output, or continue it with the rsfast "
+            f"that wrote it"
+        )
     return content
 
 
 def model_payload(model: RSNet) -> dict[str, Any]:
-    """What it takes to rebuild a network: its settings, weights, and the input they expect."""
+    """What it takes to rebuild a network: its settings, weights, and the input they expect.
+
+    Raises:
+        ValueError: if the network has no name, as one that :func:`rsfast.convert` made of a module.
+    """
     return {
-        "settings": model.settings(),
+        "settings": _settings(model),
         "model": model.state_dict(),
         **{name: getattr(model, name) for name in _INPUT_FIELDS},
     }
@@ -151,8 +164,11 @@ def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
         model: the network.
         alpha: [R] raw ensemble scores, the tensor "ensemble.alpha".
         path: of the file.
+
+    Raises:
+        ValueError: if the network has no name, as one that :func:`rsfast.convert` made of a module.
     """
-    about = {**model.settings(), **{name: getattr(model, name) for name in _INPUT_FIELDS}}
+    about = {**_settings(model), **{name: getattr(model, name) for name in _INPUT_FIELDS}}
     tensors = {**model.state_dict(), "ensemble.alpha": alpha.detach()}
     # A convolution's channels-last strides are not kept: the file holds values in row-major order.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -161,27 +177,43 @@ def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
     write_whole(path, [to_safetensors(tensors, metadata)])
 
 
-def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tuple[RSNet, Tensor]:
+def _settings(model: RSNet) -> dict[str, Any]:
+    if model.arch is None:
+        raise ValueError(
+            "network was made by convert and has no name to be rebuilt by: save its state_dict(), "
+            "or make it with create_model('MODULE:FUNCTION')"
+        )
+    return model.settings()
+
+
+def load_model(
+    path: str | Path, resolutions: Sequence[int] | None = None, arch: str | None = None
+) -> tuple[RSNet, Tensor]:
     """A network ready to be evaluated, from a checkpoint or safetensors of rsfast or the authors'.
 
-    Averaged (EMA) weights are taken where the run kept them.
+    Averaged (EMA) weights are taken where the run kept them. Checkpoints of format 2 are read, too.
 
     Args:
         path: of the checkpoint.
         resolutions: of an authors' checkpoint with other than five sizes.
+        arch: what the checkpoint must be of. It has to be given for MODULE:FUNCTION, whose code a
+            checkpoint does not run by itself.
 
     Returns:
         The network in eval mode, and the raw ensemble scores [R].
 
     Raises:
-        ValueError: if the checkpoint is missing, damaged or fits no architecture.
+        ValueError: if the checkpoint is missing, damaged, fits no architecture, or is of another
+            one than `arch`.
+        ImportError: if the package of the network is absent.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return _load_weights(path)
+        return _load_weights(path, arch)
     content = load_dict(path)
     if official.is_official(content):
         model = official.from_state_dict(content, resolutions)
+        _check_arch(path, model.arch, arch)
         alpha = official.alpha_of(content)
         return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
     missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
@@ -192,11 +224,11 @@ def load_model(path: str | Path, resolutions: Sequence[int] | None = None) -> tu
         )
     _check_state(path, content)
     about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
-    model = _rebuild(path, about, content.get("ema") or content["model"])
+    model = _rebuild(path, about, content.get("ema") or content["model"], arch)
     return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
 
 
-def _load_weights(path: Path) -> tuple[RSNet, Tensor]:
+def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
@@ -209,7 +241,7 @@ def _load_weights(path: Path) -> tuple[RSNet, Tensor]:
         alpha = tensors.pop("ensemble.alpha")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged or not of rsfast: {error}") from error
-    return _rebuild(path, about, tensors), alpha
+    return _rebuild(path, about, tensors, arch), alpha
 
 
 def _digest(about: str, tensors: dict[str, Tensor]) -> str:
@@ -222,8 +254,23 @@ def _digest(about: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _rebuild(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> RSNet:
+def _check_arch(path: Path, found: Any, wanted: str | None) -> None:
+    """Refuses a network of another name than wanted, and code that nobody has asked for."""
+    if wanted is not None and found != wanted:
+        raise ValueError(f"checkpoint {path} is of {found}, got --arch {wanted}")
+    if wanted is None and is_own(str(found)):
+        raise ValueError(
+            f"checkpoint {path} is of {found}: add --arch {found} if you trust that code"
+        )
+
+
+def _rebuild(
+    path: Path, about: dict[str, Any], state: dict[str, Tensor], arch: str | None
+) -> RSNet:
     """A network in eval mode of its settings, input fields and weights."""
+    _check_arch(path, about["arch"], arch)
+    if older.is_old(state):
+        state = older.renamed(state, about["arch"])
     model = create_model(**{k: v for k, v in about.items() if k not in _INPUT_FIELDS})
     try:
         model.load_state_dict(state)
@@ -248,10 +295,10 @@ def _predecessors(folder: Path) -> dict[int, Path]:
 
 
 def _check_state(path: Path, content: dict[str, Any]) -> None:
-    """Refuses what is not as it was written, or not of this format."""
+    """Refuses what is not as it was written, or of a format that is not known."""
     if fault := _fault(path):
         raise ValueError(fault)
-    if content.get("format") != _FORMAT:
+    if content.get("format") not in (older.FORMAT, _FORMAT):
         raise ValueError(
             f"checkpoint {path} must be of format {_FORMAT}, got {content.get('format')}: "
             f"another version of rsfast wrote it"

@@ -8,8 +8,9 @@ import os
 import pickle
 import random
 import shutil
+import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
+from torch import nn
 
 from faults import WithWrite
-from rsfast import create_model
+from rsfast import RSNet, convert, create_model
 from rsfast.files import seal
 from rsfast.losses import MultiResolutionDistillation
+from rsfast.models import official
 from rsfast.training import checkpoint
 
 
@@ -51,7 +54,7 @@ def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
     content["ema"] = {key: torch.zeros_like(value) for key, value in content["model"].items()}
     checkpoint.save(content, tmp_path / "a.pt")
     model, _ = checkpoint.load_model(tmp_path / "a.pt")
-    assert not model.classifier.weight.any()
+    assert not model.network.fc.weight.any()
 
 
 class _Disk:
@@ -168,7 +171,7 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     torch.save({"format": 99, **payload()}, buffer)
     archive = bytearray(buffer.getbuffer())
     seal.write_whole(tmp_path / "a.pt", [archive, seal.seal_zip(archive)])
-    with pytest.raises(ValueError, match="must be of format 2, got 99"):
+    with pytest.raises(ValueError, match="must be of format 3, got 99"):
         checkpoint.load_model(tmp_path / "a.pt")
 
 
@@ -244,6 +247,95 @@ def test_code_in_a_file_is_refused_and_not_run(
         with pytest.raises(ValueError, match="damaged or not a checkpoint"):
             checkpoint.load_model(name)
     assert not Path("executed").exists()
+
+
+NETWORK_FILE = """
+from pathlib import Path
+from torch import nn
+
+Path(__file__).with_name("imported").touch()
+
+def network(num_classes):
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.fixture
+def somebodys_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """MODULE:FUNCTION, whose import leaves a file "imported" in tmp_path."""
+    (tmp_path / "somebodys.py").write_text(NETWORK_FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "somebodys:network"
+    sys.modules.pop("somebodys", None)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_code_that_a_checkpoint_names_runs_only_if_the_caller_names_it_too(
+    name: str, somebodys_network: str, tmp_path: Path
+) -> None:
+    model = create_model(somebodys_network, (48, 32), 3)
+    loss = MultiResolutionDistillation(2)
+    checkpoint.save(
+        {**checkpoint.model_payload(model), "loss": loss.state_dict()}, tmp_path / "a.pt"
+    )
+    checkpoint.save_weights(model, loss.scores, tmp_path / "a.safetensors")
+    del sys.modules["somebodys"]
+    (tmp_path / "imported").unlink()
+    message = r"is of somebodys:network: add --arch somebodys:network if you trust that code$"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(tmp_path / name)
+    for other in ("somebodys:other", "resnet18"):
+        with pytest.raises(ValueError, match=rf"is of somebodys:network, got --arch {other}$"):
+            checkpoint.load_model(tmp_path / name, arch=other)
+    assert not (tmp_path / "imported").exists()
+    assert "somebodys" not in sys.modules
+    found, _ = checkpoint.load_model(tmp_path / name, arch=somebodys_network)
+    assert (tmp_path / "imported").exists()
+    for key, tensor in found.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key])
+
+
+def test_the_name_that_the_caller_gives_must_be_the_networks(tmp_path: Path) -> None:
+    checkpoint.save(payload(), tmp_path / "a.pt")
+    assert checkpoint.load_model(tmp_path / "a.pt", arch="resnet18")[0].arch == "resnet18"
+    with pytest.raises(ValueError, match=r"a.pt is of resnet18, got --arch resnet50"):
+        checkpoint.load_model(tmp_path / "a.pt", arch="resnet50")
+    official.save(create_model("resnet18", (48, 32), 3), tmp_path / "theirs.pth.tar")
+    with pytest.raises(ValueError, match=r"theirs.pth.tar is of resnet18, got --arch resnet50"):
+        checkpoint.load_model(tmp_path / "theirs.pth.tar", (48, 32), "resnet50")
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_a_package_that_is_absent_is_named_with_its_command(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = payload()
+    content["settings"]["arch"] = f"{package}/resnet18"
+    checkpoint.save(content, tmp_path / "a.pt")
+    for module in (package, f"{package}.models"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_a_network_without_a_name_is_kept_as_a_state_dict_only(tmp_path: Path) -> None:
+    def small() -> RSNet:
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return convert(nn.Sequential(*layers), (48, 32))
+
+    model = small()
+    message = r"made by convert and has no name to be rebuilt by: save its state_dict\(\), or make"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.model_payload(model)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save_weights(model, torch.ones(2), tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    other = small()
+    other.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    for key, tensor in other.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key])
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:

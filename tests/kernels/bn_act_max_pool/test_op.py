@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import STATE
 from kernel_helpers import (
     CPU_OR_GPU,
@@ -24,6 +24,7 @@ from kernel_helpers import (
     to_float64,
 )
 from rsfast.kernels import bn_act_max_pool, bn_act_max_pool_reference, switchable_bn_act
+from sampling import pairwise
 
 EPS = 1e-5
 NAMES = ("x", "weight", "bias", *STATE)
@@ -62,11 +63,16 @@ def run(
     return results | {name: inputs[name] for name in STATE}
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("channels", [3, 65])
-@pytest.mark.parametrize("maps", MAPS, ids=str)
+@pairwise(
+    {
+        "maps": MAPS,
+        "channels": [3, 65],
+        "activation": [None, "relu", "relu6"],
+        "training": [pytest.param(True, id="train"), pytest.param(False, id="eval")],
+        "place": PLACES,
+    },
+    indirect=["place"],
+)
 def test_output_gradients_and_state_match_pytorch(
     maps: tuple[Any, ...],
     channels: int,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import ALL_VARIANTS, STATE, assert_as_good_as_pytorch, run
 from kernel_helpers import (
     CPU_OR_GPU,
@@ -23,6 +23,7 @@ from kernel_helpers import (
     to_float64,
 )
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
+from sampling import pairwise
 
 STATS = torch.ops.rsfast.switchable_bn_act_stats
 FWD = torch.ops.rsfast.switchable_bn_act_fwd
@@ -59,10 +60,15 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(tiles, "PROGRAMS", request.param)
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
-@pytest.mark.parametrize(("level_rows", "banks", "channels"), SHAPES)
+@pairwise(
+    {
+        "level_rows, banks, channels": SHAPES,
+        "activation, residual": ALL_VARIANTS,
+        "training": MODES,
+        "place": PLACES,
+    },
+    indirect=["place"],
+)
 def test_output_gradients_and_state_match_the_float64_reference(
     level_rows: tuple[int, ...],
     banks: tuple[int, ...],
