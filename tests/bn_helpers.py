@@ -12,7 +12,9 @@ from kernel_helpers import max_error, to_float64
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
 
 __all__ = [
+    "ALL_VARIANTS",
     "HALVES",
+    "SMOOTH_VARIANTS",
     "STATE",
     "VARIANTS",
     "VECTOR_SHAPES",
@@ -30,6 +32,15 @@ VARIANTS = [
     pytest.param("relu", True, id="add-relu"),
     pytest.param("relu6", True, id="add-relu6"),
 ]
+
+# Those of the Triton kernels: the ones above are also in CUDA C++.
+SMOOTH_VARIANTS = [
+    pytest.param("silu", False, id="silu"),
+    pytest.param("hardswish", False, id="hardswish"),
+    pytest.param("silu", True, id="add-silu"),
+    pytest.param("hardswish", True, id="add-hardswish"),
+]
+ALL_VARIANTS = [*VARIANTS, *SMOOTH_VARIANTS]
 
 HALVES = [pytest.param(getattr(torch, name), id=name) for name in ("float16", "bfloat16")]
 # Rows of each level, their sets, channels, 8 at a time: one row, one set for all levels, sets out

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rsfast import train
-from rsfast.training.run import Run
 from rsfast.files.unpickle import load_dict
+from rsfast.training.run import Run
 
 __all__ = ["assert_equal", "assert_same_run", "log_of", "stop_when"]
 

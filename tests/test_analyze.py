@@ -10,8 +10,8 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import analyze, create_model, train
-from rsfast.models.layers import SwitchableBatchNorm2d
 from rsfast.files.tables import read_rows
+from rsfast.models.layers import SwitchableBatchNorm2d
 
 
 def test_shares_of_table_1_by_hand() -> None:

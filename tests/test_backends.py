@@ -17,6 +17,7 @@ from rsfast import Pyramid, create_model
 from rsfast.config import TrainConfig
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
+from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
@@ -24,7 +25,6 @@ from rsfast.models.layers import Conv2d, MaxPool2d, SwitchableBatchNorm2d, globa
 from rsfast.models.mobilenetv2 import InvertedResidual
 from rsfast.models.resnet import BasicBlock, Bottleneck
 from rsfast.models.rsnet import FOLDS
-from rsfast.engine.optim import build_optimizer
 
 RESOLUTIONS = (32, 16)
 STEPS = 2

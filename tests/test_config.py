@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rsfast.config import TrainConfig, parse_args, recipe_names
+from rsfast.config import TrainConfig, parse_args, recipe_names, rules_of
 from rsfast.models import ARCHITECTURES
+from rsfast.training.resume import changed_setting, fixed_settings
 from rsfast.training.run import Run
 
 
@@ -28,6 +29,52 @@ def test_every_architecture_has_the_recipe_of_the_paper() -> None:
         assert (cfg.decay, cfg.distill, cfg.crop, cfg.flip) == ("all", "full", "single", "shared")
         off = (cfg.warmup_epochs, cfg.label_smoothing, cfg.ema_decay)
         assert off == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "folder"),
+    [
+        ("resnet18", "runs/resnet18"),
+        ("torchvision/regnet_y_400mf", "runs/torchvision_regnet_y_400mf"),
+        ("timm/efficientnet_lite0.ra_in1k", "runs/timm_efficientnet_lite0.ra_in1k"),
+        ("my_networks:small_cnn", "runs/my_networks_small_cnn"),
+    ],
+)
+def test_every_network_has_one_folder_of_its_own(arch: str, folder: str) -> None:
+    cfg = parse_args(["--arch", arch, "--data", "images"])
+    assert (cfg.arch, cfg.folder) == (arch, Path(folder))
+    assert dataclasses.replace(cfg, output="here").folder == Path("here")
+    if arch not in ARCHITECTURES:  # no recipe, and nothing is imported to find out
+        assert cfg == TrainConfig(arch=arch, data="images")
+
+
+def test_a_checked_setting_refuses_none_unless_that_is_its_default() -> None:
+    assert TrainConfig(precision=None).precision is None
+    with pytest.raises(ValueError, match=r"kernels must be one of .*, got None"):
+        TrainConfig(kernels=None)
+
+
+def test_what_a_continued_run_may_change_stands_in_the_fields() -> None:
+    rules = rules_of(TrainConfig)
+    at_an_epoch = {name for name, rule in rules.items() if rule.on_resume == "at an epoch"}
+    assert at_an_epoch == {"loader", "batch_size", "steps_per_epoch"}
+    freely = {name for name, rule in rules.items() if rule.on_resume == "freely"}
+    assert freely == set(
+        "data output resume restart_epoch workers log_every checkpoint_every keep device graph "
+        "profile max_skipped strict".split()
+    )
+    assert fixed_settings() == sorted(set(rules) - freely)
+    assert fixed_settings(at_an_epoch=True) == sorted(set(rules) - freely - at_an_epoch)
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_has_its_default() -> None:
+    before = dataclasses.asdict(TrainConfig())
+    del before["sync_bn"], before["nesterov"]
+    assert changed_setting(before, TrainConfig(), fixed_settings()) is None
+    changed = changed_setting(before, TrainConfig(sync_bn=True), fixed_settings())
+    assert changed == ("sync_bn", False, True)
+    known = {**before, "sync_bn": True}
+    assert changed_setting(known, TrainConfig(sync_bn=True), fixed_settings()) is None
 
 
 def test_flags_beat_the_file_which_beats_the_recipe(tmp_path: Path) -> None:
@@ -79,6 +126,9 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "images per GPU (per process on CPUs) (default 256)" in text
+    assert "{auto,cpu,cuda}" in text
+    known = ",".join(ARCHITECTURES)
+    assert f"--arch {{{known},torchvision/NAME,timm/NAME,MODULE:FUNCTION}}" in text
 
 
 @pytest.mark.parametrize(
@@ -98,9 +148,8 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
         (["--nesterov", "--momentum", "0"], "nesterov needs a momentum"),
         (["--learning-rate", "1"], "unrecognized arguments"),
         (["--kernels", "hip"], "kernels must be one of"),
-        (["--kernels", "cuda", "--fold-bn", "all"], "fold_bn must be none for kernels cuda"),
+        (["--kernels", "cuda", "--fold-bn", "all"], "unrecognized arguments: --fold-bn all"),
         (["--kernels", "cuda", "--precision", "fp32"], "kernels cuda needs precision bf16 or fp16"),
-        (["--sync-bn", "--fold-bn", "1x1"], "fold_bn must be none with sync_bn, got '1x1'"),
         (["--optimizer", "adam"], "optimizer must be one of"),
         (["--optimizer", "apex_sgd"], "add --no-graph"),
         (["--profile", "100"], "profile must look like 100:110"),

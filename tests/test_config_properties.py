@@ -19,15 +19,16 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsfast import config
-from rsfast.config import TrainConfig, parse_args
+from rsfast.config import TrainConfig, parse_args, rules_of
+from rsfast.models import ARCHITECTURES
 
 SETTINGS = settings(max_examples=250, derandomize=True, deadline=None, database=None)
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
+RULES = rules_of(TrainConfig)
 WITH_CHOICES = (
-    "arch bn distill crop flip val_crop normalize loader precision decay device kernels optimizer"
+    "bn distill crop flip val_crop normalize loader precision decay device kernels optimizer"
 )
-CHOICES = {name: config._CHOICES[name] for name in WITH_CHOICES.split()}
+CHOICES = {name: RULES[name].choices or () for name in WITH_CHOICES.split()}
 # What a plain test would choose to put around the one bad thing.
 GOOD: dict[str, Any] = {"epochs": 3, "lr": 0.5, "nesterov": True, "val_crop": "none", "data": "x"}
 
@@ -66,6 +67,13 @@ def is_number(text: str, kind: type) -> bool:
 def profile_like(text: str) -> bool:
     first, _, last = text.partition(":")
     return first.isdecimal() and last.isdecimal() and int(first) < int(last)
+
+
+def arch_like(text: str) -> bool:
+    """Whether it names a network, or could name somebody's function."""
+    module, colon, function = text.partition(":")
+    own = bool(colon) and module.replace(".", "_").isidentifier() and function.isidentifier()
+    return text in ARCHITECTURES or text.startswith(("torchvision/", "timm/")) or own
 
 
 def climbing(numbers: list[int]) -> bool:
@@ -111,6 +119,7 @@ bad_values = st.one_of(
         if name != "distill"
     ),
     pairs(["distill"], words.filter(lambda text: text not in (*CHOICES["distill"], "ens"))),
+    pairs(["arch"], words.filter(lambda text: not arch_like(text))),
     pairs(["warmup_epochs"], st.floats(min_value=1000.0)),
     pairs(["restart_epoch"], st.just(True)),
     pairs(["momentum"], st.just(0.0)),  # with the Nesterov momentum of GOOD

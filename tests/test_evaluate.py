@@ -10,11 +10,11 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import RSNet, create_model, evaluate
-from rsfast.training import checkpoint
 from rsfast.data import val_loader
+from rsfast.files.tables import read_columns
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
-from rsfast.files.tables import read_columns
+from rsfast.training import checkpoint
 
 PIL = ["--loader", "pil", "--workers", "0", "--batch-size", "4"]
 

@@ -18,7 +18,7 @@ from rsfast.kernels.common.launch import OPTIONS, on_device_of
 from rsfast.kernels.common.levels import Affine
 from rsfast.kernels.common.tiles import find_chunk, find_map
 from rsfast.kernels.switchable_bn_act.backward import finalize_sums
-from rsfast.kernels.switchable_bn_act.tiles import activate, load_affine
+from rsfast.kernels.switchable_bn_act.tiles import gradient_before, load_affine
 
 __all__ = ["backward"]
 
@@ -95,9 +95,7 @@ def _bn_act_max_pool_bwd_kernel(
                         dz += tl.where(largest == in_window, dy, 0.0)
                 offsets = (corner + (down * width + right)) * C + cols[None, :]
                 x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32) - mean[None, :]
-                if ACTIVATION is not None:
-                    _z, kept = activate(x * scale[None, :] + beta[None, :], ACTIVATION)
-                    dz = tl.where(kept, dz, 0.0)
+                dz = gradient_before(dz, x * scale[None, :] + beta[None, :], ACTIVATION)
                 if WRITE_DX:
                     dx = scale[None, :] * (dz - mean_dz[None, :] - x * slope[None, :])
                     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
@@ -131,7 +129,7 @@ def backward(
     """
     chunks = share_out_windows(sizes, num_images, banks, x.shape[1])
     dx = torch.empty_like(x)
-    partial = x.new_empty(2, chunks.count, x.shape[1], dtype=torch.float32)
+    partial = x.new_empty(2, chunks.total, x.shape[1], dtype=torch.float32)
 
     def launch(partial: Tensor | None, sums: Tensor | None, dx: Tensor | None) -> None:
         with on_device_of(x):

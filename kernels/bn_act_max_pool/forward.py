@@ -81,8 +81,7 @@ def _bn_act_max_pool_fwd_kernel(
                 largest = tl.where(x > best, 3 * down + right + 4, largest)
                 best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
         y = (best * sign[None, :] - mean[None, :]) * scale[None, :] + beta[None, :]
-        if ACTIVATION is not None:
-            y, _kept = activate(y, ACTIVATION)
+        y = activate(y, ACTIVATION)
         offsets = (first + start + lanes) * C + cols[None, :]
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(largest_ptr + offsets, largest.to(tl.uint8), mask=mask)

@@ -42,9 +42,12 @@ from rsfast.kernels.common.levels import Affine, Levels, Norm, rows_of_levels
 from rsfast.kernels.common.ranks import average_over_ranks
 from rsfast.kernels.common.windows import conv2d_sizes
 from rsfast.kernels.switchable_bn_act.op import batch_statistics
-from rsfast.kernels.switchable_bn_act.reference import ACTIVATIONS
 
 __all__ = ["bn_act_max_pool"]
+
+# Of those of batch norm the ones that never turn an order around: the largest pixel is the largest
+# before the activation too.
+MONOTONIC_ACTIVATIONS = (None, "relu", "relu6")
 
 
 @torch.library.custom_op("rsfast::bn_act_max_pool_fwd", mutates_args=())
@@ -208,7 +211,8 @@ def bn_act_max_pool(
         sizes: (H, W) of each of the L levels.
         num_images: N.
         banks: the set of each level.
-        activation: None, "relu" or "relu6".
+        activation: None, "relu" or "relu6". SiLU and Hardswish fall before they rise, so that the
+            largest input may not give the largest output; no backend takes them here.
         training: use (and track) batch statistics instead of running ones.
         momentum: weight of the batch in the running statistics, as in PyTorch.
         eps: added to the variance.
@@ -227,7 +231,7 @@ def bn_act_max_pool(
     check_rows(x)
     check_batch_norm(norm, x.shape[1], len(sizes), levels.banks)
     check_rows(x, levels.rows)
-    check_activation(activation, ACTIVATIONS)
+    check_activation(activation, MONOTONIC_ACTIVATIONS)
     if without_extension(check_backend(backend, "cuda")) == "torch":
         return bn_act_max_pool_reference(
             x,

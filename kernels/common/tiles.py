@@ -32,7 +32,7 @@ class Chunks(NamedTuple):
     """How rows and channels are shared out between programs."""
 
     rows: int  # of a chunk
-    count: int  # chunks of all levels
+    total: int  # chunks of all levels
     grid: tuple[int, int]  # of programs: groups of channels, chunks
     levels: tuple[tuple[int, ...], tuple[int, ...], int]  # level_rows, banks and chunk_rows
     tile: dict[str, int]  # BLOCK_M, BLOCK_C
@@ -53,11 +53,11 @@ def share_out(levels: Levels, num_channels: int, elements: int = TILE_ELEMENTS) 
     groups = triton.cdiv(num_channels, block_c)
     wanted = max(PROGRAMS // groups - len(levels.rows), 1)
     rows = triton.cdiv(triton.cdiv(sum(levels.rows), wanted), block_m) * block_m
-    count = sum(triton.cdiv(level, rows) for level in levels.rows)
+    total = sum(triton.cdiv(level, rows) for level in levels.rows)
     return Chunks(
         rows=rows,
-        count=count,
-        grid=(groups, count),
+        total=total,
+        grid=(groups, total),
         levels=(level_arguments(levels.rows), level_arguments(levels.banks), rows),
         tile={"BLOCK_M": block_m, "BLOCK_C": block_c},
         sizes={"L": len(levels.rows), "C": num_channels},

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 __all__ = ["Geometry", "IntOrPair", "conv2d_sizes", "geometry_of"]
 
 IntOrPair = int | Sequence[int]
 
 
 class Geometry(NamedTuple):
-    """Along the height and the width."""
+    """Pairs, for the height and the width."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
 
 
 def geometry_of(stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair) -> Geometry:
@@ -66,19 +68,16 @@ def conv2d_sizes(
         if min(height, width) < 1:
             raise ValueError(
                 f"level {level} of {size[0]}x{size[1]} pixels has none left behind a kernel of "
-                f"{window[0]}x{window[1]} with padding {geometry.padding} and dilation "
-                f"{geometry.dilation}"
+                f"{window[0]}x{window[1]} with padding {tuple(geometry.padding)} and "
+                f"dilation {tuple(geometry.dilation)}"
             )
         results.append((height, width))
     return tuple(results)
 
 
 def _pair(name: str, value: IntOrPair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if (
-        isinstance(pair, str)
-        or len(pair) != 2
-        or not all(isinstance(part, int) and part >= least for part in pair)
-    ):
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    # While a compiler traces with sizes unknown, those of a weight are SymInt.
+    if len(pair) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= least for n in pair):
         raise ValueError(f"{name} must be an int or two, at least {least}, got {value!r}")
     return pair[0], pair[1]

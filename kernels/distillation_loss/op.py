@@ -54,7 +54,7 @@ __all__ = ["distillation_loss", "distillation_loss_and_gradients"]
 MAX_RESOLUTIONS = 8  # of the Triton kernel: registers
 
 
-def _teacher_range(mode: str, num_resolutions: int) -> tuple[int, int, float]:
+def teacher_range(mode: str, num_resolutions: int) -> tuple[int, int, float]:
     """(first, last, weight): student s has the teachers first..last below s, all of one weight."""
     weights = teacher_weights(mode, num_resolutions)[-1]
     teachers = [t for t, weight in enumerate(weights) if weight]
@@ -67,7 +67,7 @@ def _distillation_loss_fwd(
 ) -> Tensor:
     """[3] float32: ce, ensemble, distill."""
     terms = logits.new_empty(logits.shape[1], 3, dtype=torch.float32)
-    teachers = _teacher_range(mode, len(logits))
+    teachers = teacher_range(mode, len(logits))
     load_kernels("distillation_loss.forward").launch(
         logits, labels, alpha, teachers, label_smoothing, terms=terms
     )
@@ -95,7 +95,7 @@ def _distillation_loss_bwd(
         logits,
         labels,
         alpha,
-        _teacher_range(mode, len(logits)),
+        teacher_range(mode, len(logits)),
         label_smoothing,
         upstream=upstream,
         dlogits=dlogits,
@@ -132,7 +132,7 @@ def _distillation_loss_fwd_bwd(
         logits,
         labels,
         alpha,
-        _teacher_range(mode, len(logits)),
+        teacher_range(mode, len(logits)),
         label_smoothing,
         terms=sums[:, :3],
         upstream=upstream,

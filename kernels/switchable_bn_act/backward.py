@@ -14,8 +14,8 @@ from rsfast.kernels.common.levels import Affine, Levels
 from rsfast.kernels.common.tiles import Chunks, find_chunk, share_out
 from rsfast.kernels.switchable_bn_act.tiles import (
     FINALIZE_OPTIONS,
-    activate,
     finalize_tile,
+    gradient_before,
     load_affine,
     load_invstd,
     mask_tile,
@@ -25,9 +25,10 @@ __all__ = ["backward", "finalize_sums"]
 
 
 @triton.jit
-def _load_kept_dy(
+def _load_dz(
     dy_ptrs,  # [BLOCK_M, BLOCK_C]
-    mask_ptrs,  # [BLOCK_M, BLOCK_C / 8] or None
+    residual_ptrs,  # [BLOCK_M, BLOCK_C]
+    mask_ptrs,  # [BLOCK_M, BLOCK_C / 8]
     mask,  # [BLOCK_M, BLOCK_C], rows_inside [BLOCK_M, 1] without the columns
     rows_inside,
     bytes_inside,  # [1, BLOCK_C / 8]
@@ -35,20 +36,22 @@ def _load_kept_dy(
     scale,
     beta,
     ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient before the activation: dy where the activation has a gradient, else 0."""
+    """Gradient before the activation."""
     dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION is not None:
-        if HAS_MASK:
-            packed = tl.load(mask_ptrs, mask=rows_inside & bytes_inside, other=0).to(tl.int32)
-            bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-            kept = tl.reshape(bits, (BLOCK_M, BLOCK_C)) != 0
-        else:
-            _, kept = activate(x_centered * scale[None, :] + beta[None, :], ACTIVATION)
-        dy = tl.where(kept, dy, 0.0)
+    if HAS_MASK:
+        packed = tl.load(mask_ptrs, mask=rows_inside & bytes_inside, other=0).to(tl.int32)
+        bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        dy = tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_C)) != 0, dy, 0.0)
+    else:
+        z = x_centered * scale[None, :] + beta[None, :]
+        if HAS_RESIDUAL:
+            z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dy = gradient_before(dy, z, ACTIVATION)
     return dy
 
 
@@ -56,12 +59,13 @@ def _load_kept_dy(
 def _bn_bwd_reduce_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]
-    mask_ptr,  # [M, ceil(C / 8)] uint8 or None: without it the mask is recomputed from x
+    residual_ptr,  # [M, C] or None: where dz is computed from it, and not from a mask
+    mask_ptr,  # [M, ceil(C / 8)] uint8 or None: without it dz is computed from x
     mean_ptr,  # [L, C] of the batch or [B, C] running, float32
     var_ptr,  # like mean_ptr, biased
     gamma_ptr,  # [B, C] float32
     beta_ptr,  # [B, C] float32
-    partial_ptr,  # [2, chunks, C] float32: sums of dy and of dy * (x - mean), fully overwritten
+    partial_ptr,  # [2, chunks, C] float32: sums of dz and of dz * (x - mean), fully overwritten
     level_rows,
     banks,
     chunk_rows,
@@ -70,6 +74,7 @@ def _bn_bwd_reduce_kernel(
     C: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -85,17 +90,20 @@ def _bn_bwd_reduce_kernel(
     offsets = lanes * C + cols[None, :]
     x_ptrs = x_ptr + first * C + offsets
     dy_ptrs = dy_ptr + first * C + offsets
-    mask_ptrs, bytes_inside = dy_ptrs, True
+    mask_ptrs, bytes_inside, residual_ptrs = dy_ptrs, True, dy_ptrs
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + first * C + offsets
     if HAS_MASK:
         mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
-    sum_dy = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    sum_dy_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dz_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_M):
         rows_inside = start + lanes < count
         mask = rows_inside & (cols < C)[None, :]
         x_centered = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-        dy = _load_kept_dy(
+        dz = _load_dz(
             dy_ptrs,
+            residual_ptrs,
             mask_ptrs,
             mask,
             rows_inside,
@@ -104,19 +112,22 @@ def _bn_bwd_reduce_kernel(
             scale,
             beta,
             ACTIVATION,
+            HAS_RESIDUAL,
             HAS_MASK,
             BLOCK_M,
             BLOCK_C,
         )
-        sum_dy += dy
-        sum_dy_x += dy * x_centered
+        sum_dz += dz
+        sum_dz_x += dz * x_centered
         x_ptrs += BLOCK_M * C
         dy_ptrs += BLOCK_M * C
+        if HAS_RESIDUAL:
+            residual_ptrs += BLOCK_M * C
         if HAS_MASK:
             mask_ptrs += BLOCK_M * ((C + 7) // 8)
     partial_ptr += chunk.to(tl.int64) * C + cols
-    tl.store(partial_ptr, tl.sum(sum_dy, 0), mask=cols < C)
-    tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dy_x, 0), mask=cols < C)
+    tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=cols < C)
+    tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dz_x, 0), mask=cols < C)
 
 
 @triton.jit(do_not_specialize=["stride_partial"])
@@ -148,17 +159,17 @@ def _bn_bwd_finalize_kernel(
     for level in tl.static_range(L):
         chunks = tl.cdiv((level_rows[level] >> 1) - 1, chunk_rows)
         if (banks[level] >> 1) - 1 == bank:
-            sum_dy = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-            sum_dy_x = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            sum_dz = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            sum_dz_x = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
             for start in range(0, chunks, BLOCK_K):
                 index = start + lanes
                 mask = (index < chunks) & inside[None, :]
                 ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
-                sum_dy += tl.load(ptrs, mask=mask, other=0.0)
-                sum_dy_x += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
+                sum_dz += tl.load(ptrs, mask=mask, other=0.0)
+                sum_dz_x += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
             row = level if BATCH_STATISTICS else bank
-            level_dbeta = tl.sum(sum_dy, 0)
-            level_dgamma = tl.sum(sum_dy_x, 0) * load_invstd(var_ptr, row, cols, eps, C)
+            level_dbeta = tl.sum(sum_dz, 0)
+            level_dgamma = tl.sum(sum_dz_x, 0) * load_invstd(var_ptr, row, cols, eps, C)
             tl.store(sums_ptr + level * C + cols, level_dbeta, mask=inside)
             tl.store(sums_ptr + (L + level) * C + cols, level_dgamma, mask=inside)
             dbeta += level_dbeta
@@ -172,14 +183,15 @@ def _bn_bwd_finalize_kernel(
 def _bn_bwd_apply_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]
-    mask_ptr,  # [M, ceil(C / 8)] uint8 or None: without it the mask is recomputed from x
+    residual_ptr,  # [M, C] or None: where dz is computed from it, and not from a mask
+    mask_ptr,  # [M, ceil(C / 8)] uint8 or None: without it dz is computed from x
     mean_ptr,  # [L, C] of the batch or [B, C] running, float32
     var_ptr,  # like mean_ptr, biased
     gamma_ptr,  # [B, C] float32
     beta_ptr,  # [B, C] float32
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level
     dx_ptr,  # [M, C] like x, fully overwritten
-    dresidual_ptr,  # [M, C] like x, fully overwritten; None without a mask
+    dresidual_ptr,  # [M, C] like x, fully overwritten; None without residual and mask
     level_rows,
     banks,
     chunk_rows,
@@ -188,6 +200,7 @@ def _bn_bwd_apply_kernel(
     C: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -202,26 +215,30 @@ def _bn_bwd_apply_kernel(
     mean, scale, beta, invstd = load_affine(
         mean_ptr, var_ptr, gamma_ptr, beta_ptr, row, bank, cols, eps, C
     )
-    mean_dy = tl.zeros((BLOCK_C,), tl.float32)
+    mean_dz = tl.zeros((BLOCK_C,), tl.float32)
     slope = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH_STATISTICS:
-        mean_dy = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / total
+        mean_dz = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / total
         slope = tl.load(sums_ptr + (L + level) * C + cols, mask=inside, other=0.0)
         slope *= invstd / total
     offsets = lanes * C + cols[None, :]
     x_ptrs = x_ptr + first * C + offsets
     dy_ptrs = dy_ptr + first * C + offsets
     dx_ptrs = dx_ptr + first * C + offsets
-    mask_ptrs, bytes_inside = dy_ptrs, True
-    if HAS_MASK:
+    mask_ptrs, bytes_inside, residual_ptrs = dy_ptrs, True, dy_ptrs
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + first * C + offsets
+    if HAS_RESIDUAL or HAS_MASK:
         dresidual_ptrs = dresidual_ptr + first * C + offsets
+    if HAS_MASK:
         mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
     for start in range(0, count, BLOCK_M):
         rows_inside = start + lanes < count
         mask = rows_inside & inside[None, :]
         x_centered = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-        dy = _load_kept_dy(
+        dz = _load_dz(
             dy_ptrs,
+            residual_ptrs,
             mask_ptrs,
             mask,
             rows_inside,
@@ -230,18 +247,21 @@ def _bn_bwd_apply_kernel(
             scale,
             beta,
             ACTIVATION,
+            HAS_RESIDUAL,
             HAS_MASK,
             BLOCK_M,
             BLOCK_C,
         )
-        if HAS_MASK:
-            tl.store(dresidual_ptrs, dy.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if HAS_RESIDUAL or HAS_MASK:
+            tl.store(dresidual_ptrs, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
             dresidual_ptrs += BLOCK_M * C
-        dx = scale[None, :] * (dy - mean_dy[None, :] - x_centered * slope[None, :])
+        dx = scale[None, :] * (dz - mean_dz[None, :] - x_centered * slope[None, :])
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         x_ptrs += BLOCK_M * C
         dy_ptrs += BLOCK_M * C
         dx_ptrs += BLOCK_M * C
+        if HAS_RESIDUAL:
+            residual_ptrs += BLOCK_M * C
         if HAS_MASK:
             mask_ptrs += BLOCK_M * ((C + 7) // 8)
 
@@ -249,6 +269,7 @@ def _bn_bwd_apply_kernel(
 def backward(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     mask: Tensor | None,
     affine: Affine,
     levels: Levels,
@@ -260,24 +281,32 @@ def backward(
     eps: float,
     join: Callable[[Tensor], object] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills `dx`, and with a mask `dresidual`; dweight and dbias [B, C]. Three launches.
+    """Fills `dx`, and `dresidual` where given; dweight and dbias [B, C]. Three launches.
 
+    What the activation did comes from `mask` where there is one, else from x and `residual`.
     `join` makes the sums of each level, [2, L, C], those of all ranks before dx is computed.
     """
     num_channels = x.shape[1]
     chunks = share_out(levels, num_channels)
-    partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
+    partial = x.new_empty(2, chunks.total, num_channels, dtype=torch.float32)
     sizes = {**chunks.sizes, "BATCH_STATISTICS": batch_statistics}
-    streaming = {"ACTIVATION": activation, "HAS_MASK": mask is not None, **chunks.tile, **OPTIONS}
+    streaming = {
+        "ACTIVATION": activation,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_MASK": mask is not None,
+        **chunks.tile,
+        **OPTIONS,
+    }
+    read = dy, x, residual, mask, *affine
     with on_device_of(x):
         _bn_bwd_reduce_kernel[chunks.grid](
-            dy, x, mask, *affine, partial, *chunks.levels, eps, **sizes, **streaming
+            *read, partial, *chunks.levels, eps, **sizes, **streaming
         )
         sums, dweight, dbias = finalize_sums(partial, affine, chunks, eps, batch_statistics)
         if join is not None:
             join(sums)
         _bn_bwd_apply_kernel[chunks.grid](
-            dy, x, mask, *affine, sums, dx, dresidual, *chunks.levels, eps, **sizes, **streaming
+            *read, sums, dx, dresidual, *chunks.levels, eps, **sizes, **streaming
         )
     return dweight, dbias
 

@@ -16,9 +16,23 @@ from torch import Tensor
 from rsfast.kernels.common.backend import load_extension
 from rsfast.kernels.common.levels import Levels, Norm
 
-__all__ = ["switchable_bn_act_one_pass"]
+__all__ = ["check_one_pass_activation", "switchable_bn_act_one_pass"]
 
 _VECTOR = 8  # channels that a thread reads at once
+_ACTIVATIONS = (None, "relu", "relu6")
+
+
+def check_one_pass_activation(activation: str | None) -> None:
+    """Refuses an activation that the kernels do not compute.
+
+    Raises:
+        ValueError: unless it is None, "relu" or "relu6".
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {list(_ACTIVATIONS)} for backend cuda, "
+            f"got {activation!r}: choose backend triton"
+        )
 
 
 def _check_rows(x: Tensor) -> None:

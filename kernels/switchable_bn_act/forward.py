@@ -19,6 +19,7 @@ from rsfast.kernels.switchable_bn_act.tiles import (
     FINALIZE_OPTIONS,
     activate,
     finalize_tile,
+    keeps_gradient,
     load_affine,
     load_origin,
     mask_tile,
@@ -144,7 +145,7 @@ def _bn_apply_kernel(
     L: tl.constexpr,
     C: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # None, "relu" or "relu6"
+    ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WRITE_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -174,13 +175,13 @@ def _bn_apply_kernel(
         if HAS_RESIDUAL:
             y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
             residual_ptrs += BLOCK_M * C
-        if ACTIVATION is not None:
-            y, kept = activate(y, ACTIVATION)
-            if WRITE_MASK:
-                bits = tl.reshape(kept.to(tl.int32), (BLOCK_M, BLOCK_C // 8, 8))
-                packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
-                tl.store(mask_ptrs, packed, mask=rows_inside & bytes_inside)
-                mask_ptrs += BLOCK_M * ((C + 7) // 8)
+        if WRITE_MASK:
+            kept = keeps_gradient(y, ACTIVATION)
+            bits = tl.reshape(kept.to(tl.int32), (BLOCK_M, BLOCK_C // 8, 8))
+            packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+            tl.store(mask_ptrs, packed, mask=rows_inside & bytes_inside)
+            mask_ptrs += BLOCK_M * ((C + 7) // 8)
+        y = activate(y, ACTIVATION)
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
         x_ptrs += BLOCK_M * C
         y_ptrs += BLOCK_M * C
@@ -197,7 +198,7 @@ def batch_statistics(
     """Mean and biased variance [L, C] of each level; moves the running statistics. Two launches."""
     num_channels = x.shape[1]
     chunks = share_out(levels, num_channels)
-    partial = x.new_empty(2, chunks.count, num_channels, dtype=torch.float32)
+    partial = x.new_empty(2, chunks.total, num_channels, dtype=torch.float32)
     mean = x.new_empty(len(levels.rows), num_channels, dtype=torch.float32)
     var = torch.empty_like(mean)
     final = finalize_tile(num_channels)

@@ -21,9 +21,12 @@ Overwritten in place: running_mean, running_var, num_batches_tracked (training o
 
 Backend "triton": statistics, finalise, apply (evaluation: apply), and reduce, finalise, apply, each
 launch over all levels. It moves 3 elements per element forward (2 reads, 1 write) and 5 backward
-(4, 1); a residual adds 1 and 1. Where the gradient flows is recomputed from x, or kept as one bit
-per element when there is a residual: y is not read again. In 16 bits that is 16 bytes per element,
-20.4 with a residual; at 4.3 TB/s 3.7 and 4.7 ps.
+(4, 1); a residual adds 1 and 1. The gradient of the activation is recomputed from x; behind a
+residual that of ReLU and ReLU6 is kept as one bit per element, and that of SiLU and Hardswish,
+silu'(z) = s (1 + z (1 - s)) with s = 1 / (1 + exp(-z)) and hardswish'(z) = z / 3 + 1 / 2 between -3
+and 3, is computed from x and the residual, which adds 2 reads. y is not read again. In 16 bits that
+is 16 bytes per element, 20.4 with a residual and ReLU, 24 with a residual and SiLU; at 4.3 TB/s
+3.7, 4.7 and 5.6 ps.
 
 Backend "cuda", training: one launch each way, which reads once what the chip can hold
 (:mod:`rsfast.kernels.switchable_bn_act.cuda`). Evaluation, and statistics over all ranks, are as
@@ -52,10 +55,17 @@ from rsfast.kernels.common.ranks import (
     joint_moments,
     move_running_statistics,
 )
-from rsfast.kernels.switchable_bn_act.cuda import switchable_bn_act_one_pass
+from rsfast.kernels.switchable_bn_act.cuda import (
+    check_one_pass_activation,
+    switchable_bn_act_one_pass,
+)
 from rsfast.kernels.switchable_bn_act.reference import ACTIVATIONS, switchable_bn_act_reference
 
 __all__ = ["batch_statistics", "switchable_bn_act"]
+
+# Their gradient is 0 or 1, so a bit says after a residual what it was. Of the others it is computed
+# from x and the residual.
+_CUTTING = ("relu", "relu6")
 
 
 @torch.library.custom_op(
@@ -111,7 +121,7 @@ def _fwd(
     """y, and the bits of the mask [M, ceil(C / 8)] uint8 (no rows without `save_mask`).
 
     `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
-    The backward of an activation after a residual needs the mask; of others it does without.
+    The backward of a ReLU after a residual needs the mask; of others it does without.
     `synced` is for the backward.
     """
     y, mask = torch.empty_like(x), _empty_mask(x, save_mask)
@@ -143,6 +153,7 @@ def _empty_mask(x: Tensor, save_mask: bool) -> Tensor:
 def _bwd(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     mask: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -156,16 +167,20 @@ def _bwd(
     eps: float,
     synced: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual (no rows where `mask` has none), dweight and dbias."""
-    dx, dresidual = torch.empty_like(x), x.new_empty(mask.shape[0], x.shape[1])
+    """dx, dresidual (no rows without `residual` and where `mask` has none), dweight and dbias.
+
+    `residual` is for an activation whose gradient is computed from it.
+    """
+    dx, dresidual = torch.empty_like(x), _empty_dresidual(x, residual, mask)
     dweight, dbias = load_kernels("switchable_bn_act.backward").backward(
         dy.contiguous(),  # a sum's gradient has strides of 0
         x,
+        residual,
         mask if len(mask) else None,
         Affine(mean, var, weight, bias),
         Levels(level_rows, banks),
         dx,
-        dresidual if len(mask) else None,
+        dresidual if len(dresidual) else None,
         activation=activation,
         batch_statistics=batch_statistics,
         eps=eps,
@@ -178,15 +193,20 @@ def _bwd(
 def _(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     mask: Tensor,
     mean: Tensor,
     var: Tensor,
     weight: Tensor,
-    *_: Any,
-    **__: Any,
-) -> tuple[Tensor, ...]:
-    dresidual = x.new_empty(mask.shape[0], x.shape[1])
-    return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(weight)
+    bias: Tensor,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dresidual = _empty_dresidual(x, residual, mask)
+    return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _empty_dresidual(x: Tensor, residual: Tensor | None, mask: Tensor) -> Tensor:
+    return x.new_empty(mask.shape[0] if residual is None else x.shape[0], x.shape[1])
 
 
 def _setup_context(
@@ -199,11 +219,13 @@ def _setup_context(
     _, mask = output
     ctx.settings = {k: v for k, v in keyword_only_inputs.items() if k != "save_mask"}
     ctx.has_residual = residual is not None
-    if ctx.has_residual and ctx.settings["activation"] is not None and not len(mask):
-        raise ValueError("save_mask must be True for gradients of an activation after a residual")
+    activation = ctx.settings["activation"]
+    if ctx.has_residual and activation in _CUTTING and not len(mask):
+        raise ValueError("save_mask must be True for gradients of a ReLU after a residual")
     ctx.set_materialize_grads(False)  # none of zeros for the mask
     ctx.mark_non_differentiable(mask)
-    ctx.save_for_backward(x, mask, *affine)
+    keeps_residual = activation is not None and activation not in _CUTTING
+    ctx.save_for_backward(x, residual if keeps_residual else None, mask, *affine)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -261,7 +283,7 @@ def _on_triton(
         banks=levels.banks,
         activation=activation,
         batch_statistics=training,
-        save_mask=activation is not None and residual is not None and torch.is_grad_enabled(),
+        save_mask=activation in _CUTTING and residual is not None and torch.is_grad_enabled(),
         eps=eps,
         synced=synced and training,
     )
@@ -300,7 +322,7 @@ def switchable_bn_act(
         level_rows: rows of each level; their sum is M.
         banks: the set each level uses, each in [0, B).
         residual: [M, C] like `x`, added before the activation.
-        activation: None, "relu" or "relu6".
+        activation: None, "relu", "relu6", "silu" or "hardswish"; for "cuda" one of the first three.
         training: use (and track) batch statistics instead of running ones.
         momentum: weight of the batch in the running statistics, as in PyTorch.
         eps: added to the variance.
@@ -336,6 +358,8 @@ def switchable_bn_act(
             eps=eps,
             synced=synced,
         )
+    if backend == "cuda":
+        check_one_pass_activation(activation)
     check_batch_norm_for_triton(x, norm, levels, residual)
     if backend == "cuda" and training and not synced:
         return switchable_bn_act_one_pass(x, norm, levels, residual, activation, momentum, eps)

@@ -3,7 +3,7 @@ equations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,13 @@ from rsfast.kernels.common.ranks import joint_batch_norm
 
 __all__ = ["ACTIVATIONS", "switchable_bn_act_levels", "switchable_bn_act_reference"]
 
-_FUNCTIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
+_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
 ACTIVATIONS = tuple(_FUNCTIONS)
 
 

@@ -11,6 +11,8 @@ __all__ = [
     "FINALIZE_OPTIONS",
     "activate",
     "finalize_tile",
+    "gradient_before",
+    "keeps_gradient",
     "load_affine",
     "load_invstd",
     "load_origin",
@@ -150,15 +152,54 @@ def mask_tile(
 
 
 @triton.jit
+def _sigmoid(z):
+    # Below -80 it is as good as 0. Lanes without a row get there wherever a variance is tiny, and
+    # exp would overflow: no harm on a GPU, an error in the interpreter.
+    return tl.sigmoid(tl.maximum(z, -80.0))
+
+
+@triton.jit
 def activate(
-    y,
+    z,
+    ACTIVATION: tl.constexpr,  # None, "relu", "relu6", "silu" or "hardswish", as everywhere
+):
+    """act(z); NaN stays NaN."""
+    if ACTIVATION == "silu":
+        z = z * _sigmoid(z)
+    elif ACTIVATION == "hardswish":
+        z = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    elif ACTIVATION is not None:
+        z = tl.where(z <= 0, 0.0, z)
+        if ACTIVATION == "relu6":
+            z = tl.where(z >= 6, 6.0, z)
+    return z
+
+
+@triton.jit
+def keeps_gradient(
+    z,
+    ACTIVATION: tl.constexpr,  # "relu" or "relu6"
+):
+    """Where act(z) has a gradient; NaN does."""
+    cut = z <= 0
+    if ACTIVATION == "relu6":
+        cut = cut | (z >= 6)
+    return ~cut
+
+
+@triton.jit
+def gradient_before(
+    dy,
+    z,
     ACTIVATION: tl.constexpr,
 ):
-    """(act(y), where it has a gradient); NaN stays NaN."""
-    cut = y <= 0
-    y = tl.where(cut, 0.0, y)
-    if ACTIVATION == "relu6":
-        above = y >= 6
-        y = tl.where(above, 6.0, y)
-        cut = cut | above
-    return y, ~cut
+    """dz, the gradient before the activation."""
+    if ACTIVATION == "silu":
+        share = _sigmoid(z)
+        dy *= share * (1.0 + z * (1.0 - share))
+    elif ACTIVATION == "hardswish":
+        slope = tl.where(z >= 3, 1.0, z * (1.0 / 3.0) + 0.5)
+        dy *= tl.where(z <= -3, 0.0, slope)
+    elif ACTIVATION is not None:
+        dy = tl.where(keeps_gradient(z, ACTIVATION), dy, 0.0)
+    return dy

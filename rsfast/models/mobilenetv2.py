@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
@@ -36,7 +37,7 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(
             *layers,
             _conv_bn_relu6(width, width, 3, stride, groups=width),
-            nn.Conv2d(width, out_channels, 1, bias=False),
+            _conv(width, out_channels, 1),
             nn.BatchNorm2d(out_channels),
         )
 
@@ -66,19 +67,29 @@ class MobileNetV2(nn.Module):
                 fan_out = math.prod(module.kernel_size) * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         # At torchvision's place behind a dropout, which the authors do not have.
-        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(_WIDTH_OUT, num_classes))
-        nn.init.normal_(self.classifier[1].weight, 0.0, 0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        linear = nn.Linear(_WIDTH_OUT, num_classes)
+        nn.init.normal_(linear.weight, 0.0, 0.01)
+        nn.init.zeros_(linear.bias)
+        self.classifier = nn.Sequential(nn.Identity(), linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+def _conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    padding = size // 2
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, groups=groups, bias=False)
+    # Random weights are drawn in the order in which they lie in memory.
+    return conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _conv_bn_relu6(
     in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False),
+        _conv(in_channels, out_channels, size, stride, groups),
         nn.BatchNorm2d(out_channels),
         nn.ReLU6(inplace=True),
     )

@@ -23,6 +23,7 @@ from rsfast.pyramid import SwitchableBatchNorm2d
 __all__ = ["alpha_of", "from_state_dict", "is_official", "key_map", "load", "save"]
 
 _DEFAULT_RESOLUTIONS = (224, 192, 160, 128, 96)
+_ALIKE = 0.9  # share of layers, above which one that is missing is taken for damage
 _BN_FIELDS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -70,10 +71,7 @@ def from_state_dict(content: dict[str, Any], resolutions: Sequence[int] | None =
             f"got {tuple(resolutions)}"
         )
     arch = _guess_arch(state)
-    bias = next((key for key in state if key.endswith(".module.bias")), None)
-    if bias is None:
-        raise ValueError(f"checkpoint lacks the bias of the classifier, which a {arch} has")
-    num_classes = state[bias].shape[0]
+    num_classes = state[f"{_classifier_name(arch)}.module.weight"].shape[0]
     model = create_model(arch, resolutions, num_classes)
     entries = key_map(model)
     tensors = model.state_dict()  # shares memory with the network
@@ -137,28 +135,38 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _guess_arch(state: dict[str, Tensor]) -> str:
-    """The network of rsfast whose convolutions and classifier have the names and shapes here."""
-    shapes = {
-        key: tuple(tensor.shape) for key, tensor in state.items() if key.endswith(".module.weight")
+def _classifier_name(arch: str) -> str:
+    """In their layout."""
+    return list(_shared_layers(arch))[-1].removesuffix(".module.weight")
+
+
+def _shared_layers(arch: str) -> dict[str, tuple[int, ...]]:
+    """Their keys of convolutions and classifier, in order, and shapes without output channels."""
+    network = NETWORKS[arch]
+    with torch.device("meta"):
+        layers = network.build(1).named_modules()
+    return {
+        f"{network.authors_name(name)}.module.weight": tuple(layer.weight.shape[1:])
+        for name, layer in layers
+        if isinstance(layer, nn.Conv2d | nn.Linear)
     }
-    for arch, network in NETWORKS.items():
-        with torch.device("meta"):
-            plain = network.build(1)
-        expected = {
-            f"{network.authors_name(name)}.module.weight": tuple(layer.weight.shape)
-            for name, layer in plain.named_modules()
-            if isinstance(layer, nn.Conv2d | nn.Linear)
-        }
-        # Except for the number of classes.
-        if {key: shape[1:] for key, shape in expected.items()} == {
-            key: shape[1:] for key, shape in shapes.items()
-        } and all(shape[0] == shapes[key][0] for key, shape in expected.items() if len(shape) == 4):
-            return arch
-    raise ValueError(
-        f"checkpoint fits no architecture of rsfast ({', '.join(NETWORKS)}): its "
-        f"{len(shapes)} shared layers are of another network"
-    )
+
+
+def _guess_arch(state: dict[str, Tensor]) -> str:
+    """The network that shares most layers with a checkpoint; what is missing is named later."""
+    found = {k: tuple(v.shape[1:]) for k, v in state.items() if k.endswith(".module.weight")}
+
+    def alike(arch: str) -> float:
+        expected = _shared_layers(arch)
+        return len(found.items() & expected.items()) / len(found.keys() | expected.keys())
+
+    best = max(NETWORKS, key=alike)
+    if alike(best) < _ALIKE or f"{_classifier_name(best)}.module.weight" not in found:
+        raise ValueError(
+            f"checkpoint fits no architecture of rsfast ({', '.join(NETWORKS)}): {best} is the "
+            f"nearest, and shares {alike(best):.0%} of its layers"
+        )
+    return best
 
 
 def key_map(model: RSNet) -> list[tuple[str, str, int | None]]:

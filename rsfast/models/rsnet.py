@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rsfast import kernels
 from rsfast.models import registry
 from rsfast.pyramid import Pyramid, SwitchableBatchNorm2d, check_resolutions
+from rsfast.pyramid.content import Content
 from rsfast.pyramid.convert import bn_mixture, to_single, to_switchable
 from rsfast.pyramid.dispatch import place_in_network
-from rsfast.pyramid.pyramid import Content
 from rsfast.pyramid.spatial import PaddedImages
 
 __all__ = ["BN_MODES", "RSNet", "convert", "create_model"]
@@ -201,31 +201,38 @@ def _convert(
     if bn not in BN_MODES:
         raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
     kernels.check_backend(backend, "cuda")
-    network = to_switchable(module, len(resolutions) if bn == "private" else 1)
-    network.to(memory_format=torch.channels_last)
-    model = RSNet(network, resolutions, 0, bn, arch)
-    model.num_classes = _try_out(model)
-    return model.use_backend(backend)
+    num_banks = len(resolutions) if bn == "private" else 1
+    # On a copy first: a network that is refused stays as it was.
+    trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn)
+    num_classes = _try_out(trial)
+    network = to_switchable(module, num_banks)
+    for param in network.parameters():
+        if param.dim() == 4:  # as convolutions of channels-last pixels read it
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
+    return RSNet(network, resolutions, num_classes, bn, arch).use_backend(backend)
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """A copy on the meta device: nothing is copied, and nothing is computed with it."""
+    memo: dict[int, Any] = {id(t): t.to("meta") for t in module.buffers()}
+    memo |= {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
+    }
+    return copy.deepcopy(module, memo)
 
 
 def _try_out(model: RSNet) -> int:
-    """Runs the network on images without content; returns the number of classes."""
-    # Every tensor of the copy is made anew on the meta device: nothing is copied or computed.
-    memo: dict[int, Any] = {id(t): t.to("meta") for t in model.buffers()}
-    memo |= {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
-    }
-    hollow = copy.deepcopy(model, memo).train()
+    """Runs a network of the meta device; returns the number of classes."""
     dtype = next(model.parameters()).dtype
     images = [torch.empty(2, _COLOURS, r, r, dtype=dtype, device="meta") for r in model.resolutions]
     try:
         with torch.no_grad():
-            return hollow(images).shape[-1]
+            return model.train()(images).shape[-1]
     except Exception as error:
         place = place_in_network(error.__traceback__)
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"network cannot be converted for {model.resolutions} pixels, {place}: {reason}"
+            f"network cannot be converted for {model.resolutions} pixels: {reason} (in {place})"
         ) from error
 
 

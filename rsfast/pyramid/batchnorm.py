@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsfast import kernels
-from rsfast.pyramid.pyramid import Content, Pyramid
+from rsfast.pyramid.content import Content
+from rsfast.pyramid.pyramid import Pyramid
 
 __all__ = ["PendingNorm", "SwitchableBatchNorm2d", "moved_by_forward"]
 
@@ -205,12 +206,14 @@ class PendingNorm:
 
     def _after(self, before: PendingNorm, content: Content) -> Pyramid:
         """What this adds to an earlier one, from the earlier one's rows."""
-        y = self.x.like(content.get())
+        y: Any = self.x.like(content.get())  # to torch functions a tensor
         if self.residual is not None and before.residual is None:
             y = y + self.residual
         if self.activation is not None and before.activation is None:
             y = y.map_rows(_ACTIVATIONS[self.activation])
-        return F.max_pool2d(y, 3, 2, 1) if self.pool else y
+        if self.pool:
+            y = F.max_pool2d(y, 3, 2, 1)
+        return y
 
     def _launch(self) -> Content:
         norm, x = self.norm, self.x

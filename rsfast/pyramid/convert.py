@@ -84,9 +84,8 @@ def _refuse(path: str, module: nn.Module) -> None:
     elif isinstance(module, _InstanceNorm):
         if module.track_running_stats:
             reason = "keeps running statistics of another kind"
-    elif hasattr(module, "running_var") and not isinstance(module, SwitchableBatchNorm2d):
-        if not type(module).__name__.startswith("Frozen"):
-            reason = "keeps batch statistics of another kind"
+    elif hasattr(module, "running_var") and not type(module).__name__.startswith("Frozen"):
+        reason = "keeps batch statistics of another kind"
     if reason:
         raise ValueError(
             f"network cannot be converted: {path or 'it'} ({type(module).__name__}) {reason}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["dispatch", "function", "knows", "place_in_network"]
+__all__ = ["dispatch", "function", "place_in_network", "plain_function", "spellings"]
 
 Handler = Callable[..., Any]
 _TABLE: dict[Any, Handler] = {}
@@ -42,9 +44,18 @@ def function(*torch_functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-def knows(torch_function: Any) -> bool:
-    """Whether the table has the function."""
-    return torch_function in _TABLE
+def spellings(name: str) -> Iterator[Any]:
+    """Every torch function of a name, in-place ones too."""
+    for owner in (torch, F, Tensor, torch._C._nn):
+        for spelling in (name, f"{name}_"):
+            found = getattr(owner, spelling, None)
+            if found is not None:
+                yield found
+
+
+def plain_function(name: str) -> Callable[..., Any]:
+    """The function that computes it on tensors."""
+    return next(getattr(owner, name) for owner in (F, torch, Tensor) if getattr(owner, name, None))
 
 
 def dispatch(torch_function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,6 +94,8 @@ def _name_of(torch_function: Any) -> str:
     if owner is not None or getattr(torch_function, "__qualname__", "").startswith("_TensorBase"):
         return f"torch.Tensor.{name}"
     module = getattr(torch_function, "__module__", None) or "torch"
+    if name.startswith("special_"):
+        return f"torch.special.{name.removeprefix('special_')}"
     return f"{'torch' if module.startswith('torch._C') else module}.{name}"
 
 
@@ -107,6 +120,6 @@ def place_in_network(frame: FrameType | TracebackType | None) -> str | None:
 
 def _named(innermost: nn.Module, outermost: nn.Module) -> str:
     names = [name for name, module in outermost.named_modules() if module is innermost]
-    path = (names[0] if names else "").removeprefix("network.")
+    path = f"{names[0] if names else ''}.".removeprefix("network.").rstrip(".")
     kind = type(innermost).__name__
     return f"{path} ({kind})" if path else kind

@@ -1,16 +1,17 @@
-"""What torch functions mean for pyramids: the table behind `Pyramid.__torch_function__`.
+"""What torch functions of channels and shapes mean for pyramids.
 
-- Element-wise functions work on the rows, all at once. With a tensor, or a pyramid of 1x1 maps,
-  as the other operand they broadcast as torch does for [L * N, C, H, W].
 - Functions of channels (concatenation, chunks, softmax) work on the rows' later dimensions.
+- Views may split channels into several dimensions and join them again.
 - Reductions over height and width give a pyramid of 1x1 maps, or the tensor [L * N, C].
-- What needs whole images is in :mod:`rsfast.pyramid.spatial`.
+
+Element-wise functions are in :mod:`rsfast.pyramid.elementwise`, those of whole images in
+:mod:`rsfast.pyramid.spatial`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,233 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsfast import kernels
-from rsfast.pyramid.dispatch import function
+from rsfast.pyramid.content import Content
+from rsfast.pyramid.dispatch import function, plain_function, spellings
 from rsfast.pyramid.extent import Extent
-from rsfast.pyramid.per_image import combine_per_image
-from rsfast.pyramid.pyramid import Content, Pyramid
+from rsfast.pyramid.pyramid import Pyramid
 
-_ELEMENTWISE = [
-    "abs",
-    "acos",
-    "asin",
-    "atan",
-    "celu",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "clip",
-    "cos",
-    "elu",
-    "erf",
-    "exp",
-    "expm1",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "leaky_relu",
-    "log",
-    "log1p",
-    "logsigmoid",
-    "mish",
-    "neg",
-    "nan_to_num",
-    "reciprocal",
-    "relu",
-    "relu6",
-    "round",
-    "rsqrt",
-    "rrelu",
-    "selu",
-    "sigmoid",
-    "sign",
-    "silu",
-    "sin",
-    "softplus",
-    "softshrink",
-    "softsign",
-    "sqrt",
-    "square",
-    "tanh",
-    "tanhshrink",
-    "threshold",
-    "hardswish",
-    "prelu",
-    "clone",
-    "contiguous",
-    "detach",
-    "to",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-]
-_BINARY = "add sub mul div true_divide maximum minimum pow"
-_ALONG_CHANNELS = "softmax log_softmax softmin cumsum flip roll"
-
-
-def _spellings(name: str) -> Iterator[Any]:
-    """Every torch function of a name, in-place ones too."""
-    for owner in (torch, F, Tensor, torch._C._nn):
-        for spelling in (name, f"{name}_"):
-            found = getattr(owner, spelling, None)
-            if found is not None:
-                yield found
-
-
-def _plain(name: str) -> Callable[..., Any]:
-    """The function that computes it on tensors."""
-    return next(getattr(owner, name) for owner in (F, torch, Tensor) if getattr(owner, name, None))
-
-
-def _register_elementwise(name: str) -> None:
-    plain = _plain(name)
-
-    @function(*_spellings(name))
-    def elementwise(x: Pyramid, *args: Any, **kwargs: Any) -> Pyramid:
-        return x.map_rows(lambda rows: plain(rows, *args, **kwargs))
-
-
-def _register_activation(name: str, elementwise: str, *spellings: Any) -> None:
-    """One that a pending norm takes along."""
-    plain = getattr(F, elementwise)
-
-    @function(*_spellings(elementwise), *spellings)
-    def activation(x: Pyramid, *args: Any, **kwargs: Any) -> Pyramid:
-        joined = _join(x, "with_activation", name)
-        return joined or x.map_rows(lambda rows: plain(rows, *args, **kwargs))
-
-
-def _join(x: Pyramid, how: str, what: Any) -> Pyramid | None:
-    """A pyramid whose pending norm has taken something along; None where none can."""
-    pending = x.content.pending
-    if pending is None or not hasattr(pending, how):
-        return None
-    joined = getattr(pending, how)(x.content, what)
-    return None if joined is None else x.like(Content(pending=joined))
-
-
-for _name in _ELEMENTWISE:
-    _register_elementwise(_name)
-for _name in ("relu", "relu6", "silu", "hardswish"):
-    _register_activation(_name, _name)
-
-
-@function(*_spellings("hardtanh"))
-def _hardtanh(x: Pyramid, min_val: float = -1.0, max_val: float = 1.0) -> Pyramid:
-    joined = _join(x, "with_activation", "relu6") if (min_val, max_val) == (0.0, 6.0) else None
-    return joined or x.map_rows(lambda rows: F.hardtanh(rows, min_val, max_val))
-
-
-def _register_binary(*names: str) -> None:
-    plain = _plain(names[0])
-
-    @function(*(spelling for name in names for spelling in _spellings(name)))
-    def binary(a: Any, b: Any, **kwargs: Any) -> Pyramid:
-        return _combine(plain, a, b, **kwargs)
-
-
-def _register_operator(name: str, *, reflected: bool = False) -> None:
-    plain = getattr(torch, "div" if name.endswith("truediv") else name)
-
-    def binary(a: Any, b: Any) -> Pyramid:
-        return _combine(plain, a, b)
-
-    def turned(a: Any, b: Any) -> Pyramid:
-        return _combine(plain, b, a)
-
-    function(getattr(Tensor, f"__{name}__"))(binary)
-    if hasattr(Tensor, f"__i{name}__"):
-        function(getattr(Tensor, f"__i{name}__"))(binary)
-    function(getattr(Tensor, f"__r{name}__"))(turned)
-
-
-for _name in _BINARY.split():
-    _register_binary(_name)
-_register_binary("sub", "subtract")
-_register_binary("mul", "multiply")
-_register_binary("div", "divide")
-for _name in ("sub", "mul", "truediv", "pow"):
-    _register_operator(_name)
-
-
-@function(*_spellings("add"), Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-def _add(a: Any, b: Any, *, alpha: float = 1) -> Pyramid:
-    if alpha != 1:
-        return _combine(lambda p, q: torch.add(p, q, alpha=alpha), a, b)
-    if isinstance(a, Pyramid) and isinstance(b, Pyramid) and a.sizes == b.sizes:
-        for pending, other in ((a, b), (b, a)):
-            joined = _join(pending, "with_residual", other)
-            if joined is not None:
-                return joined
-    return _combine(torch.add, a, b)
-
-
-@function(Tensor.__neg__)
-def _negative(x: Pyramid) -> Pyramid:
-    return x.map_rows(torch.neg)
-
-
-def _combine(f: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Pyramid:
-    """An element-wise function of two operands, at least one of them a pyramid."""
-    if kwargs:
-        plain = f
-
-        def f(p: Any, q: Any) -> Tensor:
-            return plain(p, q, **kwargs)
-
-    x = a if isinstance(a, Pyramid) else b
-    if not isinstance(x, Pyramid):
-        raise TypeError(f"one operand must be a pyramid, got {type(a)} and {type(b)}")
-    if isinstance(a, Pyramid) and isinstance(b, Pyramid):
-        if a.sizes == b.sizes:
-            if a.is_packed and b.is_packed:
-                return a.with_rows(f(a.rows, b.rows))
-            return a.like(Content(parts=[f(p, q) for p, q in zip(a.parts, b.parts, strict=True)]))
-        if b.is_pooled:
-            return combine_per_image(f, a, b.rows)
-        if a.is_pooled:
-            return combine_per_image(lambda p, q: f(q, p), b, a.rows)
-        raise ValueError(f"pyramids of sizes {a.sizes} and {b.sizes} do not go together")
-    other = b if x is a else a
-    if isinstance(other, Tensor) and other.dim():
-        return _combine_with_tensor(f, x, other, first=x is a)
-    return x.map_rows(lambda rows: f(rows, other) if x is a else f(other, rows))
-
-
-def _combine_with_tensor(
-    f: Callable[..., Tensor], x: Pyramid, other: Tensor, *, first: bool
-) -> Pyramid:
-    """With a tensor that broadcasts over height and width: [*C, 1, 1] or [L * N, *C, 1, 1]."""
-
-    def ordered(p: Tensor, q: Tensor) -> Tensor:
-        return f(p, q) if first else f(q, p)
-
-    shape = (1,) * (x.ndim - other.dim()) + tuple(other.shape)
-    if len(shape) == x.ndim and other.numel() == 1:
-        return x.map_rows(lambda rows: ordered(rows, other.reshape(())))
-    if len(shape) != x.ndim or shape[-2:] != (1, 1) or shape[0] not in (1, len(x)):
-        raise ValueError(
-            f"a tensor of shape {tuple(other.shape)} does not go with a pyramid of {x.shape}: it "
-            f"must broadcast over height and width"
-        )
-    if shape[0] == 1:
-        return x.map_rows(lambda rows: ordered(rows, other.view(shape[1:-2])))
-    return combine_per_image(ordered, x, other.reshape(shape[:-2]))
-
-
-@function(F.dropout, torch.dropout)
-def _dropout(x: Pyramid, p: float = 0.5, training: bool = True) -> Pyramid:
-    if not training or p == 0.0:
-        return x
-    return x.map_rows(lambda rows: F.dropout(rows, p))
-
-
-@function(F.feature_dropout if hasattr(F, "feature_dropout") else F.dropout2d, F.dropout2d)
-def _dropout2d(x: Pyramid, p: float = 0.5, training: bool = True) -> Pyramid:
-    if not training or p == 0.0:
-        return x
-    return x.map_levels(lambda level: F.dropout2d(level, p))
+_ALONG_CHANNELS = ("softmax", "log_softmax", "softmin", "cumsum", "flip")
 
 
 def _channel_dim(x: Pyramid, dim: int) -> int:
@@ -259,9 +39,9 @@ def _channel_dim(x: Pyramid, dim: int) -> int:
 
 
 def _register_along_channels(name: str) -> None:
-    plain = _plain(name)
+    plain = plain_function(name)
 
-    @function(*_spellings(name))
+    @function(*spellings(name))
     def along(x: Pyramid, dim: Any = None, *args: Any, **kwargs: Any) -> Pyramid:
         kwargs.pop("_stacklevel", None)
         dim = kwargs.pop("dims", dim)
@@ -271,9 +51,8 @@ def _register_along_channels(name: str) -> None:
         return x.map_rows(lambda rows: plain(rows, place, *args, **kwargs))
 
 
-for _name in _ALONG_CHANNELS.split():
-    if _name != "roll":
-        _register_along_channels(_name)
+for _name in _ALONG_CHANNELS:
+    _register_along_channels(_name)
 
 
 @function(torch.cat, torch.concat, torch.concatenate)
@@ -336,16 +115,11 @@ for _name in ("chunk", "split", "tensor_split", "unbind"):
 @function(Tensor.__getitem__)
 def _getitem(x: Pyramid, index: Any) -> Any:
     places = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in places:
-        at = places.index(Ellipsis)
-        places[at : at + 1] = [slice(None)] * (x.ndim - len(places) + 1)
-    places += [slice(None)] * (x.ndim - len(places))
+    missing = x.ndim - sum(place is not None and place is not Ellipsis for place in places)
+    at = places.index(Ellipsis) if Ellipsis in places else len(places)
+    places[at : at + 1] = [slice(None)] * missing
     images, *channels, rows, cols = places
-    if (
-        images != slice(None)
-        or None in places
-        or not all(isinstance(place, slice) for place in (rows, cols))
-    ):
+    if images != slice(None) or not all(isinstance(place, slice) for place in (rows, cols)):
         raise ValueError(f"a pyramid can be indexed by channels and by slices of maps, got {index}")
     if any(place != slice(None) for place in channels):
         x = x.map_rows(lambda r: r[(slice(None), *channels)].contiguous())
@@ -354,13 +128,13 @@ def _getitem(x: Pyramid, index: Any) -> Any:
     return x.map_levels(lambda level: level[..., rows, cols])
 
 
-@function(*_spellings("transpose"), *_spellings("swapaxes"), *_spellings("swapdims"))
+@function(*spellings("transpose"), *spellings("swapaxes"), *spellings("swapdims"))
 def _transpose(x: Pyramid, dim0: int, dim1: int) -> Pyramid:
     first, second = _channel_dim(x, dim0), _channel_dim(x, dim1)
     return x.map_rows(lambda rows: rows.transpose(first, second).contiguous())
 
 
-@function(*_spellings("unsqueeze"))
+@function(*spellings("unsqueeze"))
 def _unsqueeze(x: Pyramid, dim: int) -> Pyramid:
     place = dim + x.ndim + 1 if dim < 0 else dim
     if not 1 <= place <= x.ndim - 2:
@@ -368,7 +142,7 @@ def _unsqueeze(x: Pyramid, dim: int) -> Pyramid:
     return x.map_rows(lambda rows: rows.unsqueeze(place))
 
 
-@function(*_spellings("squeeze"))
+@function(*spellings("squeeze"))
 def _squeeze(x: Pyramid, *dims: int) -> Any:
     if len(dims) == 1 and 1 <= dims[0] <= x.ndim - 3:
         return x.map_rows(lambda rows: rows.squeeze(dims[0]))
@@ -443,9 +217,8 @@ def _is_over_maps(x: Pyramid, dim: Any) -> bool:
 
 def _reduce(f: Callable[..., Any], x: Pyramid, dim: Any, keepdim: bool, **kwargs: Any) -> Any:
     if _is_over_maps(x, dim):
-        places = (-2, -1)
-        made = torch.cat([f(level, places, keepdim=True, **kwargs) for level in x.levels()])
-        pooled = x.like(Content(rows=made.flatten(-3)), [(1, 1)] * x.num_levels)
+        maps = [f(level, (-2, -1), keepdim=True, **kwargs) for level in x.levels()]
+        pooled = x.like(Content(rows=torch.cat(maps).flatten(-3)), [(1, 1)] * x.num_levels)
         return pooled if keepdim else pooled.rows
     if dim is None:
         raise ValueError(f"{f.__name__} over all of a pyramid would mix its images")
@@ -494,9 +267,8 @@ def _register_new(name: str) -> None:
         return make(*args, **{"dtype": x.dtype, "device": x.device, **kwargs})
 
 
-for _name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
-    if _name != "new_tensor":
-        _register_new(_name)
+for _name in ("new_empty", "new_zeros", "new_ones", "new_full"):
+    _register_new(_name)
 
 
 @function(torch.numel, Tensor.numel)

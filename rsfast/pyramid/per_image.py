@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsfast.pyramid.pyramid import Content, Pyramid
+from rsfast.pyramid.content import Content
+from rsfast.pyramid.pyramid import Pyramid
 
 __all__ = ["combine_per_image"]
 
@@ -59,7 +60,7 @@ class _Scaled(torch.autograd.Function):
             dx = _scale(dy, s, level_rows, num_images, x.dtype)
         if ctx.needs_input_grad[1]:
             pairs = zip(dy.split(level_rows), x.split(level_rows), strict=True)
-            shape = num_images, -1, x.shape[1]
+            shape = num_images, -1, *x.shape[1:]
             ds = torch.cat([(d.view(shape) * p.view(shape)).sum(1) for d, p in pairs]).to(s.dtype)
         return dx, ds, None, None
 
@@ -68,7 +69,7 @@ def _scale(
     x: Tensor, s: Tensor, level_rows: tuple[int, ...], num_images: int, dtype: torch.dtype
 ) -> Tensor:
     y = torch.empty_like(x, dtype=dtype)
-    shape = num_images, -1, x.shape[1]
+    shape = num_images, -1, *x.shape[1:]
     levels = zip(y.split(level_rows), x.split(level_rows), s.split(num_images), strict=True)
     for out, part, share in levels:
         torch.mul(part.view(shape), share.unsqueeze(1), out=out.view(shape))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rsfast.pyramid.content import Content
 from rsfast.pyramid.dispatch import dispatch
 from rsfast.pyramid.extent import extent_of
 
-__all__ = ["Content", "Pending", "Pyramid", "check_resolutions"]
+__all__ = ["Pyramid", "check_resolutions"]
 
 
 def check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
@@ -29,54 +30,6 @@ def check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
             f"smaller ones), got {resolutions}"
         )
     return resolutions
-
-
-class Pending(Protocol):
-    """What is to be computed when somebody reads the rows."""
-
-    num_channels: int
-    like: Tensor  # of the dtype and device that the rows will have
-
-    def compute(self) -> Content:
-        """The rows."""
-
-
-class Content:
-    """The pixels behind a pyramid: packed, by level, or pending. It never changes its values.
-
-    Attributes:
-        rows: [M, *channels] contiguous; None if not packed.
-        parts: the rows of each level in a tensor of its own; None if packed.
-        pending: what computes one of them when it is asked for; None once it has.
-    """
-
-    __slots__ = ("__weakref__", "parts", "pending", "rows")
-
-    def __init__(
-        self,
-        rows: Tensor | None = None,
-        parts: Sequence[Tensor] | None = None,
-        pending: Pending | None = None,
-    ) -> None:
-        self.rows = rows
-        self.parts = None if parts is None else tuple(parts)
-        self.pending = pending
-
-    def get(self) -> Content:
-        """Itself, computed."""
-        if self.pending is not None:
-            made = self.pending.compute()
-            self.rows, self.parts, self.pending = made.rows, made.parts, None
-        return self
-
-    @property
-    def sample(self) -> Tensor:
-        """A tensor of its dtype, device and channels; computes it."""
-        self.get()
-        if self.rows is not None:
-            return self.rows
-        assert self.parts
-        return self.parts[0]
 
 
 class Pyramid:
@@ -382,23 +335,11 @@ def _operator(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in [
-    "add",
-    "radd",
-    "iadd",
-    "sub",
-    "rsub",
-    "isub",
-    "mul",
-    "rmul",
-    "imul",
-    "truediv",
-    "rtruediv",
-    "itruediv",
-    "pow",
-    "neg",
-    "getitem",
-]:
+_OPERATORS = (
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul"),
+    *("truediv", "rtruediv", "itruediv", "pow", "rpow", "neg", "getitem"),
+)
+for _name in _OPERATORS:
     setattr(Pyramid, f"__{_name}__", _operator(f"__{_name}__"))
 
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsfast import kernels
+from rsfast.pyramid.content import Content
 from rsfast.pyramid.dispatch import function
 from rsfast.pyramid.extent import of_level
-from rsfast.pyramid.pyramid import Content, Pyramid
+from rsfast.pyramid.pyramid import Pyramid
 
 __all__ = ["PaddedImages"]
 
@@ -151,10 +152,10 @@ _register_by_level(torch.conv_transpose2d)
 
 
 @function(F.instance_norm, torch.instance_norm)
-def _instance_norm(x: Pyramid, *args: Any, use_input_stats: bool = True, **kwargs: Any) -> Pyramid:
-    if not use_input_stats:
-        raise ValueError("instance norm with running statistics mixes the levels' statistics")
-    return x.map_levels(lambda level: F.instance_norm(level, *args, use_input_stats=True, **kwargs))
+def _instance_norm(x: Pyramid, *args: Any, **kwargs: Any) -> Pyramid:
+    if not kwargs.get("use_input_stats", True):
+        raise ValueError("instance norm with running statistics mixes those of all levels")
+    return x.map_levels(lambda level: F.instance_norm(level, *args, **kwargs))
 
 
 class _MaxPool(torch.autograd.Function):

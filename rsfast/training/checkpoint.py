@@ -1,8 +1,8 @@
 """Checkpoints: everything needed to continue or to use a network.
 
-A checkpoint is a file of `torch.save`, sealed with a checksum (`rsfast.files.seal`), of tensors and plain
-values only: reading one runs nothing. A run folder holds the newest as last.pt, the ones before it
-as last-1.pt, last-2.pt, and so on.
+A checkpoint is a file of `torch.save`, sealed with a checksum (`rsfast.files.seal`), of tensors
+and plain values only: reading one runs nothing. A run folder holds the newest as last.pt, the ones
+before it as last-1.pt, last-2.pt, and so on.
 """
 
 from __future__ import annotations

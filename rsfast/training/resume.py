@@ -9,34 +9,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsfast.config import TrainConfig
-from rsfast.data import FolderIndex
+from rsfast.config import TrainConfig, rules_of
 from rsfast.engine.metrics import EpochMean
 from rsfast.models import RSNet
 from rsfast.pyramid import moved_by_forward
 from rsfast.runtime.distributed import Rank, agree
 from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 from rsfast.training import checkpoint
-
-if TYPE_CHECKING:
-    from rsfast.training.run import Run
+from rsfast.training.run import Progress, Run
 
 __all__ = [
-    "Progress",
+    "changed_setting",
     "config_hash",
-    "digest",
     "find_checkpoint",
     "fixed_settings",
     "restore",
@@ -45,45 +40,6 @@ __all__ = [
 
 _LOG = logging.getLogger("rsfast")
 _VERSIONED = ("rsfast", "torch", "triton", "numpy", "pillow", "gpu", "cuda", "cudnn")
-# Settings that may differ between a run and its continuation.
-_FREE_TO_CHANGE = {
-    "data",
-    "output",
-    "resume",
-    "restart_epoch",
-    "workers",
-    "log_every",
-    "checkpoint_every",
-    "keep",
-    "device",
-    "graph",
-    "profile",
-    "max_skipped",
-    "strict",
-}
-# And those that may if it goes on from the start of an epoch.
-_FREE_AT_AN_EPOCH = {"loader", "batch_size", "steps_per_epoch"}
-
-
-@dataclass
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        epoch: under way, from 0.
-        step: steps of it that are done.
-        logged: steps of it that are in the log.
-        validating: all its steps are done and batch-norm statistics are averaged over the ranks.
-        mean: of its log lines.
-        restarted: a part of it was done before, with other batches.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    logged: int = 0
-    validating: bool = False
-    mean: EpochMean = field(default_factory=EpochMean)
-    restarted: bool = False
 
 
 def save(run: Run, *, is_best: bool = False) -> None:
@@ -202,8 +158,27 @@ def fixed_settings(*, at_an_epoch: bool = False) -> list[str]:
     Args:
         at_an_epoch: if it goes on from the start of an epoch.
     """
-    names = {field.name for field in dataclasses.fields(TrainConfig)} - _FREE_TO_CHANGE
-    return sorted(names - _FREE_AT_AN_EPOCH if at_an_epoch else names)
+    free = {"freely", "at an epoch"} if at_an_epoch else {"freely"}
+    return sorted(n for n, rule in rules_of(TrainConfig).items() if rule.on_resume not in free)
+
+
+def changed_setting(
+    before: Mapping[str, Any], cfg: TrainConfig, names: Iterable[str]
+) -> tuple[str, Any, Any] | None:
+    """The first setting that differs from a checkpoint's: name, its value there, and here.
+
+    Args:
+        before: settings of the checkpoint. One that it lacks is younger than the checkpoint, which
+            was trained as the default says.
+        cfg: of this run.
+        names: of the settings to compare.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    for name in names:
+        then, now = before.get(name, defaults[name]), getattr(cfg, name)
+        if then != now:
+            return name, then, now
+    return None
 
 
 def config_hash(cfg: TrainConfig) -> str:
@@ -212,14 +187,13 @@ def config_hash(cfg: TrainConfig) -> str:
 
 
 def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
-    before = content["config"]
-    now = dataclasses.asdict(run.cfg)
-    for name in fixed_settings(at_an_epoch=True):
-        if before.get(name) != now[name]:
-            raise ValueError(
-                f"checkpoint {path} was trained with {name} = {before.get(name)!r}, this run has "
-                f"{now[name]!r}: resume with the same settings, or start another --output"
-            )
+    changed = changed_setting(content["config"], run.cfg, fixed_settings(at_an_epoch=True))
+    if changed:
+        name, then, now = changed
+        raise ValueError(
+            f"checkpoint {path} was trained with {name} = {then!r}, this run has {now!r}: "
+            f"resume with the same settings, or start another --output"
+        )
     if content["class_names"] != run.model.class_names:
         raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
     for name, version in versions(run).items():
@@ -234,10 +208,10 @@ def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
 
 def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
     """Why the batches of the checkpoint's epoch would not be those that this run makes."""
-    before, now = content["config"], dataclasses.asdict(run.cfg)
-    for name in sorted(_FREE_AT_AN_EPOCH):
-        if before.get(name) != now[name]:
-            return f"it was trained with {name} = {before.get(name)!r}, this run has {now[name]!r}"
+    names = sorted(set(fixed_settings()) - set(fixed_settings(at_an_epoch=True)))
+    if changed := changed_setting(content["config"], run.cfg, names):
+        name, then, now = changed
+        return f"it was trained with {name} = {then!r}, this run has {now!r}"
     if len(content["ranks"]) != run.rank.world_size:
         processes = len(content["ranks"])
         return f"it was trained by {processes} processes, this run has {run.rank.world_size}"
@@ -249,12 +223,6 @@ def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
 def versions(run: Run) -> dict[str, Any]:
     """Of what the numbers depend on; known to rank 0."""
     return {name: run.facts[name] for name in _VERSIONED if name in run.facts}
-
-
-def digest(index: FolderIndex) -> str:
-    """A name for the images of a split, in order."""
-    paths = os.fsencode("\0".join(index.paths))  # names of any bytes
-    return f"{len(index)}:{hashlib.sha256(paths).hexdigest()[:16]}"
 
 
 def _rank_state(run: Run) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rsfast import create_model
-from rsfast.losses import MultiResolutionDistillation
 from rsfast.engine.optim import build_optimizer, lr_at, set_lr
+from rsfast.losses import MultiResolutionDistillation
 
 RESOLUTIONS = (64, 48, 32)
 

@@ -8,9 +8,9 @@ import torch
 from rsfast import Pyramid, RSNet, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep, is_out_of_memory
-from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.engine.optim import build_optimizer
 from rsfast.engine.snapshot import Snapshot
+from rsfast.losses import LossTerms, MultiResolutionDistillation
 
 RESOLUTIONS = (64, 32)
 

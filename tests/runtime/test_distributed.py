@@ -16,9 +16,9 @@ from kernel_helpers import skip_unless_it_runs_on
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
+from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import switchable_bn_act_reference
 from rsfast.losses import MultiResolutionDistillation
-from rsfast.engine.optim import build_optimizer
 
 RESOLUTIONS = (48, 32)
 

@@ -20,9 +20,9 @@ from safetensors.torch import save as to_safetensors
 
 from faults import WithWrite
 from rsfast import create_model
-from rsfast.training import checkpoint
 from rsfast.files import seal
 from rsfast.losses import MultiResolutionDistillation
+from rsfast.training import checkpoint
 
 
 def payload() -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import train
+from rsfast.files.unpickle import load_dict
 from rsfast.training import checkpoint, resume
 from rsfast.training import run as running
 from rsfast.training.run import Run
-from rsfast.files.unpickle import load_dict
 from run_helpers import assert_equal, assert_same_run, log_of, stop_when
 
 SMALL = """--arch mobilenetv2 --resolutions 64 48 --batch-size 4 --lr 0.01 --log-every 2 --seed 3

@@ -1,6 +1,6 @@
 """The CUDA kernels of switchable batch norm, against the float64 reference.
 
-They run on a CPU, in tests/csrc/emulated_gpu.cpp; the GPU has test_switchable_bn_act_extension.py.
+They run on a CPU, in tests/csrc/emulated_gpu.cpp; the GPU has test_extension.py.
 """
 
 from __future__ import annotations
@@ -207,30 +207,35 @@ def test_either_backward_reads_the_mask(gpu: EmulatedGpu) -> None:
     inputs = make_bn_inputs(level_rows, 24, 2, residual=True, dtype=torch.float16)
     x, residual, weight, bias = (inputs[name] for name in ("x", "residual", "weight", "bias"))
     state = [inputs[name] for name in STATE]
-    levels = level_rows, banks, "relu6"
-    y, mask, mean, var = FWD(x, residual, weight, bias, *state, *levels, True, 0.1, 1e-5)
+    levels = {"level_rows": level_rows, "banks": banks, "activation": "relu6"}
+    options = {**levels, "eps": 1e-5}
+    y, mask, mean, var = FWD(
+        x, residual, weight, bias, *state, **options, save_mask=True, momentum=0.1
+    )
+    affine = mean, var, weight, bias
     triton = torch.ops.rsfast.switchable_bn_act_fwd
-    want, want_mask = triton(x, residual, weight, bias, mean, var, *levels, True, True, 1e-5)
+    settings = {**options, "batch_statistics": True}
+    want, want_mask = triton(x, residual, *affine, **settings, save_mask=True)
     torch.testing.assert_close(y, want)
     assert torch.equal(mask, want_mask)
-    saved = inputs["dy"], x, mask, weight, bias, mean, var, *levels
-    ours = BWD(*saved, 1e-5)
-    theirs = torch.ops.rsfast.switchable_bn_act_bwd(*saved, True, 1e-5)
+    ours = BWD(inputs["dy"], x, mask, weight, bias, mean, var, **options)
+    theirs = torch.ops.rsfast.switchable_bn_act_bwd(
+        inputs["dy"], x, None, mask, *affine, **settings
+    )
     for grad, want_grad in zip(ours, theirs, strict=True):
         torch.testing.assert_close(grad, want_grad)
 
 
 @pytest.mark.parametrize(("activation", "residual"), VARIANTS)
 def test_operators_pass_opcheck(activation: str | None, residual: bool, gpu: EmulatedGpu) -> None:
-    level_rows, banks = (5, 3, 1), (2, 0, 1)
-    inputs = make_bn_inputs(level_rows, 8, 3, residual=residual, dtype=torch.float16)
+    inputs = make_bn_inputs((5, 3, 1), 8, 3, residual=residual, dtype=torch.float16)
     tensors = [inputs[name] for name in ("x", "residual", "weight", "bias", *STATE)]
-    has_mask = residual and activation is not None
-    arguments = (*tensors, level_rows, banks, activation, has_mask, 0.1, 1e-5)
-    torch.library.opcheck(FWD.default, arguments)
-    _, mask, mean, var = FWD(*arguments)
+    settings = {"level_rows": (5, 3, 1), "banks": (2, 0, 1), "activation": activation, "eps": 1e-5}
+    more = {"save_mask": residual and activation is not None, "momentum": 0.1}
+    torch.library.opcheck(FWD.default, tuple(tensors), {**settings, **more})
+    _, mask, mean, var = FWD(*tensors, **settings, **more)
     saved = inputs["dy"], inputs["x"], mask, inputs["weight"], inputs["bias"], mean, var
-    torch.library.opcheck(BWD.default, (*saved, level_rows, banks, activation, 1e-5))
+    torch.library.opcheck(BWD.default, saved, settings)
 
 
 def test_an_upstream_gradient_without_strides_and_a_second_backward(gpu: EmulatedGpu) -> None:
@@ -317,6 +322,16 @@ def test_the_operator_reads_nothing_astray(
     levels = {"level_rows": (8, 4), "banks": (0, 1), "activation": "relu", "save_mask": True}
     with pytest.raises(RuntimeError, match=message):
         FWD(**{**inputs, **levels, "momentum": 0.1, "eps": 1e-5, **change})
+
+
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_smooth_activations_are_refused(activation: str, training: bool) -> None:
+    inputs = make_bn_inputs((8, 4), 8, 2, dtype=torch.float16)
+    inputs.pop("dy")
+    options = {"activation": activation, "training": training, "backend": "cuda"}
+    with pytest.raises(ValueError, match=rf"activation .* got '{activation}': choose .* triton"):
+        switchable_bn_act(**inputs, level_rows=(8, 4), banks=(0, 1), **options)
 
 
 def test_seven_channels_are_refused() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsfast.kernels import switchable_bn_act
+from rsfast.kernels import switchable_bn_act, switchable_bn_act_levels
 
 ACTIVATIONS = {
     None: lambda y: y,
     "relu": lambda y: y.clamp(min=0),
     "relu6": lambda y: y.clamp(0, 6),
+    "silu": lambda y: y / (1 + torch.exp(-y)),
+    "hardswish": lambda y: y * (y + 3).clamp(0, 6) / 6,
 }
 LEVELS = [((24,), (0,)), ((24, 10), (0, 1)), ((31, 1, 2), (2, 0, 1)), ((9, 6, 3), (0, 0, 0))]
 
@@ -161,6 +163,45 @@ def test_evaluation_leaves_the_statistics_alone() -> None:
     before = {name: inputs[name].clone() for name in names}
     switchable_bn_act(**inputs, level_rows=(8, 4), banks=(0, 1), training=False)
     assert all(torch.equal(inputs[name], before[name]) for name in names)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize(("level_rows", "banks"), LEVELS, ids=str)
+def test_levels_of_their_own_give_the_same_bits_as_packed_ones(
+    level_rows: tuple[int, ...], banks: tuple[int, ...], with_residual: bool, training: bool
+) -> None:
+    packed, apart = (make_inputs(level_rows, channels=5) for _ in range(2))
+    residual = torch.randn(sum(level_rows), 5, dtype=torch.float64) if with_residual else None
+    options = {"activation": "relu", "training": training}
+    y = switchable_bn_act(
+        **packed, level_rows=level_rows, banks=banks, residual=residual, **options
+    )
+    levels = [rows.clone() for rows in apart.pop("x").split(level_rows)]
+    own = [rows.clone() for rows in residual.split(level_rows)] if with_residual else None
+    outputs = switchable_bn_act_levels(levels, **apart, banks=banks, residual=own, **options)
+    assert torch.equal(torch.cat(outputs), y)
+    assert all(torch.equal(apart[name], packed[name]) for name in apart)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": []}, "levels must be at least one tensor"),
+        ({"levels": [torch.zeros(3, 4).t()] * 2}, "levels must be contiguous floating point"),
+        ({"levels": [torch.zeros(4, 3), torch.zeros(4, 2)]}, "levels must have one number of"),
+        ({"banks": (0,)}, "banks must name one of 3 sets for each of 2 levels"),
+        ({"residual": [torch.zeros(4, 3)]}, "residual must have a tensor for each of 2 levels"),
+        ({"residual": [torch.zeros(4, 3)] * 2}, "residual must be"),
+        ({"activation": "gelu"}, "activation must be one of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_levels_are_named(change: dict[str, Any], message: str) -> None:
+    inputs = make_inputs((4, 2), 3)
+    levels = list(inputs.pop("x").split((4, 2)))
+    with pytest.raises(ValueError, match=message):
+        switchable_bn_act_levels(**{**inputs, "levels": levels, "banks": (0, 1), **change})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.support.inputs import make_bn_inputs
-from bn_helpers import STATE, VARIANTS, assert_as_good_as_pytorch, run
+from bn_helpers import ALL_VARIANTS, STATE, assert_as_good_as_pytorch, run
 from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,
@@ -54,14 +54,14 @@ MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval")]
 @pytest.fixture(params=[8, None], ids=["long-chunks", "short-chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, each with several tiles, or many with one tile."""
-    tiles = pytest.importorskip("rsfast.kernels._bn_tiles", reason="Triton is not installed")
+    tiles = pytest.importorskip("rsfast.kernels.common.tiles", reason="Triton is not installed")
     if request.param:
         monkeypatch.setattr(tiles, "PROGRAMS", request.param)
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
 @pytest.mark.parametrize(("level_rows", "banks", "channels"), SHAPES)
 def test_output_gradients_and_state_match_the_float64_reference(
     level_rows: tuple[int, ...],
@@ -80,7 +80,7 @@ def test_output_gradients_and_state_match_the_float64_reference(
 
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
 def test_any_share_of_rows_matches_the_float64_reference(
     activation: str | None, residual: bool, device: str
 ) -> None:
@@ -101,6 +101,23 @@ def test_many_chunks_and_channels_match_the_float64_reference(
     inputs = make_bn_inputs(level_rows, channels, 3, residual=True, device=device, dtype=dtype)
     options = {"activation": "relu", "training": True}
     assert_as_good_as_pytorch(inputs, level_rows=level_rows, banks=banks, **options)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("far", [-1000.0, 1000.0], ids=str)
+def test_smooth_activations_far_from_zero_are_those_of_their_limits(
+    far: float, activation: str, device: str
+) -> None:
+    inputs = make_bn_inputs((20,), 5, 1, residual=True, device=device)
+    inputs["residual"] += far
+    options = {"level_rows": (20,), "banks": (0,), "training": True, "backend": "triton"}
+    ours = run(switchable_bn_act, inputs, activation=activation, **options)
+    share = 1.0 if far > 0 else 0.0
+    want = run(switchable_bn_act, inputs, activation=None, **options)
+    torch.testing.assert_close(ours["dresidual"], share * inputs["dy"])
+    torch.testing.assert_close(ours["y"], share * want["y"])
+    assert torch.isfinite(ours["dx"]).all()
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -128,7 +145,7 @@ def test_difficult_rows_match_the_float64_reference(kind: str, device: str) -> N
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish"])
 def test_nan_is_not_hidden_and_stays_in_its_level_and_channel(activation: str, device: str) -> None:
     inputs = make_bn_inputs((40, 30), 16, 2, residual=True, device=device)
     inputs["x"][7, 3] = float("nan")
@@ -223,30 +240,33 @@ def test_backward_can_run_twice(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), ALL_VARIANTS)
 def test_operators_pass_opcheck(activation: str | None, residual: bool, device: str) -> None:
     level_rows, banks = (5, 3, 1), (2, 0, 1)
     inputs = make_bn_inputs(level_rows, 7, 3, residual=residual, device=device)
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     state = tuple(inputs[name] for name in STATE)
-    torch.library.opcheck(STATS.default, (x, *state, level_rows, banks, 0.1))
-    mean, var = STATS(x, *state, level_rows, banks, 0.1)
-    has_mask = residual and activation is not None
-    arguments = (weight, bias, mean, var, level_rows, banks, activation, True)
-    _, mask = FWD(x, inputs["residual"], *arguments, has_mask, 1e-5)
-    torch.library.opcheck(BWD.default, (inputs["dy"], x, mask, *arguments, 1e-5))
+    levels = {"level_rows": level_rows, "banks": banks}
+    torch.library.opcheck(STATS.default, (x, *state), {**levels, "momentum": 0.1})
+    affine = *STATS(x, *state, **levels, momentum=0.1), weight, bias
+    settings = {**levels, "activation": activation, "batch_statistics": True, "eps": 1e-5}
+    keep = {"save_mask": residual and activation in ("relu", "relu6")}
+    _, mask = FWD(x, inputs["residual"], *affine, **settings, **keep)
+    kept = inputs["residual"] if activation in ("silu", "hardswish") else None
+    torch.library.opcheck(BWD.default, (inputs["dy"], x, kept, mask, *affine), settings)
     for tensor in (x, weight, bias, *([inputs["residual"]] if residual else [])):
         tensor.requires_grad_()
-    torch.library.opcheck(FWD.default, (x, inputs["residual"], *arguments, has_mask, 1e-5))
+    torch.library.opcheck(FWD.default, (x, inputs["residual"], *affine), {**settings, **keep})
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_gradients_behind_a_residual_need_the_mask(device: str) -> None:
     inputs = make_bn_inputs((9,), 5, 1, residual=True, device=device)
-    tensors = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    arguments = (inputs["residual"], *tensors, (9,), (0,), "relu", False, False, 1e-5)
+    names = ("residual", "running_mean", "running_var", "weight", "bias")
+    settings = {"level_rows": (9,), "banks": (0,), "activation": "relu", "eps": 1e-5}
+    settings |= {"batch_statistics": False, "save_mask": False}
     with pytest.raises(ValueError, match="save_mask must be True"):
-        FWD(inputs["x"].requires_grad_(), *arguments)
+        FWD(inputs["x"].requires_grad_(), *(inputs[name] for name in names), **settings)
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)

@@ -1,0 +1,186 @@
+"""The settings of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from rsfast.config.rules import check, cut, is_count, setting
+from rsfast.data.loader import BACKENDS, NORMALIZATIONS
+from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
+from rsfast.engine import PRECISIONS
+from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
+from rsfast.kernels import DISTILL_MODES
+from rsfast.models.registry import ARCHITECTURES, check_arch
+from rsfast.models.rsnet import BN_MODES
+from rsfast.pyramid import check_resolutions
+
+__all__ = ["TrainConfig", "checkpoint_interval", "profiled_steps"]
+
+# What the help lists: the names of NETWORKS, and forms that check_arch knows.
+_ARCHS = (*ARCHITECTURES, "torchvision/NAME", "timm/NAME", "MODULE:FUNCTION")
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """The A and B of "A:B".
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    first, colon, last = text.partition(":")
+    if not (colon and is_count(first) and is_count(last) and int(first) < int(last)):
+        raise ValueError(
+            f"profile must look like 100:110, the second above the first, got {cut(text)!r}"
+        )
+    return int(first), int(last)
+
+
+def checkpoint_interval(text: str | None) -> tuple[int, float]:
+    """The steps and seconds of "500" or "10m"; 0 for what it is not.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    if text is None:
+        return 0, 0.0
+    number = text.removesuffix("m")
+    if not is_count(number) or int(number) < 1:
+        raise ValueError(
+            f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {cut(text)!r}"
+        )
+    return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
+
+
+def _check_area(area: tuple[float, ...]) -> None:
+    if len(area) != 2 or not 0.0 < area[0] <= area[1] <= 1.0:
+        raise ValueError(f"crop_area must be a range within (0, 1], got {area}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a training run depends on."""
+
+    arch: str = setting("resnet50", forms=_ARCHS, check=check_arch)
+    """network, and the recipe that the other settings start from; networks of the packages
+    torchvision and timm and of a function of yours, called with num_classes, have none"""
+    data: str | None = setting(None, on_resume="freely")
+    """folder with train/ and val/, one sub-folder per class; without it the built-in set is used"""
+    output: str | None = setting(None, on_resume="freely")
+    """run folder; by default runs/<arch>, with _ for / and :"""
+    resolutions: tuple[int, ...] = setting((224, 192, 160, 128, 96), check=check_resolutions)
+    """trained resolutions in pixels, strictly descending"""
+    distill: str = setting("full", choices=DISTILL_MODES)
+    """which resolutions teach which"""
+    bn: str = setting("private", choices=BN_MODES)
+    """one batch-norm set per resolution, or one for all"""
+    sync_bn: bool = False
+    """batch statistics over all ranks, set by set, instead of each rank's own"""
+    label_smoothing: float = setting(0.0, at_least=0, below=1)
+    """of the cross entropies, in [0, 1)"""
+    crop: str = setting("single", choices=CROP_MODES)
+    """one random window per image, or one for each of its levels"""
+    copies: int = setting(1, at_least=1)
+    """levels of each resolution, which differ in their windows if crop is multi; they share a
+    batch-norm set"""
+    flip: str = setting("shared", choices=FLIP_MODES)
+    """one random flip per image, one for each of its levels, or none"""
+    crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
+    """range of the window's share of the image's area"""
+    val_crop: str = setting("center", choices=VAL_CROPS)
+    """resize to r / 0.875 and cut the centre, or resize straight to r"""
+    normalize: str = setting("imagenet", choices=tuple(NORMALIZATIONS))
+    """subtract mean and divide by deviation, or feed [0, 1]"""
+    batch_size: int = setting(256, at_least=1, on_resume="at an epoch")
+    """images per GPU (per process on CPUs)"""
+    epochs: int = setting(120, at_least=1)
+    """passes over the data"""
+    steps_per_epoch: int = setting(0, at_least=0, on_resume="at an epoch")
+    """cut epochs short after so many steps; 0 for whole ones"""
+    lr: float = setting(0.1, at_least=0)
+    """highest learning rate; cosine to 0 per step"""
+    scale_lr: bool = False
+    """multiply lr by (images per step over all ranks) / 256; goes with warmup_epochs"""
+    warmup_epochs: float = setting(0.0, at_least=0)
+    """epochs of linear warm-up"""
+    optimizer: str = setting("sgd", choices=OPTIMIZERS)
+    """sgd of PyTorch (fused on a GPU), or that of NVIDIA Apex where it is installed"""
+    momentum: float = setting(0.9, at_least=0, below=1)
+    """of SGD"""
+    nesterov: bool = False
+    """Nesterov momentum"""
+    weight_decay: float = setting(1e-4, at_least=0)
+    """L2 factor"""
+    decay: str = setting("all", choices=DECAY_MODES)
+    """decay all parameters, or only the weights of convolutions and classifier"""
+    ema_decay: float = setting(0.0, at_least=0, below=1)
+    """per-step decay of averaged weights, which are then the ones validated; 0 for none"""
+    precision: str | None = setting(None, choices=tuple(PRECISIONS))
+    """autocast type; by default bf16 on a GPU and fp32 on a CPU"""
+    loader: str = setting("dali", choices=BACKENDS, on_resume="at an epoch")
+    """data loader; synthetic repeats one random batch"""
+    strict: bool = setting(False, on_resume="freely")
+    """refuse a data set with unreadable images instead of leaving them out"""
+    workers: int = setting(2, at_least=0, on_resume="freely")
+    """loader threads (dali) or processes (pil) per rank"""
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"), on_resume="freely")
+    """auto takes a GPU where there is one"""
+    kernels: str = setting("auto", choices=("auto", *KERNEL_BACKENDS, "cuda"))
+    """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
+    on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), for bf16 and fp16, not
+    timed yet"""
+    graph: bool = setting(True, on_resume="freely")
+    """replay the whole step as one CUDA graph; without effect on a CPU"""
+    deterministic: bool = False
+    """the same bits in every run on the same machine, at some cost in speed"""
+    profile: str | None = setting(None, check=profiled_steps, on_resume="freely")
+    """steps A:B (from A up to, but not including, B) that a profiler is told to record, and names
+    of layers and phases for it"""
+    checkpoint_every: str | None = setting(None, check=checkpoint_interval, on_resume="freely")
+    """steps ("500") or minutes ("10m") between checkpoints, besides those after every epoch"""
+    keep: int = setting(2, at_least=1, on_resume="freely")
+    """checkpoints to keep: last.pt, last-1.pt, ..."""
+    max_skipped: int = setting(20, at_least=1, on_resume="freely")
+    """steps in a row that may be left out because loss or gradients are not finite"""
+    seed: int = setting(0, at_least=0)
+    """of weights, order and augmentation"""
+    log_every: int = setting(50, at_least=1, on_resume="freely")
+    """steps between log lines; the only moments that wait for the device"""
+    resume: str | None = setting(None, on_resume="freely")
+    """checkpoint to continue, or auto for the run folder's last whole one if it is there"""
+    restart_epoch: bool = setting(False, on_resume="freely")
+    """continue from the start of the checkpoint's epoch, which allows another number of processes,
+    batch size, loader or set of images"""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be fewer than the {self.epochs} epochs, "
+                f"got {self.warmup_epochs}"
+            )
+        if self.optimizer == "apex_sgd" and self.graph:
+            raise ValueError(
+                "optimizer apex_sgd takes its learning rate from the host, which a captured step "
+                "cannot: add --no-graph"
+            )
+        if self.kernels == "cuda" and self.precision == "fp32":
+            raise ValueError("kernels cuda needs precision bf16 or fp16, got fp32")
+        if self.restart_epoch and self.resume is None:
+            raise ValueError("restart_epoch needs a run to continue: add --resume auto")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    @property
+    def folder(self) -> Path:
+        """Where a run with these settings writes."""
+        return Path(self.output or f"runs/{re.sub('[/:]', '_', self.arch)}")
+
+    def to_toml(self) -> str:
+        """A config file; settings that are None are left out."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
