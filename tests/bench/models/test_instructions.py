@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import instructions
+from bench.models import instructions
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -40,9 +40,10 @@ def test_a_program_has_the_registers_and_the_shared_memory_of_a_multiprocessor()
 
 def test_the_command_lists_kernels() -> None:
     pytest.importorskip("triton", reason="needs Triton")
-    command = [sys.executable, "-m", "bench.instructions", "normalize", "--match", "C=4 bf16"]
+    flags = ["normalize", "--match", "C=4 bf16"]
+    command = [sys.executable, "-m", "bench.models.instructions", *flags]
     run = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=True
     )
     (line,) = run.stdout.splitlines()[2:]
     name, registers, programs, count, _ = (cell.strip() for cell in line.split("|")[1:-1])
