@@ -6,7 +6,7 @@ EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test soak test-gpu check format bench profile figures clean
+.PHONY: setup demo test test-all soak test-gpu check format bench profile figures clean
 
 setup: $(STAMP)
 
@@ -21,8 +21,15 @@ demo: setup
 	$(BIN)/python -m rsfast.train --arch resnet18 --output runs/demo
 	$(BIN)/python -m rsfast.evaluate runs/demo/model_best.pt --resolutions 48:96:6
 
+# In two processes of one thread each.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Minutes on two cores: what takes more than ten seconds is left to test-all.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu and not slow"
+
+test-all: setup
+	$(PYTEST) -m "not gpu"
 
 # Kills a run at random moments, RSFAST_SOAK_KILLS times (100), and compares it with a whole one.
 soak: setup
