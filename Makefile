@@ -5,8 +5,13 @@ VENV ?= .venv
 EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# torchvision has no build for the PyTorch that the tests use.
+NETWORKS_VENV ?= .venv-networks
+NETWORKS_BIN := $(NETWORKS_VENV)/bin
+NETWORKS_STAMP := $(NETWORKS_VENV)/.installed
 
-.PHONY: setup demo test test-all soak test-gpu check format bench profile figures clean
+.PHONY: setup demo test test-all soak test-gpu check format bench profile figures networks \
+	check-networks clean
 
 setup: $(STAMP)
 
@@ -47,7 +52,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Times of each shape, also as JSON; `python -m bench.kernels` interleaves them (CONTRIBUTING.md).
+# Times of each shape, also as JSON; `python -m bench.ops` interleaves them (CONTRIBUTING.md).
 bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=.benchmarks/last.json
@@ -64,8 +69,22 @@ profile: setup
 figures: setup
 	$(BIN)/python -m rsfast.figures bench/results
 	for picture in bench/results/*/plots.png; do \
-	    $(BIN)/python -m bench.plots $$(dirname $$picture) || exit 1; \
+	    $(BIN)/python -m bench.support.plots $$(dirname $$picture) || exit 1; \
 	done
 
+$(NETWORKS_STAMP): pyproject.toml setup.py constraints-networks.txt
+	$(PYTHON) -m venv $(NETWORKS_VENV)
+	$(NETWORKS_BIN)/pip install --quiet --constraint constraints-networks.txt \
+	    --editable . torchvision timm pytest
+	touch $@
+
+# Some twenty networks of torchvision and timm, converted, against copies for each resolution.
+check-networks: $(NETWORKS_STAMP)
+	$(NETWORKS_BIN)/python -m pytest tests/networks
+
+# docs/networks.md: every network of torchvision and timm that converts, and why others do not.
+networks: $(NETWORKS_STAMP)
+	$(NETWORKS_BIN)/python -m bench.models.networks --output docs/networks.md
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NETWORKS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import roofline
-from bench.installed import left_out
-from bench.timing import DEVICE, ON_GPU
+from bench.models import roofline
+from bench.support.installed import left_out
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast.runtime.environment import describe
 
 
@@ -23,7 +23,7 @@ def copy_bandwidth() -> float:
 def pytest_configure(config: Any) -> None:
     torch.backends.cudnn.benchmark = True  # as a run has it
     if hasattr(config.option, "benchmark_timer"):
-        config.option.benchmark_timer = "bench.timing.synchronized_clock"
+        config.option.benchmark_timer = "bench.support.timing.synchronized_clock"
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -18,7 +18,6 @@ from rsfast.data import BACKENDS, FolderIndex, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
-from rsfast.engine.metrics import TopK
 from rsfast.files.tables import write_rows
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import choose_backend
@@ -27,8 +26,9 @@ from rsfast.models.deploy import calibrate, multiply_adds
 from rsfast.pyramid.convert import bn_mixture
 from rsfast.runtime import distributed
 from rsfast.runtime.distributed import Rank
+from rsfast.tasks.classification import Accuracy, TopK
 from rsfast.training import checkpoint
-from rsfast.training.validation import Accuracy, validate
+from rsfast.training.validation import validate
 
 __all__ = [
     "Evaluation",

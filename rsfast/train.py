@@ -20,9 +20,11 @@ from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import set_lr
 from rsfast.runtime import distributed
 from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
-from rsfast.training.resume import Progress, save
-from rsfast.training.run import Run, build, run_folder
-from rsfast.training.validation import Accuracy, validate
+from rsfast.tasks.classification import Accuracy
+from rsfast.training.resume import save
+from rsfast.training.run import Progress, Run, run_folder
+from rsfast.training.start import build
+from rsfast.training.validation import validate
 
 __all__ = ["main", "train"]
 
@@ -149,14 +151,14 @@ def finish_epoch(run: Run, interrupt: Interrupt) -> Accuracy:
     run.at = Progress(at.epoch + 1)
     if run.log:
         row: dict[str, float] = {"epoch": run.at.epoch, "lr": run.lr(step - 1), **losses}
-        for r, (top1, top5) in zip(run.cfg.resolutions, accuracy.levels, strict=True):
-            row |= {f"top1_{r}": top1, f"top5_{r}": top5}
-        row |= {"top1_ensemble": accuracy.ensemble[0], "top5_ensemble": accuracy.ensemble[1]}
+        row |= accuracy.columns(run.cfg.resolutions)
         for r, weight in zip(run.cfg.resolutions, weights.tolist(), strict=True):
             row[f"alpha_{r}"] = weight
         # Logged first: a resumed run drops what is newer than its checkpoint, and misses nothing.
         run.log.epoch(step, row)
-        _print_epoch(run, losses["loss"], accuracy, is_best)
+        line = f"epoch {run.at.epoch}/{run.cfg.epochs}  loss {losses['loss']:.3f}"
+        best = "  (best)" if is_best else ""
+        print(f"{line}  {accuracy.line(run.cfg.resolutions)}{best}", flush=True)
     save(run, is_best=is_best)
     return accuracy
 
@@ -220,16 +222,6 @@ def _progress_bar(run: Run, images_per_step: int) -> tqdm:
         unit_scale=True,
         disable=run.log is None,
         leave=False,
-    )
-
-
-def _print_epoch(run: Run, loss: float, accuracy: Accuracy, is_best: bool) -> None:
-    levels = zip(run.cfg.resolutions, accuracy.levels, strict=True)
-    top1 = "  ".join(f"{r}: {values[0]:.1f}" for r, values in levels)
-    print(
-        f"epoch {run.at.epoch}/{run.cfg.epochs}  loss {loss:.3f}  top-1 {top1}  "
-        f"ensemble: {accuracy.ensemble[0]:.1f}{'  (best)' if is_best else ''}",
-        flush=True,
     )
 
 

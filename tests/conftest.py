@@ -10,8 +10,9 @@ import torch
 
 from kernel_helpers import skip_unless_it_runs_on
 
-# Tests run in one process per core.
+# Test processes run side by side, and each has small tensors.
 torch.set_num_threads(1)
+
 # Triton reads this once, when it is first imported, which `import torch` does not do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

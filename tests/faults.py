@@ -35,7 +35,7 @@ from rsfast.data import Batch, pil
 from rsfast.files import seal
 from rsfast.runtime.interrupt import Interrupt
 from rsfast.training import resume
-from rsfast.training import run as running
+from rsfast.training import start as starting
 from rsfast.training.run import Run
 
 Fault = dict[str, Any]
@@ -138,7 +138,7 @@ class WithWrite:
 
 def inject(faults: dict[str, Any]) -> None:
     """Puts the faults in place, in this process."""
-    build, loaders, render = train.build, running._loaders, pil.render
+    build, loaders, render = train.build, starting._loaders, pil.render
 
     def faulty_build(*arguments: Any) -> Run:
         run = build(*arguments)
@@ -158,7 +158,7 @@ def inject(faults: dict[str, Any]) -> None:
 
     Interrupt._take = noted  # type: ignore[method-assign]
     train.build = faulty_build
-    running._loaders = faulty_loaders
+    starting._loaders = faulty_loaders
     if signals_at("validation", faults):
         stoppable = train._stoppable
 

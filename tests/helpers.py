@@ -96,8 +96,9 @@ def torchrun(*arguments: str, folder: Path, expect: int = 0, restarts: int = 0) 
 
 
 def environment() -> dict[str, str]:
-    """Of processes that share two cores: one thread each."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Of processes that share two cores, one thread each, and find what tests share (tiny.py)."""
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -19,7 +19,7 @@ from run_helpers import assert_same_run
 
 KILLS = int(os.environ.get("RSFAST_SOAK_KILLS", "100"))
 # Five epochs of five steps are about what a process trains before it is killed.
-RUN = """-m rsfast.train --arch mobilenetv2 --resolutions 64 48 --batch-size 3 --lr 0.01 --seed 3
+RUN = """-m rsfast.train --arch tiny:network --resolutions 32 24 --batch-size 3 --lr 0.01 --seed 3
     --log-every 3 --loader pil --workers 0 --checkpoint-every 2 --resume auto"""
 LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node=2"
 

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, output: Path, *more: str, batch: int = 6) -> list[str]:
-    text = f"""--arch mobilenetv2 --resolutions 64 48 --batch-size {batch} --lr 0.01 --seed 3
+    text = f"""--arch tiny:network --resolutions 32 24 --batch-size {batch} --lr 0.01 --seed 3
         --log-every 3 --loader pil --workers 0 --epochs {EPOCHS} --checkpoint-every 4
         --resume auto"""
     return [*text.split(), "--data", str(folder), "--output", str(output), *more]

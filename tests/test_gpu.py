@@ -18,7 +18,7 @@ from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer, set_lr
 from rsfast.kernels import choose_backend
-from rsfast.losses import MultiResolutionDistillation
+from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
 from rsfast.models.rsnet import FOLDS
 from run_helpers import assert_same_run, stop_when
@@ -107,7 +107,7 @@ def test_nothing_waits_for_the_device_between_log_lines(
     precision: str, graph: bool, arch: str, into: str
 ) -> None:
     _, step = make_step(arch, "cuda", precision, graph=graph, into=into)
-    batch, meter = make_batch("cuda"), LossMeter(torch.device("cuda"))
+    batch, meter = make_batch("cuda"), LossMeter(LossTerms._fields, torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
     with host_must_not_wait():
         for index in range(3):

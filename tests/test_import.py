@@ -11,7 +11,7 @@ def test_import_is_quick_needs_no_extras_and_does_not_start_cuda() -> None:
 import sys
 import rsfast
 assert "torch" not in sys.modules, "torch is loaded before it is needed"
-import rsfast.models, rsfast.losses, rsfast.engine, rsfast.data, rsfast.engine.optim, rsfast.training.checkpoint
+import rsfast.models, rsfast.losses, rsfast.engine, rsfast.data, rsfast.optim, rsfast.checkpoint
 import rsfast.kernels, rsfast.train, rsfast.evaluate
 import torch
 assert not torch.cuda.is_initialized()

@@ -130,7 +130,7 @@ def test_without_data_the_builtin_set_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = builtin_root(tmp_path / "cache", num_train=20, num_val=10)
-    monkeypatch.setattr("rsfast.training.run.builtin_root", lambda: root)
+    monkeypatch.setattr("rsfast.training.start.builtin_root", lambda: root)
     caplog.set_level("INFO")
     assert run(None, tmp_path / "run", "--epochs", "1", "--steps-per-epoch", "2") == 0
     assert "using the built-in generated set" in caplog.text
@@ -243,6 +243,6 @@ def test_copies_train_one_network_at_one_resolution(folder: Path, tmp_path: Path
         assert model.resolutions == (32,)
         assert scores.shape == (1,)
     state = load_dict(tmp_path / "last.pt")
-    tracked = state["model"]["backbone.bn1.num_batches_tracked"]
+    tracked = state["model"]["network.bn1.num_batches_tracked"]
     steps = int(log_lines(tmp_path, "start")[0]["steps_per_epoch"])
     assert tracked.tolist() == [3 * steps]

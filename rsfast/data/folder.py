@@ -81,6 +81,12 @@ class FolderIndex:
         """Absolute path of one image."""
         return os.path.join(self.root, self.paths[index])
 
+    @property
+    def digest(self) -> str:
+        """A name for the images, in order."""
+        paths = os.fsencode("\0".join(self.paths))  # names of any bytes
+        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:

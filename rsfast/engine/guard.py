@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsfast.losses import LossTerms
+from rsfast.engine.terms import Terms
 from rsfast.pyramid import moved_by_forward
 from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 
@@ -46,7 +46,7 @@ class StepGuard:
         """To be called before the forward."""
         self._before = [as_vector(buffers) for buffers in self._buffers]
 
-    def loss_of(self, terms: LossTerms) -> Tensor:
+    def loss_of(self, terms: Terms) -> Tensor:
         """What to run the backward of: the scaled total, or NaN where it is not finite."""
         total = terms.total
         # An infinite loss may have finite gradients; this one has none, on any rank.

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from rsfast.losses import MultiResolutionDistillation
-from rsfast.models import RSNet
+from torch import Tensor, nn
 
 __all__ = ["OPTIMIZERS", "build_optimizer", "lr_at", "set_lr"]
 
@@ -48,8 +45,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def build_optimizer(
-    model: RSNet,
-    loss: MultiResolutionDistillation,
+    model: nn.Module,
+    loss: nn.Module,
     *,
     lr: float,
     momentum: float = 0.9,
@@ -61,11 +58,12 @@ def build_optimizer(
     """SGD over the network and alpha, which leaves batch-norm sets that took no part untouched.
 
     A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
-    and momentum would move them all the same. They are put back after each such step.
+    and momentum would move them all the same. They are put back after each such step. A module with
+    sets says by `num_banks` how many, and by `banks_in_use` which of them took part.
 
     Args:
         model: the network.
-        loss: its `alpha` is trained by the same rule.
+        loss: its parameters are trained by the same rule.
         lr: learning rate of the first step.
         momentum: of SGD.
         weight_decay: L2 factor.
@@ -80,7 +78,7 @@ def build_optimizer(
     """
     if decay not in DECAY_MODES:
         raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
-    norms = {id(p) for norm in model.batch_norms() for p in norm.parameters()}
+    norms = {id(p) for norm in _banked(model) for p in norm.parameters()}
     decayed: list[Tensor] = []
     free: list[Tensor] = []
     for param in (*model.parameters(), *loss.parameters()):
@@ -124,7 +122,7 @@ def _apex_sgd() -> type[torch.optim.Optimizer]:
     return FusedSGD
 
 
-def _keep_idle_banks(optimizer: torch.optim.Optimizer, model: RSNet) -> None:
+def _keep_idle_banks(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     saved: list[tuple[Tensor, Tensor]] = []
 
     def save(*_: object) -> None:
@@ -139,12 +137,16 @@ def _keep_idle_banks(optimizer: torch.optim.Optimizer, model: RSNet) -> None:
     optimizer.register_step_post_hook(restore)
 
 
-def _idle_rows(optimizer: torch.optim.Optimizer, model: RSNet) -> Iterator[Tensor]:
+def _idle_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[Tensor]:
     """Views of the parameters and momenta of sets that the last training forward did not use."""
-    for norm in model.batch_norms():
+    for norm in _banked(model):
         for bank in set(range(norm.num_banks)) - set(norm.banks_in_use):
-            for param in norm.parameters():
+            for param in norm.parameters(recurse=False):
                 yield param.detach()[bank]
                 momentum = optimizer.state[param].get("momentum_buffer")
                 if momentum is not None:
                     yield momentum[bank]
+
+
+def _banked(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "banks_in_use")]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rsfast.data import Batch
 from rsfast.engine.guard import StepGuard, skips_on_device
 from rsfast.engine.snapshot import Snapshot
-from rsfast.losses import LossTerms
+from rsfast.engine.terms import Terms
 from rsfast.pyramid import Pyramid
 from rsfast.runtime.nvtx import name_all_reduces, nvtx_range
 
@@ -43,7 +43,7 @@ class _Objective(nn.Module):
         self.model = model
         self.loss = loss
 
-    def forward(self, images: Pyramid, labels: Tensor) -> LossTerms:
+    def forward(self, images: Pyramid, labels: Tensor) -> Terms:
         with nvtx_range("network"):
             logits = self.model(images)
         with nvtx_range("loss"):
@@ -66,7 +66,7 @@ class TrainStep:
 
     Args:
         model: images (Pyramid) -> logits [R, N, K].
-        loss: (logits, labels) -> LossTerms.
+        loss: (logits, labels) -> a named tuple of scalars with a `total`, `Terms`.
         optimizer: SGD over the parameters of both. A graph needs a fused one of PyTorch's.
         precision: "bf16" or "fp16" autocast (fp16 with a gradient scaler), or "fp32".
         graph: whether to replay the step as one CUDA graph. A CPU has none and runs the same
@@ -125,7 +125,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self.guard = StepGuard(self._modules, optimizer, self.scaler)
 
-    def __call__(self, batch: Batch) -> LossTerms:
+    def __call__(self, batch: Batch) -> Terms:
         """Trains on one batch and returns its loss terms, detached.
 
         Raises:
@@ -134,7 +134,7 @@ class TrainStep:
         """
         try:
             if not self._wants_graph:
-                return LossTerms(*self._run(batch.images, batch.labels).unbind())
+                return self._run(batch.images, batch.labels)
             if self._graph is None:
                 self._graph = self._capture(batch)
             return self._graph(batch)
@@ -144,8 +144,8 @@ class TrainStep:
         # Past the except block, whose traceback holds what did not fit.
         raise torch.OutOfMemoryError(self._what_fits(batch))
 
-    def _run(self, images: Pyramid, labels: Tensor) -> Tensor:
-        """[3] loss terms, after one step."""
+    def _run(self, images: Pyramid, labels: Tensor) -> Terms:
+        """The loss terms, detached, after one step."""
         self._optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
         terms = self._forward(self._objective, images, labels)
@@ -153,9 +153,9 @@ class TrainStep:
             self.guard.loss_of(terms).backward()
         with nvtx_range("optimizer"):
             self.guard.step()
-        return torch.stack([term.detach() for term in terms])
+        return _copied(terms)
 
-    def _forward(self, objective: nn.Module, images: Pyramid, labels: Tensor) -> LossTerms:
+    def _forward(self, objective: nn.Module, images: Pyramid, labels: Tensor) -> Terms:
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             return objective(images, labels)
 
@@ -166,7 +166,8 @@ class TrainStep:
         """
         self._objective = self._modules
         gc.collect()
-        for module in self._modules.modules():
+        modules: list[Any] = list(self._modules.modules())
+        for module in modules:
             if hasattr(module, "synced"):
                 module.synced = False
         num_images = batch.images.num_images
@@ -226,6 +227,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def _copied(terms: Terms) -> Terms:
+    return terms._make(torch.stack([term.detach() for term in terms]).unbind())
+
+
 def _check_gpu(precision: str, device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if precision == "bf16" and major < 8:
@@ -239,14 +244,14 @@ class _CapturedStep:
     """A CUDA graph of one step, with the memory that it reads and writes."""
 
     def __init__(
-        self, graph: torch.cuda.CUDAGraph, images: Pyramid, labels: Tensor, terms: Tensor
+        self, graph: torch.cuda.CUDAGraph, images: Pyramid, labels: Tensor, terms: Terms
     ) -> None:
         self._graph = graph
         self._images = images
         self._labels = labels
         self._terms = terms
 
-    def __call__(self, batch: Batch) -> LossTerms:
+    def __call__(self, batch: Batch) -> Terms:
         captured, given = self._images, batch.images
         same = given.sizes == captured.sizes and given.rows.shape == captured.rows.shape
         if not same or given.rows.dtype != captured.rows.dtype or given.banks != captured.banks:
@@ -259,4 +264,4 @@ class _CapturedStep:
         captured.rows.copy_(given.rows)
         self._labels.copy_(batch.labels)
         self._graph.replay()
-        return LossTerms(*self._terms.clone().unbind())  # the next replay writes over them
+        return _copied(self._terms)  # the next replay writes over them

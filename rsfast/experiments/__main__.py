@@ -21,7 +21,6 @@ from rsfast.experiments.runs import Job, Jobs, test_folder
 from rsfast.experiments.sets import FIG9_CROP_AREA, SETS, ExperimentSet, make_set
 from rsfast.files.tables import read_rows
 from rsfast.runtime.interrupt import STOPPED
-from rsfast.training.resume import digest
 
 __all__ = ["main"]
 
@@ -151,7 +150,7 @@ def _data_set(base: TrainConfig) -> dict[str, str]:
     """
     root = Path(base.data) if base.data else builtin_root()
     splits = {split: index_folder(root / split, strict=base.strict) for split in ("train", "val")}
-    return {f"{split}_set": digest(index) for split, index in splits.items()}
+    return {f"{split}_set": index.digest for split, index in splits.items()}
 
 
 def _jobs(

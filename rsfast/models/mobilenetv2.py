@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
@@ -36,7 +37,7 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(
             *layers,
             _conv_bn_relu6(width, width, 3, stride, groups=width),
-            nn.Conv2d(width, out_channels, 1, bias=False),
+            _conv(width, out_channels, 1),
             nn.BatchNorm2d(out_channels),
         )
 
@@ -75,11 +76,20 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+def _conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    padding = size // 2
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, groups=groups, bias=False)
+    # Random weights are drawn in the order in which they lie in memory.
+    return conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _conv_bn_relu6(
     in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False),
+        _conv(in_channels, out_channels, size, stride, groups),
         nn.BatchNorm2d(out_channels),
         nn.ReLU6(inplace=True),
     )

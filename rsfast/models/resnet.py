@@ -6,6 +6,7 @@ norm 1 and 0, the last of a block included; the classifier as PyTorch does it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet"]
@@ -125,9 +126,13 @@ DEPTHS = {
 }
 
 
-def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1):
+def _conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     padding = size // 2
-    return nn.Conv2d(in_channels, out_channels, size, stride, padding, groups=groups, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, groups=groups, bias=False)
+    # Random weights are drawn in the order in which they lie in memory.
+    return conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import random
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +21,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsfast.config import TrainConfig, rules_of
-from rsfast.data import FolderIndex
 from rsfast.engine.metrics import EpochMean
 from rsfast.models import RSNet
 from rsfast.pyramid import moved_by_forward
 from rsfast.runtime.distributed import Rank, agree
 from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 from rsfast.training import checkpoint
-
-if TYPE_CHECKING:
-    from rsfast.training.run import Run
+from rsfast.training.run import Progress, Run
 
 __all__ = [
-    "Progress",
     "changed_setting",
     "config_hash",
-    "digest",
     "find_checkpoint",
     "fixed_settings",
     "restore",
@@ -47,27 +40,6 @@ __all__ = [
 
 _LOG = logging.getLogger("rsfast")
 _VERSIONED = ("rsfast", "torch", "triton", "numpy", "pillow", "gpu", "cuda", "cudnn")
-
-
-@dataclass
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        epoch: under way, from 0.
-        step: steps of it that are done.
-        logged: steps of it that are in the log.
-        validating: all its steps are done and batch-norm statistics are averaged over the ranks.
-        mean: of its log lines.
-        restarted: a part of it was done before, with other batches.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    logged: int = 0
-    validating: bool = False
-    mean: EpochMean = field(default_factory=EpochMean)
-    restarted: bool = False
 
 
 def save(run: Run, *, is_best: bool = False) -> None:
@@ -251,12 +223,6 @@ def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
 def versions(run: Run) -> dict[str, Any]:
     """Of what the numbers depend on; known to rank 0."""
     return {name: run.facts[name] for name in _VERSIONED if name in run.facts}
-
-
-def digest(index: FolderIndex) -> str:
-    """A name for the images of a split, in order."""
-    paths = os.fsencode("\0".join(index.paths))  # names of any bytes
-    return f"{len(index)}:{hashlib.sha256(paths).hexdigest()[:16]}"
 
 
 def _rank_state(run: Run) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from rsfast.files import plots
 from rsfast.files.seal import write_whole
 from rsfast.files.tables import as_csv, read_log, read_rows
+from rsfast.tasks.classification import draw_epochs
 
 __all__ = ["RunLog"]
 
@@ -70,7 +70,7 @@ class RunLog:
         self._board.flush()
         self._rows.append(row)
         write_whole(self._folder / "summary.csv", [as_csv(self._rows).encode()])
-        plots.accuracy_over_epochs(self._rows, self._resolutions, self._folder / "accuracy.png")
+        draw_epochs(self._rows, self._resolutions, self._folder)
 
     def close(self) -> None:
         """Flushes and closes the files."""

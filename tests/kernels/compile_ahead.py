@@ -1,6 +1,8 @@
-"""Compiles the kernels of one operation for one GPU, without a GPU: one JSON line each.
+"""The configurations of every Triton kernel, compiled for GPUs without a GPU.
 
-Run as `python compile_ahead.py OPERATION CAPABILITY` by test_compile_ahead.py, in a process of its
+`python tests/kernels/compile_ahead.py --write` writes registers.json anew: registers, shared memory
+and warps of each configuration. Run as `compile_ahead.py OPERATION CAPABILITY` with names of cases
+as JSON on standard input, it prints one JSON line for each; so run the tests, in a process of its
 own because Triton may be in interpreter mode in that of the tests. With TRITON_DUMP_PTXAS_LOG=1,
 ptxas prints its log, with registers and spills, before each line.
 """
@@ -11,6 +13,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -234,6 +237,7 @@ def _of_variants(
     for variant in variants:
         activation, residual, batch, backward = variant
         label = f"L={num_levels} C={channels} {dtype} {activation} {residual=} {batch=}"
+        label += "" if backward else " no gradient"
 
         def case(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> Case:
             return Case(f"{kernel.__name__} {label}", kernel, types, constants, OPTIONS)  # noqa: B023
@@ -289,11 +293,18 @@ def compile_case(case: Case, capability: int) -> Any:
 
 
 def main(operation: str, capability: str) -> None:
-    for case in OPERATIONS[operation]():
-        compiled = compile_case(case, int(capability))
-        row = {"case": case.name, "warps": case.options["num_warps"]}
+    cases = {case.name: case for case in OPERATIONS[operation]()}
+    for name in json.load(sys.stdin):
+        compiled = compile_case(cases[name], int(capability))
+        row = {"case": name, "warps": cases[name].options["num_warps"]}
         print(json.dumps({**row, "shared_bytes": compiled.metadata.shared}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:2] == ["--write"]:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        import register_table
+
+        register_table.main(OPERATIONS, sys.argv[1:])
+    else:
+        main(*sys.argv[1:])

@@ -1,22 +1,23 @@
 """Every configuration of every Triton kernel compiles for the GPUs we support, without spills.
 
-Needs no GPU. Run with `-rP` to see the registers and the shared memory of each configuration.
+Needs no GPU. Only the slow tests compile what tests/kernels/registers.json knows.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-COMPILE = Path(__file__).with_name("compile_ahead.py")
-CAPABILITIES = (80, 90)
+pytest.importorskip("triton", reason="needs Triton")
+
+import triton
+
+import register_table
+from register_table import all_keys, compile_for_real, find_or_compile, read_table
+
 NUM_CASES = {
     "bn_act_max_pool": 30,
     "distillation_loss": 99,
@@ -24,47 +25,87 @@ NUM_CASES = {
     "normalize": 6,
     "switchable_bn_act": 182,
 }
+WRITE = "run python tests/kernels/compile_ahead.py --write"
 
 
-def parse(output: str) -> list[dict[str, object]]:
-    """The JSON lines, each with what ptxas said before it."""
-    rows: list[dict[str, object]] = []
-    log: list[str] = []
-    for line in output.splitlines():
-        if not line.startswith("{"):
-            log.append(line)
-            continue
-        text = "\n".join(log)
-        (used,) = re.findall(r"Used (\d+) registers", text)
-        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-        assert spills, text
-        rows.append({**json.loads(line), "registers": int(used), "spills": sum(map(int, spills))})
-        log = []
-    return rows
+@pytest.fixture(scope="module")
+def ahead() -> ModuleType:
+    path = Path(__file__).with_name("compile_ahead.py")
+    spec = importlib.util.spec_from_file_location("compile_ahead", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=NUM_CASES)
+def operation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def keys(operation: str, ahead: ModuleType) -> dict[tuple[str, int], str]:
+    return all_keys(ahead.OPERATIONS[operation]())
+
+
+def is_of_this_triton(operation: str) -> bool:
+    """Whether the table is: with another one every key differs, and so may the registers."""
+    return all(row["triton"] == triton.__version__ for row in read_table(operation).values())
+
+
+def test_every_configuration_is_in_the_table_of_registers(
+    operation: str, keys: dict[tuple[str, int], str]
+) -> None:
+    table = read_table(operation)
+    assert len(keys) == 2 * NUM_CASES[operation]
+    assert table.keys() == keys.keys(), WRITE
+    if is_of_this_triton(operation):
+        stale = [place for place, key in keys.items() if table[place]["key"] != key]
+        assert stale == [], WRITE
+    else:  # what this Triton makes of them is not known yet
+        rows = find_or_compile(operation, keys)
+        assert [place for place, row in rows.items() if row["spills"]] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", NUM_CASES)
-def test_kernels_compile_without_spills(operation: str, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # ptxas has to run for its log, also where two cases come to the same code.
-    variables |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_ALWAYS_COMPILE": "1"}
+def test_kernels_compile_without_spills(operation: str, keys: dict[tuple[str, int], str]) -> None:
+    rows, table = compile_for_real(operation, keys), read_table(operation)
+    assert rows.keys() == keys.keys()
+    assert [place for place, row in rows.items() if row["spills"]] == []
+    if is_of_this_triton(operation):
+        fields = ("registers", "shared_bytes", "warps")
+        differing = {
+            place: (row, table[place])
+            for place, row in rows.items()
+            if any(row[field] != table[place][field] for field in fields)
+        }
+        assert differing == {}, WRITE
 
-    def compile_for(capability: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(COMPILE), operation, str(capability)],
-            capture_output=True,
-            text=True,
-            env={**variables, "TRITON_CACHE_DIR": str(tmp_path / f"sm_{capability}")},
-        )
 
-    with ThreadPoolExecutor() as pool:
-        runs = list(pool.map(compile_for, CAPABILITIES))
-    for capability, run in zip(CAPABILITIES, runs, strict=True):
-        assert run.returncode == 0, run.stderr
-        rows = parse(run.stdout)
-        for row in rows:
-            print(f"sm_{capability}", *(f"{key}={row[key]}" for key in row))
-        assert len(rows) == NUM_CASES[operation]
-        assert [row for row in rows if row["spills"]] == []
+def test_a_key_follows_source_types_constants_options_and_gpu(ahead: ModuleType) -> None:
+    case = next(ahead.OPERATIONS["bn_act_max_pool"]())
+    changes = [
+        {"types": case.types | {"x_ptr": "*fp16"}},
+        {"constants": case.constants | {"C": 7}},
+        {"options": case.options | {"num_warps": 8}},
+        {"kernel": ahead.bn_forward._bn_apply_kernel},
+    ]
+    keys = [
+        register_table.key_of(other, 90) for other in (case, *(case._replace(**c) for c in changes))
+    ]
+    keys.append(register_table.key_of(case, 80))
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_key_follows_the_functions_that_a_kernel_calls(
+    ahead: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = ahead.bn_forward._bn_apply_kernel.fn
+    source = register_table._source.__wrapped__
+    before = source(kernel)
+    assert "def activate" in before
+    assert "def _sigmoid" in before  # which that calls
+    assert "From the last chunk" not in before  # a comment
+    monkeypatch.setitem(kernel.__globals__, "activate", ahead.bn_tiles.keeps_gradient)
+    assert source(kernel) != before

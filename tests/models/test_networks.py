@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.rivals import AuthorsNet, authors_loss
+from bench.rivals.authors import AuthorsNet, authors_loss
 from rsfast import Pyramid, create_model
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official

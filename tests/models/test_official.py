@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.rivals import AuthorsNet
+from bench.rivals.authors import AuthorsNet
 from rsfast import create_model
 from rsfast.models import official
 from rsfast.training import checkpoint

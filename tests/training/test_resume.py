@@ -17,13 +17,14 @@ from helpers import make_image_folder
 from rsfast import train
 from rsfast.files.unpickle import load_dict
 from rsfast.training import checkpoint, resume
-from rsfast.training import run as running
+from rsfast.training import run as running  # where a run's clock starts
 from rsfast.training.run import Run
 from run_helpers import assert_equal, assert_same_run, log_of, stop_when
 
-SMALL = """--arch mobilenetv2 --resolutions 64 48 --batch-size 4 --lr 0.01 --log-every 2 --seed 3
+SMALL = """--arch tiny:network --resolutions 32 24 --batch-size 4 --lr 0.01 --log-every 2 --seed 3
     --epochs 2 --workers 0""".split()
 STEPS = 5  # of an epoch: ceil(18 / 4)
+SIZED = ["--arch", "mobilenetv2"]  # whose checkpoints take some space
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,12 @@ def test_a_run_stopped_after_any_step_continues_bit_for_bit(
     ("flags", "loader"),
     [
         (["--ema-decay", "0.9", "--precision", "fp16"], "pil"),
+        (["--arch", "mobilenetv2"], "pil"),
         (["--crop", "multi", "--flip", "independent"], "dali"),
     ],
-    ids=["ema-fp16", "dali"],
+    ids=["ema-fp16", "mobilenetv2", "dali"],
 )
-def test_so_does_one_with_averaged_weights_and_one_on_dali(
+def test_so_does_one_with_averaged_weights_one_that_is_large_and_one_on_dali(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], loader: str
 ) -> None:
     if loader == "dali":
@@ -237,7 +239,7 @@ def test_a_full_disk_is_refused_before_the_first_step(
 ) -> None:
     usage = type("Usage", (), {"free": 10 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    assert start(folder, tmp_path / "run") == 2
+    assert start(folder, tmp_path / "run", *SIZED) == 2
     error = capsys.readouterr().err
     assert "must have room for 5 checkpoints, 0.09 GiB more, 0.01 are free" in error
     assert not (tmp_path / "run" / "log.jsonl").exists()
@@ -247,11 +249,11 @@ def test_a_run_whose_checkpoints_fill_the_disk_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
-    assert start(folder, output, "--keep", "3", "--checkpoint-every", "2") == 0
+    flags = [*SIZED, "--epochs", "1", "--keep", "3", "--checkpoint-every", "2"]
+    assert start(folder, output, *flags) == 0
     usage = type("Usage", (), {"free": 50 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    flags = ["--keep", "3", "--checkpoint-every", "2", "--resume", "auto"]
-    assert start(folder, output, *flags) == 0
+    assert start(folder, output, *flags, "--resume", "auto") == 0
 
 
 def test_a_log_with_other_things_in_it_is_read(folder: Path, whole: Path, tmp_path: Path) -> None:

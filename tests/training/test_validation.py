@@ -9,9 +9,10 @@ import torch
 
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
-from rsfast.engine.metrics import LossMeter, TopK, label_places
+from rsfast.engine.metrics import LossMeter
 from rsfast.losses import LossTerms
-from rsfast.training.validation import Accuracy, validate
+from rsfast.tasks.classification import Accuracy, TopK, label_places
+from rsfast.training.validation import validate
 
 
 def test_top_k_counts_by_hand() -> None:
@@ -61,7 +62,7 @@ def test_places_agree_with_sorting() -> None:
 
 
 def test_loss_meter_averages_since_the_last_read() -> None:
-    meter = LossMeter(torch.device("cpu"))
+    meter = LossMeter(LossTerms._fields, torch.device("cpu"))
     for value in (1.0, 3.0):
         meter.add(LossTerms(*(torch.tensor(value * k) for k in (1.0, 10.0, 100.0))))
     assert meter.read() == {"loss": 222.0, "ce": 2.0, "ensemble": 20.0, "distill": 200.0}
@@ -70,7 +71,7 @@ def test_loss_meter_averages_since_the_last_read() -> None:
 
 
 def test_loss_meter_leaves_out_what_is_not_finite() -> None:
-    meter = LossMeter(torch.device("cpu"))
+    meter = LossMeter(LossTerms._fields, torch.device("cpu"))
     for ensemble in (1.0, math.nan, 3.0, math.inf):
         meter.add(LossTerms(torch.tensor(4.0), torch.tensor(ensemble), torch.tensor(0.0)))
     assert meter.read() == {"loss": 6.0, "ce": 4.0, "ensemble": 2.0, "distill": 0.0}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import STATE
 from kernel_helpers import (
     CPU_OR_GPU,
@@ -24,6 +24,7 @@ from kernel_helpers import (
     to_float64,
 )
 from rsfast.kernels import bn_act_max_pool, bn_act_max_pool_reference, switchable_bn_act
+from sampling import pairwise
 
 EPS = 1e-5
 NAMES = ("x", "weight", "bias", *STATE)
@@ -62,11 +63,16 @@ def run(
     return results | {name: inputs[name] for name in STATE}
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("channels", [3, 65])
-@pytest.mark.parametrize("maps", MAPS, ids=str)
+@pairwise(
+    {
+        "maps": MAPS,
+        "channels": [3, 65],
+        "activation": [None, "relu", "relu6"],
+        "training": [pytest.param(True, id="train"), pytest.param(False, id="eval")],
+        "place": PLACES,
+    },
+    indirect=["place"],
+)
 def test_output_gradients_and_state_match_pytorch(
     maps: tuple[Any, ...],
     channels: int,
@@ -102,9 +108,9 @@ def test_statistics_are_tracked_as_without_the_pooling(device: str) -> None:
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_backend_cuda_is_that_of_the_triton_kernels(device: str) -> None:
-    inputs = make(MAPS[0], 5, device, torch.float32)
+    inputs = make(MAPS[2], 5, device, torch.float32)
     ours, want = (
-        run(bn_act_max_pool, inputs, MAPS[0], training=True, backend=backend)
+        run(bn_act_max_pool, inputs, MAPS[2], training=True, backend=backend)
         for backend in ("cuda", "triton")
     )
     assert all(torch.equal(ours[name], want[name]) for name in want)
@@ -154,8 +160,8 @@ def test_what_is_not_a_number_is_not_lost(device: str) -> None:
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 @pytest.mark.parametrize("batch", [True, False], ids=["train", "eval"])
 def test_operators_pass_opcheck(batch: bool, device: str) -> None:
-    sizes, num_images, banks = MAPS[0]
-    inputs = make(MAPS[0], 5, device, torch.float32)
+    sizes, num_images, banks = maps = (((3, 2), (1, 1)), 1, (1, 0))
+    inputs = make(maps, 5, device, torch.float32)
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
     settings = {"heights": heights, "widths": widths, "num_images": num_images, "banks": banks}
     settings |= {"activation": "relu", "batch_statistics": batch, "eps": EPS}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_loss_inputs as make_inputs
+from bench.support.inputs import make_loss_inputs as make_inputs
 from kernel_helpers import (
     CPU_OR_GPU,
     GPU_ONLY,
@@ -27,6 +27,7 @@ from rsfast.kernels import (
     distillation_loss_and_gradients,
     distillation_loss_reference,
 )
+from sampling import pairwise
 
 FWD = torch.ops.rsfast.distillation_loss_fwd
 BWD = torch.ops.rsfast.distillation_loss_bwd
@@ -109,12 +110,13 @@ def rounding_step(
     return torch.finfo(dtype).eps * result + torch.finfo(torch.float32).eps * operands
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("num_classes", [1, 3, 65, 1000, 2047, 4099], ids=lambda k: f"K{k}")
-@pytest.mark.parametrize(
-    ("num_resolutions", "num_images"),
-    [(1, 3), (2, 1), (5, 3), (8, 1)],
-    ids=lambda size: str(size),
+@pairwise(
+    {
+        "num_resolutions, num_images": [(1, 3), (2, 1), (5, 3), (8, 1)],
+        "num_classes": [pytest.param(k, id=f"K{k}") for k in (1, 3, 65, 1000, 2047, 4099)],
+        "place": PLACES,
+    },
+    indirect=["place"],
 )
 def test_terms_and_gradients_match_the_float64_reference(
     num_resolutions: int, num_images: int, num_classes: int, place: tuple[str, torch.dtype]
@@ -124,13 +126,19 @@ def test_terms_and_gradients_match_the_float64_reference(
     assert_as_good_as_pytorch(draws, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize(
-    ("shape", "smoothing"),
-    [((1, 3, 7), 0.1), ((2, 2, 65), 0.0), ((5, 3, 65), 0.1), ((5, 1, 2500), 0.0)],
-    ids=str,
+@pairwise(
+    {
+        "shape, smoothing": [
+            ((1, 3, 7), 0.1),
+            ((2, 2, 65), 0.0),
+            ((5, 3, 65), 0.1),
+            ((5, 1, 2500), 0.0),
+        ],
+        "mode": DISTILL_MODES,
+        "place": PLACES,
+    },
+    indirect=["place"],
 )
-@pytest.mark.parametrize("mode", DISTILL_MODES)
 def test_every_mode_matches_the_float64_reference(
     mode: str, shape: tuple[int, ...], smoothing: float, place: tuple[str, torch.dtype]
 ) -> None:
@@ -138,9 +146,9 @@ def test_every_mode_matches_the_float64_reference(
     assert_as_good_as_pytorch(draws, mode=mode, label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("num_classes", [65, 2500], ids=lambda k: f"K{k}")
-@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pairwise(
+    {"upstream": tuple(UPSTREAMS), "num_classes": [65, 2500], "place": PLACES}, indirect=["place"]
+)
 def test_each_term_may_have_its_own_upstream_gradient(
     upstream: str, num_classes: int, place: tuple[str, torch.dtype]
 ) -> None:
@@ -148,9 +156,14 @@ def test_each_term_may_have_its_own_upstream_gradient(
     assert_as_good_as_pytorch(draws, UPSTREAMS[upstream])
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("num_classes", [65, 2500], ids=lambda k: f"K{k}")
-@pytest.mark.parametrize("kind", ["equal", "tiny", "huge", "onehot", "offset", "apart"])
+@pairwise(
+    {
+        "kind": ["equal", "tiny", "huge", "onehot", "offset", "apart"],
+        "num_classes": [65, 2500],
+        "place": PLACES,
+    },
+    indirect=["place"],
+)
 def test_extreme_logits_match_the_float64_reference(
     kind: str, num_classes: int, place: tuple[str, torch.dtype]
 ) -> None:

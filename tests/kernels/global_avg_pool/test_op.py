@@ -20,6 +20,7 @@ from kernel_helpers import (
     on_another_stream,
 )
 from rsfast.kernels import global_avg_pool, global_avg_pool_reference
+from sampling import pairwise
 
 FWD = torch.ops.rsfast.global_avg_pool_fwd
 BWD = torch.ops.rsfast.global_avg_pool_bwd
@@ -46,12 +47,18 @@ def run(
     return y.detach(), *torch.autograd.grad(y, x, dy)
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("channels", [1, 3, 65, 2047])
-@pytest.mark.parametrize(
-    ("level_rows", "num_images"),
-    [((49, 36, 9), 1), ((3 * 144, 3), 3), ((2,), 2), ((8, 6, 4, 2, 2, 2, 2, 2), 2)],
-    ids=str,
+@pairwise(
+    {
+        "level_rows, num_images": [
+            ((49, 36, 9), 1),
+            ((3 * 144, 3), 3),
+            ((2,), 2),
+            ((8, 6, 4, 2, 2, 2, 2, 2), 2),
+        ],
+        "channels": [1, 3, 65, 2047],
+        "place": PLACES,
+    },
+    indirect=["place"],
 )
 def test_output_and_gradient_match_the_float64_reference(
     level_rows: tuple[int, ...],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernel_helpers import CPU_OR_GPU, PLACES, max_error
 from rsfast.kernels import normalize
+from sampling import pairwise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -27,9 +28,7 @@ def test_matches_the_formula_and_pads_with_zeros() -> None:
     assert not y[:, 3:].any()
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.parametrize("channels", [3, 4, 7, 8])
-@pytest.mark.parametrize("rows", [1, 31, 1300])
+@pairwise({"rows": [1, 31, 1300], "channels": [3, 4, 7, 8], "place": PLACES}, indirect=["place"])
 def test_the_kernel_is_as_good_as_pytorch(
     rows: int, channels: int, place: tuple[str, torch.dtype]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import (
     HALVES,
     STATE,
@@ -25,6 +25,7 @@ from bn_helpers import (
 from emulator import EmulatedGpu, emulated_extension
 from kernel_helpers import run_python, skip_unless_it_runs_on, to_float64
 from rsfast.kernels import switchable_bn_act, switchable_bn_act_reference
+from sampling import pairwise
 
 FWD = torch.ops.rsfast.switchable_bn_act_one_pass_fwd
 BWD = torch.ops.rsfast.switchable_bn_act_one_pass_bwd
@@ -59,10 +60,14 @@ def configure(gpu: EmulatedGpu, **settings: Any) -> None:
         setattr(gpu, name, value)
 
 
-@pytest.mark.parametrize("settings", GPUS)
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
-@pytest.mark.parametrize(("level_rows", "banks", "channels"), VECTOR_SHAPES)
+@pairwise(
+    {
+        "level_rows, banks, channels": VECTOR_SHAPES,
+        "activation, residual": VARIANTS,
+        "dtype": HALVES,
+        "settings": GPUS,
+    }
+)
 def test_output_gradients_and_state_match_the_float64_reference(
     level_rows: tuple[int, ...],
     banks: tuple[int, ...],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.inputs import make_bn_inputs
+from bench.support.inputs import make_bn_inputs
 from bn_helpers import HALVES, VARIANTS, VECTOR_SHAPES, assert_as_good_as_pytorch, run
 from kernel_helpers import capture_without_host_sync, on_another_stream, skip_unless_it_runs_on
 from rsfast.kernels import switchable_bn_act

@@ -1,0 +1,114 @@
+"""The loss and its gradients: rsfast's kernel against eager and compiled PyTorch.
+
+`authors` are 15 separate KL terms, `apex_xentropy` the same with Apex's cross entropies,
+`reference` the closed form; `rsfast` is two launches under autograd, `rsfast_fused` the one launch
+of `distillation_loss_and_gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.rivals.authors import authors_loss
+from bench.support.inputs import make_loss_inputs
+from bench.support.installed import INSTALLED, apex_cross_entropy
+from bench.support.record import check_alike, record
+from bench.support.shapes import DTYPES, short_name
+from bench.support.timing import DEVICE, ON_GPU
+from rsfast.kernels import (
+    distillation_loss,
+    distillation_loss_and_gradients,
+    distillation_loss_reference,
+)
+
+# (R, N, K)
+SHAPES = [(5, 256, 1000), (5, 32, 1000), (5, 256, 21841)] if ON_GPU else [(3, 8, 100)]
+IMPLEMENTATIONS = ["authors", "reference", "authors_compiled", "compiled", "rsfast", "rsfast_fused"]
+if not ON_GPU:
+    IMPLEMENTATIONS = ["authors", "reference"]
+elif "apex_xentropy" in INSTALLED:
+    IMPLEMENTATIONS.append("apex_xentropy")
+
+
+def shape_name(shape: tuple[int, int, int]) -> str:
+    return "R{}-N{}-K{}".format(*shape)
+
+
+def moved_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """One read and one write of the logits."""
+    return 2 * shape[0] * shape[1] * shape[2] * dtype.itemsize
+
+
+def make_runs(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """One callable per implementation on the same numbers: total, d(logits), d(alpha)."""
+    logits, labels, alpha = make_loss_inputs(*shape, DEVICE, dtype)
+    logits.requires_grad_()
+    alpha.requires_grad_()
+
+    def through_autograd(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        total = loss(logits, labels, alpha)
+        return [total.detach(), *torch.autograd.grad(total, (logits, alpha))]
+
+    def authors(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+        return authors_loss([z.float() for z in logits.unbind()], labels, alpha)
+
+    def apex(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+        levels = [z.float() for z in logits.unbind()]
+        return authors_loss(levels, labels, alpha, apex_cross_entropy)
+
+    def reference(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+        ce, ensemble, distill = distillation_loss_reference(logits, labels, alpha)
+        return ce + ensemble + distill
+
+    def ours(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+        ce, ensemble, distill = distillation_loss(logits, labels, alpha, backend="triton")
+        return ce + ensemble + distill
+
+    def fused() -> list[Tensor]:
+        terms, *grads = distillation_loss_and_gradients(logits, labels, alpha, backend="triton")
+        return [terms.ce + terms.ensemble + terms.distill, *grads]
+
+    def exact() -> list[Tensor]:
+        leaves = [t.detach().double().requires_grad_() for t in (logits, alpha)]
+        total = reference(leaves[0], labels, leaves[1])
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    runs = {
+        "exact": exact,
+        "authors": lambda: through_autograd(authors),
+        "reference": lambda: through_autograd(reference),
+    }
+    if ON_GPU:
+        torch._dynamo.reset()  # after 8 shapes it would go on without compiling
+        authors_compiled = torch.compile(authors, dynamic=False, fullgraph=True)
+        compiled = torch.compile(reference, dynamic=False, fullgraph=True)
+        runs |= {
+            "authors_compiled": lambda: through_autograd(authors_compiled),
+            "compiled": lambda: through_autograd(compiled),
+            "rsfast": lambda: through_autograd(ours),
+            "rsfast_fused": fused,
+            "apex_xentropy": lambda: through_autograd(apex),
+        }
+    return runs
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
+def test_distillation_loss(
+    benchmark,
+    copy_bandwidth: float,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    impl: str,
+) -> None:
+    runs = make_runs(shape, dtype)
+    check_alike(runs, [impl], list)
+    group = f"distillation_loss/{shape_name(shape)}/{short_name(dtype)}/forward_backward"
+    record(benchmark, runs[impl], group, moved_bytes(shape, dtype), copy_bandwidth)
