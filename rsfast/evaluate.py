@@ -237,7 +237,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
         "--kernels",
-        choices=("auto", *KERNEL_BACKENDS),
+        choices=("auto", *(b for b in KERNEL_BACKENDS if b != "cuda")),  # which is for training
         default="auto",
         help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
         "takes triton on a GPU",

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rsfast.kernels.bn_act_max_pool.reference import bn_act_max_pool_reference
-from rsfast.kernels.common.backend import check_backend, load_kernels, without_extension
+from rsfast.kernels.common.backend import check_backend, load_kernels
 from rsfast.kernels.common.checks import (
     check_activation,
     check_batch_norm,
@@ -232,7 +232,7 @@ def bn_act_max_pool(
     check_batch_norm(norm, x.shape[1], len(sizes), levels.banks)
     check_rows(x, levels.rows)
     check_activation(activation, MONOTONIC_ACTIVATIONS)
-    if without_extension(check_backend(backend, "cuda")) == "torch":
+    if check_backend(backend) == "torch":
         return bn_act_max_pool_reference(
             x,
             *norm,

@@ -346,7 +346,7 @@ def switchable_bn_act(
     check_rows(x, levels.rows)
     check_residual(residual, x)
     check_activation(activation, ACTIVATIONS)
-    if check_backend(backend, "cuda") == "torch":
+    if check_backend(backend, extension=True) == "torch":
         return switchable_bn_act_reference(
             x,
             *norm,

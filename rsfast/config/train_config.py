@@ -129,7 +129,7 @@ class TrainConfig:
     """loader threads (dali) or processes (pil) per rank"""
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), on_resume="freely")
     """auto takes a GPU where there is one"""
-    kernels: str = setting("auto", choices=("auto", *KERNEL_BACKENDS, "cuda"))
+    kernels: str = setting("auto", choices=("auto", *KERNEL_BACKENDS))
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
     on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), for bf16 and fp16, not
     timed yet"""

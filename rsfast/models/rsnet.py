@@ -105,7 +105,8 @@ class RSNet(nn.Module):
         Raises:
             ValueError: if there is no such backend.
         """
-        self.backend = kernels.check_backend(backend, "cuda")
+        kernels.check_backend(backend)
+        self.backend = backend
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:
@@ -200,7 +201,7 @@ def _convert(
     resolutions = check_resolutions(resolutions)
     if bn not in BN_MODES:
         raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
-    kernels.check_backend(backend, "cuda")
+    kernels.check_backend(backend)
     num_banks = len(resolutions) if bn == "private" else 1
     # On a copy first: a network that is refused stays as it was.
     trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn)

@@ -19,7 +19,7 @@ from rsfast.data.builtin import builtin_root
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import average_of
 from rsfast.engine.optim import build_optimizer
-from rsfast.kernels import MAX_LEVELS, choose_backend, without_extension
+from rsfast.kernels import MAX_LEVELS, choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet, create_model
 from rsfast.runtime import environment
@@ -51,14 +51,14 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         # What autocast would cast to, and the channels that tensor cores take.
         dtype = PRECISIONS[cfg.precision or "fp32"] or torch.float32
         for loader in loaders:
-            loader.feed(dtype, _PADDED_CHANNELS, without_extension(cfg.kernels))
+            loader.feed(dtype, _PADDED_CHANNELS, cfg.kernels)
     model = _network(cfg, rank, loaders[0])
     loss = MultiResolutionDistillation(
         len(cfg.resolutions),
         cfg.distill,
         cfg.label_smoothing,
         copies=cfg.copies,
-        backend=without_extension(cfg.kernels),
+        backend=cfg.kernels,
     )
     loss.to(rank.device)
     optimizer = build_optimizer(
