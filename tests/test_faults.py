@@ -9,23 +9,36 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers import environment, make_image_folder, torchrun
+from rsfast import train
 from rsfast.files.unpickle import load_dict
 from run_helpers import assert_same_run, log_of
 
 FAULTS = str(Path(__file__).with_name("faults.py"))
 STOPPED = 75
-STEPS, EPOCHS = 10, 6  # 60 images in steps of 6
+STEPS, EPOCHS = 10, 3  # 60 images in steps of 6
+LARGE = "--arch mobilenetv2 --resolutions 64 48 --epochs 6".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"), train=30, val=8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As `environment` says to other processes: sums in another order would differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def flags(folder: Path, output: Path, *more: str, batch: int = 6) -> list[str]:
@@ -36,7 +49,7 @@ def flags(folder: Path, output: Path, *more: str, batch: int = 6) -> list[str]:
 
 
 def alone(faults: dict[str, Any], arguments: list[str], expect: int = 0) -> str:
-    """Runs one process; returns what it says on stderr."""
+    """Runs a process of its own; returns what it says on stderr."""
     done = subprocess.run(
         [sys.executable, FAULTS, json.dumps(faults), *arguments],
         env=environment(),
@@ -61,14 +74,14 @@ def test_twenty_kills_of_two_ranks_leave_the_run_as_it_would_have_been(
 ) -> None:
     logs = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     outputs = tmp_path / "whole", tmp_path / "killed"
-    arguments = flags(folder, outputs[0], batch=3)
+    arguments = flags(folder, outputs[0], *LARGE, batch=3)
     torchrun(FAULTS, json.dumps({"log": str(logs[0])}), *arguments, folder=tmp_path)
 
     rng = random.Random(5)
-    at = [[step, rng.randrange(2)] for step in sorted(rng.sample(range(STEPS * EPOCHS), 20))]
+    at = [[step, rng.randrange(2)] for step in sorted(rng.sample(range(STEPS * 6), 20))]
     (tmp_path / "kills").mkdir()
     faults = {"kills": {"at": at, "folder": str(tmp_path / "kills")}, "log": str(logs[1])}
-    arguments = flags(folder, outputs[1], batch=3)
+    arguments = flags(folder, outputs[1], *LARGE, batch=3)
     said = torchrun(FAULTS, json.dumps(faults), *arguments, folder=tmp_path, restarts=20)
     assert len(list((tmp_path / "kills").iterdir())) == 20
     assert said.count("resumed after epoch") >= 15, "the first may come before a checkpoint"
@@ -76,7 +89,7 @@ def test_twenty_kills_of_two_ranks_leave_the_run_as_it_would_have_been(
     assert_same_run(outputs[1], outputs[0])
     trained = images_of(logs[1])
     assert trained == images_of(logs[0])
-    for epoch in range(EPOCHS):
+    for epoch in range(6):
         steps = range(epoch * STEPS, (epoch + 1) * STEPS)
         images = [image for step in steps for rank in (0, 1) for image in trained[rank, step]]
         assert sorted(images) == list(range(60)), "each image once"
@@ -128,8 +141,21 @@ def test_two_machines_that_count_their_restarts_apart_find_each_other(tmp_path: 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
-    alone({}, flags(folder, output))
+    assert train.main(flags(folder, output)) == 0
     return output
+
+
+def test_a_kill_between_two_checkpoints_leaves_the_run_as_it_would_have_been(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    (tmp_path / "kills").mkdir()
+    kills = {"at": [[14, 0]], "folder": str(tmp_path / "kills")}
+    alone({"kills": kills}, flags(folder, output), expect=-signal.SIGKILL)
+    content = load_dict(output / "last.pt")
+    assert (content["epoch"], content["step"]) == (1, 2)
+    assert train.main(flags(folder, output)) == 0
+    assert_same_run(output, whole)
 
 
 @pytest.mark.parametrize("at", ["start", "step", "validation", "checkpoint"])
@@ -147,10 +173,11 @@ def test_sigterm_at_any_time_is_resumable(
     last = output / "last.pt"
     saved = f"--resume auto continues from {last}" if at != "start" else "nothing is saved yet"
     assert f"rsfast.train: {said[at]}; {saved}" in error
-    alone({}, flags(folder, output))
+    assert train.main(flags(folder, output)) == 0
     assert_same_run(output, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "whole", tmp_path / "stopped"
     torchrun(FAULTS, "{}", *flags(folder, outputs[0], batch=3), folder=tmp_path)
@@ -167,7 +194,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path, tmp_pa
     assert_same_run(outputs[1], outputs[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_torchrun_saves_the_run(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -229,7 +258,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(
     content = load_dict(output / "last.pt")
     assert (content["epoch"], content["step"]) == (0, 8)
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
-    alone({}, flags(folder, output))
+    assert train.main(flags(folder, output)) == 0
     assert_same_run(output, whole)
 
 

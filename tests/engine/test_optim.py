@@ -48,7 +48,7 @@ def test_everything_is_decayed_as_in_the_paper_unless_told_otherwise() -> None:
     assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (1e-4, 0.9, False)
 
     decayed, free = build_optimizer(model, loss, lr=0.1, decay="weights").param_groups
-    weights = [p for p in model.parameters() if p.dim() == 4] + [model.classifier.weight]
+    weights = [p for p in model.parameters() if p.dim() == 4] + [model.network.fc.weight]
     assert {id(p) for p in decayed["params"]} == {id(p) for p in weights}
     assert free["weight_decay"] == 0.0
     assert any(p is loss.alpha for p in free["params"])

@@ -124,7 +124,7 @@ def full_in_the_backward(module, inputs, logits):
             raise torch.OutOfMemoryError("CUDA out of memory")
     logits.register_hook(check)
 
-model.classifier.register_forward_hook(full_in_the_backward)
+model.network.fc.register_forward_hook(full_in_the_backward)
 images = [torch.randn(8, 3, r, r) for r in (48, 32)]
 try:
     step(Batch(Pyramid.pack(images), torch.arange(8) % 4, torch.arange(8)))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rsfast import create_model
 from rsfast.runtime import nvtx
 
-CONV2D = importlib.import_module("rsfast.kernels.conv2d")  # not the function of that name
+CONV2D = importlib.import_module("rsfast.kernels.conv2d.op")  # not the function of that name
 
 
 @pytest.fixture
@@ -51,10 +51,11 @@ def test_every_layer_has_a_range_with_its_name(calls: list[str]) -> None:
     nvtx.name_layers(model)
     with torch.no_grad():
         model([torch.zeros(1, 3, 32, 32)])
-    assert calls[0] == "push Conv2d backbone.conv1"
-    assert calls[2] == "push SwitchableBatchNorm2d backbone.bn1"
-    assert calls[-2:] == ["push Linear classifier", "pop"]
-    assert calls.count("pop") == len(calls) / 2 == 20 + 20 + 1 + 1
+    assert calls[0] == "push Conv2d network.conv1"
+    assert calls[2] == "push SwitchableBatchNorm2d network.bn1"
+    assert calls[-2:] == ["push Linear network.fc", "pop"]
+    # Convolutions, norms, activations, the two poolings and the classifier.
+    assert calls.count("pop") == len(calls) / 2 == 20 + 20 + 17 + 2 + 1
 
 
 def test_every_level_of_a_convolution_has_a_range(calls: list[str]) -> None:
