@@ -61,9 +61,9 @@ def test_rows_hold_accuracy_cost_and_origin(
     assert [row["batch_norm"] for row in rows] == [
         "set of 48",
         "set of 48",
-        "own set",
+        "own bank",
         "0.50 x 48 + 0.50 x 32",
-        "own set",
+        "own bank",
         "set of 32",
         "all sets",
     ]
