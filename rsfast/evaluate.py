@@ -142,7 +142,7 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
         group = extra[start : start + _RESOLUTIONS_PER_PASS]
         found += _untrained_rows(model, group, settings, rank, dtype)
     found.sort(key=lambda pair: int(pair[0].resolution), reverse=True)
-    ensemble = Row("ensemble", True, "all sets", all_levels, _count(model), *accuracy.ensemble)
+    ensemble = Row("ensemble", True, "all banks", all_levels, _count(model), *accuracy.ensemble)
     rows, places = zip(*found, (ensemble, accuracy.places[-1]), strict=True)
     return Evaluation(list(rows), torch.stack(places), loader.plan.index)
 

@@ -59,13 +59,13 @@ def test_rows_hold_accuracy_cost_and_origin(
     rows = rows_of(tmp_path / "out")
     assert [row["resolution"] for row in rows] == ["64", "52", "48", "40", "32", "28", "ensemble"]
     assert [row["batch_norm"] for row in rows] == [
-        "set of 48",
-        "set of 48",
+        "bank of 48",
+        "bank of 48",
         "own bank",
         "0.50 x 48 + 0.50 x 32",
         "own bank",
-        "set of 32",
-        "all sets",
+        "bank of 32",
+        "all banks",
     ]
     trained_ones = [row["resolution"] for row in rows if row["trained"] == "True"]
     assert trained_ones == ["48", "32", "ensemble"]
@@ -123,7 +123,7 @@ def test_the_other_ways_between_resolutions(
     arguments = ["--resolutions", "44", "--between", between, "--calibration-batches", "2"]
     arguments += ["--output", str(tmp_path)]
     assert evaluate.main([str(trained), "--data", str(folder), *PIL, *arguments]) == 0
-    origin = {"nearest": "set of 48", "calibrate": "calibrated"}[between]
+    origin = {"nearest": "bank of 48", "calibrate": "calibrated"}[between]
     assert rows_of(tmp_path)[1]["batch_norm"] == origin
 
 
