@@ -27,7 +27,7 @@ from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_every
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.training import checkpoint
 from rsfast.training.resume import config_hash, find_checkpoint, restore
-from rsfast.training.run import Run, run_folder
+from rsfast.training.run import Run
 from rsfast.training.runlog import RunLog
 
 __all__ = ["build"]
@@ -43,7 +43,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         ValueError: naming the setting, the rule and the value.
     """
     cfg = _resolve(cfg, rank)
-    folder = run_folder(cfg)
+    folder = cfg.folder
     resume_from = agree(rank, lambda: find_checkpoint(cfg, folder))
     _prepare_process(cfg)
     loaders = _loaders(cfg, rank)
@@ -101,7 +101,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
 def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     """Fills in the settings whose default depends on the machine."""
     precision = cfg.precision or ("bf16" if rank.device.type == "cuda" else "fp32")
-    output = str(run_folder(cfg))
+    output = str(cfg.folder)
     kernels = choose_backend(cfg.kernels, rank.device)
     levels = cfg.copies * len(cfg.resolutions)
     if kernels != "torch" and levels > MAX_LEVELS:

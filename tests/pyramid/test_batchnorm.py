@@ -167,7 +167,9 @@ def test_a_reader_without_gradients_does_not_take_those_of_others() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("activation", [F.relu, F.relu6, None, F.silu], ids=str)
+@pytest.mark.parametrize(
+    "activation", [F.relu, F.relu6, None, F.silu], ids=["relu", "relu6", "none", "silu"]
+)
 def test_pooling_takes_the_norm_along(activation: Any, training: bool, launches: list[Any]) -> None:
     norm, levels = make_norm(torch.float32).train(training), make_levels(1, torch.float32)
     twins = [twin.train(training) for twin in plain(norm)]
