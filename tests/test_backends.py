@@ -6,58 +6,59 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kernel_helpers import CPU_OR_GPU, gpu, max_error
-from rsfast import Pyramid, create_model
-from rsfast.config import TrainConfig
+from rsfast import Pyramid, convert, create_model, kernels
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
 from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
-from rsfast.models.layers import Conv2d, MaxPool2d, SwitchableBatchNorm2d, global_avg_pool
 from rsfast.models.mobilenetv2 import InvertedResidual
 from rsfast.models.resnet import BasicBlock, Bottleneck
-from rsfast.models.rsnet import FOLDS
+from rsfast.pyramid import SwitchableBatchNorm2d
 
 RESOLUTIONS = (32, 16)
+SMALL = (16, 8)  # of one-of-each, for Triton's slow interpreter
 STEPS = 2
 
 
 def make_network(arch: str) -> RSNet:
-    """An RS-Net; "one-of-each" has one block of every kind, for Triton's slow interpreter."""
+    """An RS-Net; "one-of-each" has one block of every kind."""
     torch.manual_seed(0)
-    model = create_model("resnet18" if arch == "one-of-each" else arch, RESOLUTIONS, 4)
-    if arch == "one-of-each":
-        stem = [Conv2d(3, 16, 3), SwitchableBatchNorm2d(16, 2, "relu"), MaxPool2d(3, 2, 1)]
-        blocks = [Bottleneck(16, 8, 1, 2), InvertedResidual(32, 32, 1, 2, 2)]
-        model.backbone = nn.Sequential(*stem, *blocks, BasicBlock(32, 32, 2, 2))
-        model.classifier = nn.Linear(32, 4)
-    return model
+    if arch != "one-of-each":
+        return create_model(arch, RESOLUTIONS, 4)
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Bottleneck(16, 8, 1, 1, 64), InvertedResidual(32, 32, 1, 2)]
+    blocks += [BasicBlock(32, 32, 2, 1, 64)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)]
+    return convert(nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *blocks, *head), SMALL)
 
 
-def make_batch(device: str, dtype: torch.dtype) -> Batch:
+def make_batch(model: RSNet, device: str, dtype: torch.dtype) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    levels = [torch.randn(4, 3, r, r, generator=generator, dtype=dtype) for r in RESOLUTIONS]
+    levels = [torch.randn(4, 3, r, r, generator=generator, dtype=dtype) for r in model.resolutions]
     labels = torch.tensor([0, 3, 1, 3])
     return Batch(Pyramid.pack(levels).to(device), labels.to(device), torch.arange(4))
 
 
 def train(
-    model: RSNet, backend: str, device: str, dtype: torch.dtype, into: str = "none"
+    model: RSNet, backend: str, device: str, dtype: torch.dtype
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of a few steps, and the state of the network after them."""
-    model = copy.deepcopy(model).to(device, dtype).use_backend(backend).fold_batch_norm(into)
-    loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
+    model = copy.deepcopy(model).to(device, dtype).use_backend(backend)
+    loss = MultiResolutionDistillation(len(model.resolutions), backend=backend).to(device, dtype)
     optimizer = build_optimizer(model, loss, lr=0.01)
     step = TrainStep(model.train(), loss, optimizer, precision="fp32", graph=False)
-    losses = [step(make_batch(device, dtype)).total for _ in range(STEPS)]
+    losses = [step(make_batch(model, device, dtype)).total for _ in range(STEPS)]
     return losses, {**model.state_dict(), "alpha": loss.alpha.detach()}
 
 
@@ -71,14 +72,11 @@ def train(
     ],
     indirect=["device"],
 )
-@pytest.mark.parametrize("into", FOLDS)
-def test_training_on_the_kernels_is_as_good_as_on_pytorch(
-    arch: str, device: str, into: str
-) -> None:
+def test_training_on_the_kernels_is_as_good_as_on_pytorch(arch: str, device: str) -> None:
     model = make_network(arch)
     exact_losses, exact = train(model, "torch", "cpu", torch.float64)
     eager_losses, eager = train(model, "torch", device, torch.float32)
-    losses, state = train(model, "triton", device, torch.float32, into)
+    losses, state = train(model, "triton", device, torch.float32)
     eps = torch.finfo(torch.float32).eps
     for ours, theirs, want in zip(losses, eager_losses, exact_losses, strict=True):
         assert abs(ours.cpu() - want) <= 2 * abs(theirs.cpu() - want) + 4 * eps * want
@@ -93,7 +91,7 @@ def test_training_on_the_kernels_is_as_good_as_on_pytorch(
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_evaluation_on_the_kernels_is_that_of_pytorch(device: str) -> None:
     model = make_network("one-of-each").to(device).eval()
-    images = make_batch(device, torch.float32).images
+    images = make_batch(model, device, torch.float32).images
     with torch.no_grad():
         want = model(images)
         ours = model.use_backend("triton")(images)
@@ -103,14 +101,17 @@ def test_evaluation_on_the_kernels_is_that_of_pytorch(device: str) -> None:
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_layers_and_loss_compile_as_one_graph(device: str) -> None:
     torch.manual_seed(0)
-    norm = SwitchableBatchNorm2d(6, 2, "relu").to(device)
-    norm.backend = "triton"
+    norm = SwitchableBatchNorm2d(6, 2).to(device)
+    state = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
     loss = MultiResolutionDistillation(2, backend="triton").to(device)
     labels = torch.tensor([1, 5], device=device)
+    level_rows = 2 * 16, 2 * 4
 
     def objective(rows: Tensor) -> Tensor:
-        x = Pyramid(rows, sizes=((4, 4), (2, 2)), num_images=2)
-        return loss(global_avg_pool(norm(x, x), "triton"), labels).total
+        options = {"residual": rows, "activation": "relu", "training": True, "backend": "triton"}
+        y = kernels.switchable_bn_act(rows, *state, level_rows, (0, 1), **options)
+        pooled = kernels.global_avg_pool(y, level_rows, 2, backend="triton")
+        return loss(pooled.unflatten(0, (2, 2)), labels).total
 
     rows = torch.randn(40, 6, device=device, requires_grad=True)
     leaves = (rows, *norm.parameters(), *loss.parameters())
@@ -123,12 +124,34 @@ def test_layers_and_loss_compile_as_one_graph(device: str) -> None:
     assert norm.num_batches_tracked.tolist() == [2, 2]
 
 
-def test_the_backend_is_chosen_for_all_layers_at_once() -> None:
-    model = create_model("resnet18", RESOLUTIONS, 4)
-    assert {norm.backend for norm in model.batch_norms()} == {"torch"}
-    model.use_backend("triton")
-    assert {norm.backend for norm in model.batch_norms()} == {model.backend} == {"triton"}
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_backend_is_chosen_for_all_layers_at_once_and_cuda_for_batch_norm_only(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    model = make_network("one-of-each")
+    assert model.backend == "torch"
+    assert model.use_backend(backend).backend == backend
     assert "backend" not in model.settings()
+    seen: dict[str, set[str]] = {}
+
+    def on_pytorch(name: str) -> Callable[..., Tensor]:
+        function = getattr(kernels, name)
+
+        def call(*arguments: Any, backend: str, **options: Any) -> Tensor:
+            seen.setdefault(name, set()).add(backend)
+            return function(*arguments, **options, backend="torch")
+
+        return call
+
+    for name in ("switchable_bn_act", "bn_act_max_pool", "global_avg_pool"):
+        monkeypatch.setattr(kernels, name, on_pytorch(name))
+    model(make_batch(model, "cpu", torch.float32).images)
+    assert seen == {
+        "switchable_bn_act": {backend},
+        "bn_act_max_pool": {"triton"},
+        "global_avg_pool": {"triton"},
+    }
+    assert create_model("resnet18", RESOLUTIONS, 4, backend=backend).backend == backend
 
 
 def test_auto_is_triton_on_a_gpu_and_pytorch_elsewhere() -> None:
@@ -166,29 +189,15 @@ def test_an_unknown_backend_is_refused() -> None:
         MultiResolutionDistillation(2, backend="cuda")
 
 
-def test_cuda_is_for_batch_norm_and_triton_for_the_rest() -> None:
-    model = create_model("resnet18", RESOLUTIONS, 4, backend="cuda")
-    assert {norm.backend for norm in model.batch_norms()} == {model.backend} == {"cuda"}
-    assert {conv.backend for conv in model.convolutions()} == {"triton"}
-    with pytest.raises(ValueError, match="batch norm of backend cuda cannot be folded, got 'all'"):
-        model.fold_batch_norm("all")
-    model.use_backend("triton").fold_batch_norm("1x1")
-    with pytest.raises(ValueError, match="batch norm of backend cuda cannot be folded, got '1x1'"):
-        model.use_backend("cuda")
-    assert model.backend == "triton"
-    with pytest.raises(ValueError, match="fold_bn must be none for kernels cuda, got '1x1'"):
-        TrainConfig(kernels="cuda", fold_bn="1x1")
-
-
 def test_a_missing_extension_is_named_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from rsfast.kernels import _launch
+    from rsfast.kernels.common import launch
 
     monkeypatch.setitem(sys.modules, "rsfast._C", None)
-    monkeypatch.setattr(_launch, "missing_on", lambda _: None)
+    monkeypatch.setattr(launch, "missing_on", lambda _: None)
     with pytest.raises(ImportError, match="RSFAST_BUILD_CUDA=1 pip install --no-build-isolation"):
         choose_backend("cuda", torch.device("cuda"))
-    monkeypatch.setattr(_launch, "missing_on", lambda device: f"a GPU, the device is {device}")
+    monkeypatch.setattr(launch, "missing_on", lambda device: f"a GPU, the device is {device}")
     with pytest.raises(ValueError, match="kernels cuda needs a GPU, the device is cpu: choose"):
         choose_backend("cuda", torch.device("cpu"))
 

@@ -20,7 +20,6 @@ from rsfast.engine.optim import build_optimizer, set_lr
 from rsfast.kernels import choose_backend
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
-from rsfast.models.rsnet import FOLDS
 from run_helpers import assert_same_run, stop_when
 
 pytestmark = [
@@ -44,34 +43,30 @@ def make_step(
     *,
     graph: bool = False,
     backend: str | None = None,
-    into: str = "none",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[RSNet, TrainStep]:
     torch.manual_seed(seed)
     backend = backend or choose_backend("auto", torch.device(device))
     model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device, dtype)
-    model.fold_batch_norm(into)
     loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
     optimizer = build_optimizer(model, loss, lr=0.003)
     return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
 
-@pytest.mark.parametrize("into", FOLDS)
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.03)])
-def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float, into: str) -> None:
-    _, gpu_step = make_step(arch, "cuda", precision, into=into)
+def test_first_loss_is_that_of_the_cpu(arch: str, precision: str, bound: float) -> None:
+    _, gpu_step = make_step(arch, "cuda", precision)
     _, cpu_step = make_step(arch, "cpu", "fp32")
     exact = float(cpu_step(make_batch("cpu")).total)
     assert float(gpu_step(make_batch("cuda")).total) == pytest.approx(exact, rel=bound)
 
 
-@pytest.mark.parametrize("into", FOLDS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("arch", ["resnet50", "mobilenetv2"])
 def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorch(
-    arch: str, precision: str, into: str
+    arch: str, precision: str
 ) -> None:
     def losses(seed: int, precision: str, **settings: Any) -> Tensor:
         batch = make_batch("cuda", seed=seed)
@@ -83,7 +78,7 @@ def test_losses_over_fifty_steps_are_as_near_to_float64_as_those_of_plain_pytorc
     choices = (
         {"precision": "fp32", "backend": "torch", "dtype": torch.float64},
         {"precision": precision, "backend": "torch"},
-        {"precision": precision, "into": into, "graph": True},
+        {"precision": precision, "graph": True},
     )
     exact, eager, ours = (torch.stack([losses(s, **c) for s in range(3)]) for c in choices)
     # Means over steps and seeds, because each error is luck.
@@ -98,15 +93,13 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize(
-    ("arch", "into"), [("resnet18", "none"), ("resnet50", "statistics"), ("resnet50", "all")]
-)
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nothing_waits_for_the_device_between_log_lines(
-    precision: str, graph: bool, arch: str, into: str
+    precision: str, graph: bool, arch: str
 ) -> None:
-    _, step = make_step(arch, "cuda", precision, graph=graph, into=into)
+    _, step = make_step(arch, "cuda", precision, graph=graph)
     batch, meter = make_batch("cuda"), LossMeter(LossTerms._fields, torch.device("cuda"))
     meter.add(step(batch))  # first-use set-up may wait
     with host_must_not_wait():
@@ -115,7 +108,7 @@ def test_nothing_waits_for_the_device_between_log_lines(
             meter.add(step(batch))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "folded"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
     precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -126,9 +119,7 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         runs = []
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
-            folded = {"backend": "triton", "into": "all"}
-            choice = folded if backend == "folded" else {"backend": backend}
-            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, **choice)
+            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))

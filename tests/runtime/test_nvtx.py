@@ -62,7 +62,7 @@ def test_every_level_of_a_convolution_has_a_range(calls: list[str]) -> None:
     nvtx.enable_ranges()
     rows = torch.randn(16 + 4, 2, requires_grad=True)
     weight = torch.randn(2, 2, 3, 3, requires_grad=True)
-    y = CONV2D.conv2d(rows, weight, ((4, 4), (2, 2)), 1)
+    y = CONV2D.conv2d(rows, weight, ((4, 4), (2, 2)), 1, padding=1)
     assert calls == ["push level 4x4", "pop", "push level 2x2", "pop"]
     y.sum().backward()
     assert calls == 2 * ["push level 4x4", "pop", "push level 2x2", "pop"]
