@@ -22,6 +22,8 @@ from rsfast.losses import MultiResolutionDistillation
 FILE = Path(__file__).parent / "golden" / "losses.json"
 RESOLUTIONS = (64, 48, 32)
 STEPS = 4
+# How much a step makes at most of a difference in the last bits, as another number of threads has.
+GROWTH = {"resnet18": 3, "resnet50": 300, "mobilenetv2": 30}
 
 
 def train(arch: str) -> list[list[float]]:
@@ -55,13 +57,14 @@ def train(arch: str) -> list[list[float]]:
     return losses
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2"])
+@pytest.mark.parametrize("arch", GROWTH)
 def test_losses_are_those_on_record(arch: str) -> None:
     recorded = json.loads(FILE.read_text())[arch]
     for number, (ours, golden) in enumerate(zip(train(arch), recorded, strict=True)):
-        assert ours == pytest.approx(golden, rel=1e-6), f"step {number}"
+        rel = min(1e-12 * GROWTH[arch] ** number, 1e-6)
+        assert ours == pytest.approx(golden, rel=rel, abs=0.0), f"step {number}"
 
 
 if __name__ == "__main__":
-    made = {arch: train(arch) for arch in ("resnet18", "resnet50", "mobilenetv2")}
+    made = {arch: train(arch) for arch in GROWTH}
     FILE.write_text(json.dumps(made, indent=1) + "\n")
