@@ -186,7 +186,7 @@ def test_operators_pass_opcheck(batch: bool, device: str) -> None:
             {"running_var": torch.ones(3, 4).double()},
             "running_var must be contiguous torch.float32",
         ),
-        ({"banks": (0, 3)}, "banks must name one of 3 sets"),
+        ({"banks": (0, 3)}, "banks must name one of 3 banks"),
         ({"activation": "gelu"}, "activation must be one of"),
         ({"activation": "silu"}, r"activation must be one of \[None, 'relu', 'relu6'\]"),
         ({"activation": "hardswish", "backend": "torch"}, "activation must be one of"),
