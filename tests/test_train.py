@@ -20,6 +20,7 @@ from rsfast.training import checkpoint
 
 SMALL = """--arch resnet18 --resolutions 48 32 --batch-size 4 --lr 0.01 --log-every 1
     --seed 3""".split()
+TINY = ("--arch", "tiny:network")  # where the network does not matter
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_run_leaves_everything_the_readme_promises(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "flags", [(), ("--ema-decay", "0.9", "--precision", "fp16")], ids=["plain", "ema fp16"]
+    "flags", [(), (*TINY, "--ema-decay", "0.9", "--precision", "fp16")], ids=["plain", "ema fp16"]
 )
 def test_an_interrupted_run_continues_bit_for_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
@@ -149,7 +150,7 @@ def test_the_other_loaders_train(folder: Path, tmp_path: Path, loader: str) -> N
 def test_a_loss_that_explodes_stops_the_run_with_a_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--epochs", "2", "--lr", "1e30", "--max-skipped", "3"]
+    flags = [*TINY, "--epochs", "2", "--lr", "1e30", "--max-skipped", "3"]
     assert run(folder, tmp_path / "run", *flags) == 1
     error = capsys.readouterr().err
     assert "not finite at 3 steps in a row up to step 4; the last good checkpoint is" in error
@@ -166,7 +167,7 @@ def test_a_finished_or_foreign_run_folder_is_not_overwritten(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    assert run(folder, output, "--epochs", "1") == 0
+    assert run(folder, output, *TINY, "--epochs", "1") == 0
     before = (output / "last.pt").read_bytes()
     cases = {
         (): "holds a run already: continue it with --resume auto",
@@ -176,27 +177,29 @@ def test_a_finished_or_foreign_run_folder_is_not_overwritten(
     }
     for flags, message in cases.items():
         extra = flags if "--epochs" in flags else (*flags, "--epochs", "1")
-        assert run(folder, output, *extra) == 2
+        assert run(folder, output, *TINY, *extra) == 2
         assert message in capsys.readouterr().err
     assert (output / "last.pt").read_bytes() == before
-    assert run(folder, output, "--epochs", "1", "--resume", "auto") == 0, "nothing left to do"
+    assert run(folder, output, *TINY, "--epochs", "1", "--resume", "auto") == 0, (
+        "nothing left to do"
+    )
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    assert run(folder, output, "--epochs", "1") == 0
+    assert run(folder, output, *TINY, "--epochs", "1") == 0
     content = load_dict(output / "last.pt")
     other = make_image_folder(tmp_path / "other", classes=("ant", "bee"))
-    assert run(other, output, "--epochs", "1", "--resume", "auto") == 2
+    assert run(other, output, *TINY, "--epochs", "1", "--resume", "auto") == 2
     assert "was trained on other classes" in capsys.readouterr().err
     content = {**content, "ranks": content["ranks"] * 8}
     checkpoint.save(content, output / "last.pt")
-    assert run(folder, output, "--epochs", "1", "--resume", "auto") == 2
+    assert run(folder, output, *TINY, "--epochs", "1", "--resume", "auto") == 2
     assert "was trained by 8 processes, this run has 1" in capsys.readouterr().err
     (output / "last.pt").write_bytes((output / "last.pt").read_bytes()[:1000])
-    assert run(folder, output, "--epochs", "1", "--resume", "auto") == 2
+    assert run(folder, output, *TINY, "--epochs", "1", "--resume", "auto") == 2
     assert "last.pt is damaged" in capsys.readouterr().err
 
 

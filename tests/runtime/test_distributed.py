@@ -36,7 +36,7 @@ from rsfast.engine.optim import build_optimizer
 
 rank = distributed.join("cpu")
 torch.manual_seed(rank.index)  # different weights at first: they must become the first rank's
-model, loss = create_model("resnet18", (48, 32), 4), MultiResolutionDistillation(2)
+model, loss = create_model("tiny:network", (48, 32), 4), MultiResolutionDistillation(2)
 if rank.is_main:
     model.load_state_dict(torch.load("start.pt"))
 model, loss = model.double(), loss.double()
@@ -81,7 +81,7 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
 ) -> None:
     """In eval mode batch norm does not see the batch, and synced it sees the whole one."""
     torch.manual_seed(0)
-    model, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
+    model, loss = create_model("tiny:network", RESOLUTIONS, 4), MultiResolutionDistillation(2)
     images = [torch.randn(8, 3, r, r, dtype=torch.float64) for r in RESOLUTIONS]
     labels = torch.arange(8) % 4
     torch.save(model.state_dict(), tmp_path / "start.pt")
@@ -114,17 +114,17 @@ from rsfast.losses import MultiResolutionDistillation
 from rsfast.engine.optim import build_optimizer
 
 rank = distributed.join("cpu")
-model, loss = create_model("resnet18", (48, 32), 4), MultiResolutionDistillation(2)
+model, loss = create_model("tiny:network", (48, 32), 4), MultiResolutionDistillation(2)
 model.sync_batch_norm()
 step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
 
-def full_in_the_backward(module, inputs, logits):
+def full_in_the_backward(module, inputs, logits):  # [R, N, K]
     def check(grad):
         if len(grad) > 2 * 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
     logits.register_hook(check)
 
-model.network.fc.register_forward_hook(full_in_the_backward)
+model.register_forward_hook(full_in_the_backward)
 images = [torch.randn(8, 3, r, r) for r in (48, 32)]
 try:
     step(Batch(Pyramid.pack(images), torch.arange(8) % 4, torch.arange(8)))
@@ -231,17 +231,38 @@ def test_synced_batch_norm_is_that_of_the_whole_batch(
             torch.testing.assert_close(found, exact[name], **close)
 
 
-@pytest.mark.parametrize("loader", ["pil", "dali"])
-def test_the_command_trains_resumes_and_evaluates_in_two_processes(
-    tmp_path: Path, loader: str
+IN_A_ROW = """
+import json, sys
+from rsfast import evaluate, train
+for command, *arguments in json.loads(sys.argv[1]):
+    assert {"rsfast.train": train, "rsfast.evaluate": evaluate}[command].main(arguments) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "loader"),
+    [("tiny:network", "pil"), pytest.param("resnet18", "dali", marks=pytest.mark.slow)],
+    ids=["tiny-pil", "resnet18-dali"],
+)
+def test_the_commands_train_resume_and_evaluate_in_two_processes(
+    tmp_path: Path, arch: str, loader: str
 ) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     make_image_folder(tmp_path / "images", train=5, val=4)  # 10 images: the ranks share 2 steps
     (tmp_path / "images" / "val" / "cat" / "0000.jpg").unlink()  # 7: an odd count for two ranks
-    flags = "-m rsfast.train --arch resnet18 --resolutions 48 32 --batch-size 3 --lr 0.01"
-    flags += f" --epochs 2 --log-every 1 --data images --output run --workers 1 --loader {loader}"
-    torchrun(*flags.split(), folder=tmp_path)
+    data = f"--arch {arch} --data images --workers 1 --loader {loader}"
+    training = f"rsfast.train {data} --resolutions 48 32 --batch-size 3 --lr 0.01"
+    training += " --epochs 2 --log-every 1 --output run"
+    evaluation = f"rsfast.evaluate run/last.pt {data} --resolutions 40"
+    commands = [line.split() for line in (training, f"{training} --resume auto", evaluation)]
+    if arch == "resnet18":  # as people start them
+        out = "".join(torchrun("-m", *command, folder=tmp_path) for command in commands)
+    else:
+        (tmp_path / "in_a_row.py").write_text(IN_A_ROW)
+        out = torchrun("in_a_row.py", json.dumps(commands), folder=tmp_path)
+
+    assert "resumed after epoch 2 of 2" in out
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4]
     assert lines[0]["world_size"] == 2
@@ -251,11 +272,6 @@ def test_the_command_trains_resumes_and_evaluates_in_two_processes(
     for name in ("top1_48", "top1_32", "top1_ensemble"):
         sevenths = float(rows[-1][name]) * 7 / 100
         assert sevenths == pytest.approx(round(sevenths), abs=1e-6)
-    out = torchrun(*flags.split(), "--resume", "auto", folder=tmp_path)
-    assert "resumed after epoch 2 of 2" in out
-
-    evaluation = f"-m rsfast.evaluate run/last.pt --data images --workers 1 --loader {loader}"
-    out = torchrun(*evaluation.split(), "--resolutions", "40", folder=tmp_path)
     with open(tmp_path / "run" / "evaluation" / "accuracy.csv", newline="") as file:
         found = {row["resolution"]: row["top1"] for row in csv.DictReader(file)}
     assert float(found["48"]) == pytest.approx(float(rows[-1]["top1_48"]))
