@@ -10,7 +10,8 @@ NETWORKS_VENV ?= .venv-networks
 NETWORKS_BIN := $(NETWORKS_VENV)/bin
 NETWORKS_STAMP := $(NETWORKS_VENV)/.installed
 
-.PHONY: setup demo test soak test-gpu check format bench profile figures networks check-networks clean
+.PHONY: setup demo test test-all soak test-gpu check format bench profile figures networks \
+	check-networks clean
 
 setup: $(STAMP)
 
@@ -25,8 +26,15 @@ demo: setup
 	$(BIN)/python -m rsfast.train --arch resnet18 --output runs/demo
 	$(BIN)/python -m rsfast.evaluate runs/demo/model_best.pt --resolutions 48:96:6
 
+# In two processes of one thread each.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Minutes on two cores: what takes more than ten seconds is left to test-all.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu and not slow"
+
+test-all: setup
+	$(PYTEST) -m "not gpu"
 
 # Kills a run at random moments, RSFAST_SOAK_KILLS times (100), and compares it with a whole one.
 soak: setup

@@ -9,7 +9,6 @@ from rsfast.kernels.common.backend import (
     BACKENDS,
     check_backend,
     choose_backend,
-    without_extension,
 )
 from rsfast.kernels.common.levels import MAX_LEVELS
 from rsfast.kernels.conv2d import conv2d, conv2d_reference, conv2d_sizes
@@ -52,5 +51,4 @@ __all__ = [
     "switchable_bn_act_levels",
     "switchable_bn_act_reference",
     "teacher_weights",
-    "without_extension",
 ]

@@ -51,8 +51,8 @@ class Row:
 
     Attributes:
         resolution: in pixels, or "ensemble".
-        trained: whether the resolution has a batch-norm set of its own.
-        batch_norm: where its batch-norm set comes from.
+        trained: whether the resolution has a batch-norm bank of its own.
+        batch_norm: where its batch-norm bank comes from.
         multiply_adds: of convolutions and classifier, for one image.
         parameters: that this row needs (all of the network for the ensemble).
         top1, top5: in percent.
@@ -142,7 +142,7 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
         group = extra[start : start + _RESOLUTIONS_PER_PASS]
         found += _untrained_rows(model, group, settings, rank, dtype)
     found.sort(key=lambda pair: int(pair[0].resolution), reverse=True)
-    ensemble = Row("ensemble", True, "all sets", all_levels, _count(model), *accuracy.ensemble)
+    ensemble = Row("ensemble", True, "all banks", all_levels, _count(model), *accuracy.ensemble)
     rows, places = zip(*found, (ensemble, accuracy.places[-1]), strict=True)
     return Evaluation(list(rows), torch.stack(places), loader.plan.index)
 
@@ -237,7 +237,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
         "--kernels",
-        choices=("auto", *KERNEL_BACKENDS),
+        choices=("auto", *(b for b in KERNEL_BACKENDS if b != "cuda")),  # which is for training
         default="auto",
         help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
         "takes triton on a GPU",
@@ -280,7 +280,7 @@ def _val_batches(
 
 def _trained_rows(model: RSNet, accuracy: Accuracy) -> list[Row]:
     singles = {r: model.at(r) for r in model.resolutions}
-    origin = "own set" if model.bn == "private" else "shared set"
+    origin = "own bank" if model.bn == "private" else "shared bank"
     return [
         Row(r, True, origin, multiply_adds(net, r), _count(net), top1, top5)
         for (r, net), (top1, top5) in zip(singles.items(), accuracy.levels, strict=True)
@@ -343,10 +343,10 @@ def _origin(model: RSNet, resolution: int, between: str) -> str:
     if between == "calibrate":
         return "calibrated"
     if model.bn == "shared":
-        return "shared set"
+        return "shared bank"
     mixture = bn_mixture(model.resolutions, resolution, between)
     if len(mixture) == 1:
-        return f"set of {model.resolutions[mixture[0][0]]}"
+        return f"bank of {model.resolutions[mixture[0][0]]}"
     return " + ".join(f"{share:.2f} x {model.resolutions[bank]}" for bank, share in mixture)
 
 

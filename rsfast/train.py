@@ -22,7 +22,7 @@ from rsfast.runtime import distributed
 from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.tasks.classification import Accuracy
 from rsfast.training.resume import save
-from rsfast.training.run import Progress, Run, run_folder
+from rsfast.training.run import Progress, Run
 from rsfast.training.start import build
 from rsfast.training.validation import validate
 
@@ -209,7 +209,7 @@ def _train(cfg: TrainConfig) -> int:
 
 
 def _what_next(cfg: TrainConfig) -> str:
-    last = run_folder(cfg) / "last.pt"
+    last = cfg.folder / "last.pt"
     return f"--resume auto continues from {last}" if last.exists() else "nothing is saved yet"
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -49,11 +50,17 @@ Operations = Mapping[str, Callable[[], Iterator[Any]]]  # cases of compile_ahead
 
 @functools.cache
 def _source(function: Callable[..., Any]) -> str:
-    """Its code without comments, and that of everything it refers to in its module."""
+    """Its code without what is said of it, and that of everything it refers to in its module."""
     code = inspect.getsource(function)
     skipped = (tokenize.COMMENT, tokenize.NL)
     tokens = tokenize.generate_tokens(io.StringIO(code).readline)
-    parts = [token.string for token in tokens if token.type not in skipped]
+    said = [token for token in tokens if token.type not in skipped]
+    parts = [
+        token.string
+        for before, token in itertools.pairwise(said)
+        # A text in front of all statements is a docstring.
+        if not (before.type == tokenize.INDENT and token.type == tokenize.STRING)
+    ]
     for name in sorted(set(function.__code__.co_names)):
         value = function.__globals__.get(name)
         if hasattr(value, "fn"):  # compiled or interpreted by Triton

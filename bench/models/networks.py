@@ -131,16 +131,19 @@ def survey() -> Iterator[Found]:
 
 
 def _try(arch: str, family: str) -> Iterator[Found]:
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            network = registry.build(arch, 10)
+    except (RuntimeError, ValueError):  # it reads what it has computed: not on this device
         network = registry.build(arch, 10)
-        if not any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
-            return
-        parameters = sum(param.numel() for param in network.parameters())
-        reason = ""
-        try:
-            rsfast.convert(network, PAPER_RESOLUTIONS)
-        except ValueError as error:
-            reason = _short(str(error))
+    if not any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
+        return
+    parameters = sum(param.numel() for param in network.parameters())
+    reason = ""
+    try:
+        rsfast.convert(network, PAPER_RESOLUTIONS)
+    except ValueError as error:
+        reason = _short(str(error))
     yield Found(arch, family, parameters, reason)
 
 

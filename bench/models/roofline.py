@@ -59,7 +59,7 @@ def measure_card(results: Results) -> tuple[float, float]:
 
 def step_floors(arch: str, resolutions: Sequence[int]) -> Floors:
     """FLOPs and bytes of one image; divide the card's rates by them for images/s."""
-    model, elements = hollow(arch, resolutions), 0.0
+    model, elements = hollow(arch, tuple(resolutions)), 0.0
 
     def count(_: nn.Module, inputs: tuple[Pyramid, ...], output: Pyramid) -> None:
         nonlocal elements
@@ -73,7 +73,8 @@ def step_floors(arch: str, resolutions: Sequence[int]) -> Floors:
     ]
     found = [batch_norm_of(call) for call in observe(model)]
     elements += sum(traffic.rsfast(layer) for layer in found if layer is not None)
-    for hook in hooks:  # copies of the network would have them, too
+    for hook in hooks:
         hook.remove()
-    macs = sum(multiply_adds(model.at(r), r) for r in resolutions)
+    plain = model.at(resolutions[0])
+    macs = sum(multiply_adds(plain, r) for r in resolutions)
     return Floors(flops=3 * 2 * macs, bytes_16_bit=2 * elements)

@@ -43,7 +43,7 @@ def endless(epoch: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
 
 def make_run(backend: str, device: str) -> Callable[[], None]:
     """Takes a round's batches from a loader that runs already."""
-    loader = make_loader(backend, device)
+    loader = make_loader(backend, device, BATCH)
     batches = endless(lambda: loader)
     assert next(batches).images.num_images == BATCH
 

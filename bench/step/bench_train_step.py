@@ -21,7 +21,7 @@ from rsfast import Pyramid
 from rsfast.data import Batch
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.optim import build_optimizer
-from rsfast.kernels import choose_backend, without_extension
+from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 
@@ -146,8 +146,7 @@ def rsfast_step(setting: Setting, *, graph: bool, backend: str = "auto") -> Trai
     backend = choose_backend(backend, DEVICE)
     net = official.from_state_dict(_network(setting).state_dict(), setting.resolutions)
     net.to(DEVICE).use_backend(backend).train()
-    plain = without_extension(backend)
-    loss = MultiResolutionDistillation(len(setting.resolutions), backend=plain).to(DEVICE)
+    loss = MultiResolutionDistillation(len(setting.resolutions), backend=backend).to(DEVICE)
     optimizer = build_optimizer(net, loss, lr=1e-4)
     return TrainStep(net, loss, optimizer, precision=setting.precision, graph=graph)
 

@@ -155,8 +155,12 @@ class Call(NamedTuple):
     layer: str
 
 
-def hollow(arch: str, resolutions: Sequence[int]) -> RSNet:
-    """A network on the meta device, which computes nothing, on the backend of a GPU."""
+@functools.cache
+def hollow(arch: str, resolutions: tuple[int, ...]) -> RSNet:
+    """A network on the meta device, which computes nothing, on the backend of a GPU.
+
+    Whoever asks gets the same one.
+    """
     with torch.device("meta"):
         return create_model(arch, resolutions, backend="triton").eval()
 

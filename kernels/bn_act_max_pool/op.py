@@ -1,6 +1,6 @@
-"""Batch norm with private sets per level, activation and 3x3 max pooling of stride 2.
+"""Batch norm with private banks per level, activation and 3x3 max pooling of stride 2.
 
-For the pixels x of level l with set b = banks[l], and mean and var those of
+For the pixels x of level l with bank b = banks[l], and mean and var those of
 :mod:`rsfast.kernels.switchable_bn_act.op`, which also tracks them:
 
     z = act((x - mean) / sqrt(var + eps) * weight[b] + bias[b])     rounded to the type of x
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rsfast.kernels.bn_act_max_pool.reference import bn_act_max_pool_reference
-from rsfast.kernels.common.backend import check_backend, load_kernels, without_extension
+from rsfast.kernels.common.backend import check_backend, load_kernels
 from rsfast.kernels.common.checks import (
     check_activation,
     check_batch_norm,
@@ -69,7 +69,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     """y, and the place 0 to 8 of the largest pixel in its window, [M', C] uint8.
 
-    `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
+    `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per bank.
     `synced` is for the backward.
     """
     y, largest = _empty_outputs(x, heights, widths, num_images)
@@ -203,14 +203,14 @@ def bn_act_max_pool(
     Args:
         x: [M, C] contiguous rows of all levels, as in :func:`switchable_bn_act`, like all that is
             not named here.
-        weight: [B, C] scale (gamma) of each of the B sets.
+        weight: [B, C] scale (gamma) of each of the B banks.
         bias: [B, C] shift (beta).
         running_mean: [B, C]; updated in place when training.
         running_var: [B, C], unbiased; updated in place when training.
         num_batches_tracked: [B] int64; incremented for each level when training.
         sizes: (H, W) of each of the L levels.
         num_images: N.
-        banks: the set of each level.
+        banks: the bank of each level.
         activation: None, "relu" or "relu6". SiLU and Hardswish fall before they rise, so that the
             largest input may not give the largest output; no backend takes them here.
         training: use (and track) batch statistics instead of running ones.
@@ -232,7 +232,7 @@ def bn_act_max_pool(
     check_batch_norm(norm, x.shape[1], len(sizes), levels.banks)
     check_rows(x, levels.rows)
     check_activation(activation, MONOTONIC_ACTIVATIONS)
-    if without_extension(check_backend(backend, "cuda")) == "torch":
+    if check_backend(backend) == "torch":
         return bn_act_max_pool_reference(
             x,
             *norm,

@@ -13,10 +13,9 @@ __all__ = [
     "choose_backend",
     "load_extension",
     "load_kernels",
-    "without_extension",
 ]
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cuda")
 _OLDEST_TRITON = (3, 6)
 
 
@@ -31,7 +30,7 @@ def choose_backend(choice: str, device: torch.device) -> str:
     """
     if choice == "auto":
         choice = "triton" if device.type == "cuda" else "torch"
-    if check_backend(choice, "cuda") != "torch":
+    if check_backend(choice) != "torch":
         missing = load_kernels("common.launch").missing_on(device)
         if missing:
             raise ValueError(f"kernels {choice} needs {missing}: choose torch")
@@ -40,20 +39,21 @@ def choose_backend(choice: str, device: torch.device) -> str:
     return choice
 
 
-def check_backend(backend: str, *own: str) -> str:
-    """`backend`, if it is one, or one of those that only an operation of its `own` has.
+def check_backend(backend: str, *, extension: bool = False) -> str:
+    """The backend that computes where `backend` is asked for.
+
+    "cuda" is "triton", except for an operation that is in the extension.
+
+    Args:
+        backend: one of BACKENDS.
+        extension: whether the operation is in the extension.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if there is no such backend.
     """
-    if backend not in (*BACKENDS, *own):
-        raise ValueError(f"backend must be one of {(*BACKENDS, *own)}, got {backend!r}")
-    return backend
-
-
-def without_extension(backend: str) -> str:
-    """The backend of operations that are not in the extension: for "cuda" that is Triton."""
-    return "triton" if backend == "cuda" else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return "triton" if backend == "cuda" and not extension else backend
 
 
 def load_kernels(name: str) -> ModuleType:

@@ -87,7 +87,7 @@ def check_activation(activation: str | None, choices: Sequence[str | None]) -> N
 
 
 def check_batch_norm(norm: Norm, num_channels: int, num_levels: int, banks: Sequence[int]) -> None:
-    """Refuses sets of batch norm that do not fit each other, the rows or the levels.
+    """Refuses banks of batch norm that do not fit each other, the rows or the levels.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -97,12 +97,12 @@ def check_batch_norm(norm: Norm, num_channels: int, num_levels: int, banks: Sequ
         shape = (num_banks,) if name == "num_batches_tracked" else (num_banks, num_channels)
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} must be {list(shape)}: B sets as in weight, "
+                f"{name} must be {list(shape)}: B banks as in weight, "
                 f"C channels as in x, got shape {tuple(tensor.shape)}"
             )
     if len(banks) != num_levels or not all(0 <= bank < num_banks for bank in banks):
         raise ValueError(
-            f"banks must name one of {num_banks} sets for each of {num_levels} levels, "
+            f"banks must name one of {num_banks} banks for each of {num_levels} levels, "
             f"got {tuple(banks)}"
         )
 

@@ -20,11 +20,11 @@ class Levels(NamedTuple):
     rows: Sequence[int]
     """How many of each level."""
     banks: Sequence[int]
-    """The set of batch norm that each level uses."""
+    """The bank of batch norm that each level uses."""
 
 
 class Norm(NamedTuple):
-    """Parameters and state of B sets of batch norm."""
+    """Parameters and state of B banks of batch norm."""
 
     weight: Tensor  # [B, C]
     bias: Tensor  # [B, C]

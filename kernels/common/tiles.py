@@ -68,11 +68,11 @@ def share_out(levels: Levels, num_channels: int, elements: int = TILE_ELEMENTS) 
 def find_chunk(
     chunk,
     level_rows,  # L row counts, as of level_arguments
-    banks,  # L batch-norm sets, as of level_arguments
+    banks,  # L batch-norm banks, as of level_arguments
     chunk_rows,
     L: tl.constexpr,
 ):
-    """(level, its set, its first row and number of rows, the chunk's first row and number)."""
+    """(level, its bank, its first row and number of rows, the chunk's first row and number)."""
     level = 0
     bank = 0
     level_first = 0

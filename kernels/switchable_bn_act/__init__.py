@@ -1,4 +1,4 @@
-"""Batch norm with private sets per level, residual add and activation, over packed rows."""
+"""Batch norm with private banks per level, residual add and activation, over packed rows."""
 
 from rsfast.kernels.switchable_bn_act.op import switchable_bn_act
 from rsfast.kernels.switchable_bn_act.reference import (

@@ -148,7 +148,7 @@ def _bn_bwd_finalize_kernel(
     BLOCK_K: tl.constexpr,  # chunks
     BLOCK_C: tl.constexpr,
 ):
-    # One program per set, also for sets without a level: their gradient is 0.
+    # One program per bank, also for banks without a level: their gradient is 0.
     bank = tl.program_id(1)
     lanes = tl.arange(0, BLOCK_K)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -87,7 +87,7 @@ def _bn_finalize_kernel(
     BLOCK_K: tl.constexpr,  # chunks
     BLOCK_C: tl.constexpr,
 ):
-    # One program per set, so that levels that share one move its running statistics in turn.
+    # One program per bank, so that levels that share one move its running statistics in turn.
     bank = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C

@@ -1,6 +1,6 @@
-"""Batch norm with private sets per level, residual add and activation, over packed rows.
+"""Batch norm with private banks per level, residual add and activation, over packed rows.
 
-Forward, for the rows of level l with set b = banks[l] (RS-Net paper, equation 3):
+Forward, for the rows of level l with bank b = banks[l] (RS-Net paper, equation 3):
 
     mean, var = statistics of the level's rows (training) or running_mean[b], running_var[b]
     y = act((x - mean) / sqrt(var + eps) * weight[b] + bias[b] + residual)
@@ -14,7 +14,7 @@ and means over the m rows of a level (evaluation has no means: its statistics ar
     dbias[b] = sum dz    dweight[b] = sum dz xhat    dresidual = dz
     dx = weight[b] / sqrt(var + eps) * (dz - mean(dz) - xhat mean(dz xhat))
 
-Sets of several levels get the sum of their gradients, sets of none get 0.
+Banks of several levels get the sum of their gradients, banks of none get 0.
 
 Layout: x, residual and y are [M, C] contiguous, the rows of all levels one after another.
 Overwritten in place: running_mean, running_var, num_batches_tracked (training only).
@@ -120,7 +120,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     """y, and the bits of the mask [M, ceil(C / 8)] uint8 (no rows without `save_mask`).
 
-    `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per set.
+    `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per bank.
     The backward of a ReLU after a residual needs the mask; of others it does without.
     `synced` is for the backward.
     """
@@ -314,13 +314,13 @@ def switchable_bn_act(
         x: [M, C] contiguous rows of all levels, floating point. For "triton" float16, bfloat16 or
             float32, at most 8 levels of at least one row; everything else contiguous and on the
             same device, parameters and statistics float32. For "cuda" not float32, C % 8 = 0.
-        weight: [B, C] scale (gamma) of each of the B sets.
+        weight: [B, C] scale (gamma) of each of the B banks.
         bias: [B, C] shift (beta).
         running_mean: [B, C]; updated in place when training.
         running_var: [B, C], unbiased; updated in place when training.
         num_batches_tracked: [B] int64; incremented for each level when training.
         level_rows: rows of each level; their sum is M.
-        banks: the set each level uses, each in [0, B).
+        banks: the bank each level uses, each in [0, B).
         residual: [M, C] like `x`, added before the activation.
         activation: None, "relu", "relu6", "silu" or "hardswish"; for "cuda" one of the first three.
         training: use (and track) batch statistics instead of running ones.
@@ -346,7 +346,7 @@ def switchable_bn_act(
     check_rows(x, levels.rows)
     check_residual(residual, x)
     check_activation(activation, ACTIVATIONS)
-    if check_backend(backend, "cuda") == "torch":
+    if check_backend(backend, extension=True) == "torch":
         return switchable_bn_act_reference(
             x,
             *norm,

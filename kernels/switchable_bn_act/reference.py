@@ -52,12 +52,12 @@ def switchable_bn_act_levels(
 
     Args:
         levels: [m_l, C] contiguous rows of each of the L levels, floating point, of one dtype.
-        weight: [B, C] scale (gamma) of each of the B sets.
+        weight: [B, C] scale (gamma) of each of the B banks.
         bias: [B, C] shift (beta).
         running_mean: [B, C]; updated in place when training.
         running_var: [B, C], unbiased; updated in place when training.
         num_batches_tracked: [B] int64; incremented for each level when training.
-        banks: the set each level uses, each in [0, B).
+        banks: the bank each level uses, each in [0, B).
         residual: like `levels`, added before the activation.
         activation: one of ACTIVATIONS.
         training: use (and track) batch statistics instead of running ones.
@@ -157,7 +157,7 @@ def _batch_norm(
     image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
     mean, var = norm.running_mean[bank], norm.running_var[bank]
     if training:
-        # Levels may share a set: batch_norm keeps what it is given for the backward, so each
+        # levels may share a bank: batch_norm keeps what it is given for the backward, so each
         # level works on copies of its own.
         mean, var = mean.clone(), var.clone()
     weight, bias = norm.weight[bank], norm.bias[bank]

@@ -77,7 +77,7 @@ class TrainConfig:
     distill: str = setting("full", choices=DISTILL_MODES)
     """which resolutions teach which"""
     bn: str = setting("private", choices=BN_MODES)
-    """one batch-norm set per resolution, or one for all"""
+    """one batch-norm bank per resolution, or one for all"""
     sync_bn: bool = False
     """batch statistics over all ranks, set by set, instead of each rank's own"""
     label_smoothing: float = setting(0.0, at_least=0, below=1)
@@ -86,7 +86,7 @@ class TrainConfig:
     """one random window per image, or one for each of its levels"""
     copies: int = setting(1, at_least=1)
     """levels of each resolution, which differ in their windows if crop is multi; they share a
-    batch-norm set"""
+    batch-norm bank"""
     flip: str = setting("shared", choices=FLIP_MODES)
     """one random flip per image, one for each of its levels, or none"""
     crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
@@ -129,7 +129,7 @@ class TrainConfig:
     """loader threads (dali) or processes (pil) per rank"""
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), on_resume="freely")
     """auto takes a GPU where there is one"""
-    kernels: str = setting("auto", choices=("auto", *KERNEL_BACKENDS, "cuda"))
+    kernels: str = setting("auto", choices=("auto", *KERNEL_BACKENDS))
     """batch norm, pooling and loss in fused Triton kernels or in plain PyTorch; auto takes triton
     on a GPU; cuda is triton with batch norm in CUDA C++ (csrc/README.md), for bf16 and fp16, not
     timed yet"""

@@ -55,7 +55,7 @@ def build_optimizer(
     decay: str = "all",
     kind: str = "sgd",
 ) -> torch.optim.Optimizer:
-    """SGD over the network and alpha, which leaves batch-norm sets that took no part untouched.
+    """SGD over the network and alpha, which leaves batch-norm banks that took no part untouched.
 
     A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
     and momentum would move them all the same. They are put back after each such step. A module with

@@ -275,7 +275,8 @@ def _shared(cfg: TrainConfig) -> list[str]:
     loading = ["--loader", cfg.loader, "--workers", str(cfg.workers)]
     batch = ["--batch-size", str(cfg.batch_size), "--device", cfg.device]
     precision = ["--precision", cfg.precision] if cfg.precision else []
-    return [*data, *loading, *batch, *precision, "--kernels", cfg.kernels]
+    network = ["--arch", cfg.arch]  # of whose code the caller of the training is sure
+    return [*network, *data, *loading, *batch, *precision, "--kernels", cfg.kernels]
 
 
 def _environment(slot: int, at_once: int, device: str) -> dict[str, str]:

@@ -46,7 +46,7 @@ class Cell:
 
     Attributes:
         training: that is tested.
-        between: where its batch-norm set comes from if it was not trained at that resolution.
+        between: where its batch-norm bank comes from if it was not trained at that resolution.
     """
 
     training: Training

@@ -61,13 +61,13 @@ def from_state_dict(content: dict[str, Any], resolutions: Sequence[int] | None =
     if resolutions is None:
         if num_sets != len(_DEFAULT_RESOLUTIONS):
             raise ValueError(
-                f"resolutions must be given: the checkpoint has {num_sets} batch-norm sets and "
+                f"resolutions must be given: the checkpoint has {num_sets} batch-norm banks and "
                 f"does not say of which sizes"
             )
         resolutions = _DEFAULT_RESOLUTIONS
     if len(resolutions) != num_sets:
         raise ValueError(
-            f"resolutions must be {num_sets}, one per batch-norm set of the checkpoint, "
+            f"resolutions must be {num_sets}, one per batch-norm bank of the checkpoint, "
             f"got {tuple(resolutions)}"
         )
     arch = _guess_arch(state)

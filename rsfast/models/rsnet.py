@@ -105,7 +105,8 @@ class RSNet(nn.Module):
         Raises:
             ValueError: if there is no such backend.
         """
-        self.backend = kernels.check_backend(backend, "cuda")
+        kernels.check_backend(backend)
+        self.backend = backend
         return self
 
     def sync_batch_norm(self, synced: bool = True) -> RSNet:
@@ -191,20 +192,27 @@ def convert(
     Raises:
         ValueError: in one sentence with the module's name, if the network cannot be converted.
     """
-    return _convert(module, resolutions, bn, backend, None)
+    return _convert(module, resolutions, bn, backend)
 
 
 def _convert(
-    module: nn.Module, resolutions: Sequence[int], bn: str, backend: str, arch: str | None
+    module: nn.Module,
+    resolutions: Sequence[int],
+    bn: str,
+    backend: str,
+    arch: str | None = None,
+    num_classes: int | None = None,
 ) -> RSNet:
+    """Tries the network out unless it is known how many classes it has."""
     resolutions = check_resolutions(resolutions)
     if bn not in BN_MODES:
         raise ValueError(f"bn must be one of {BN_MODES}, got {bn!r}")
-    kernels.check_backend(backend, "cuda")
+    kernels.check_backend(backend)
     num_banks = len(resolutions) if bn == "private" else 1
-    # On a copy first: a network that is refused stays as it was.
-    trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn)
-    num_classes = _try_out(trial)
+    if num_classes is None:
+        # On a copy first: a network that is refused stays as it was.
+        trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn)
+        num_classes = _try_out(trial)
     network = to_switchable(module, num_banks)
     for param in network.parameters():
         if param.dim() == 4:  # as convolutions of channels-last pixels read it
@@ -262,4 +270,7 @@ def create_model(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    return _convert(registry.build(arch, num_classes), resolutions, bn, backend, arch)
+    network = registry.build(arch, num_classes)
+    # Tests say that rsfast's own convert; to try it out takes seconds at the start of a process.
+    known = num_classes if arch in registry.NETWORKS else None
+    return _convert(network, resolutions, bn, backend, arch, known)

@@ -234,8 +234,8 @@ class PendingNorm:
         residual = self.residual
         if self.pool:
             geometry = x.sizes, x.num_images, self.banks
-            backend = kernels.without_extension(x.backend)
-            rows = kernels.bn_act_max_pool(x.rows, *tensors, *geometry, **options, backend=backend)
+            options["backend"] = x.backend
+            rows = kernels.bn_act_max_pool(x.rows, *tensors, *geometry, **options)
             return Content(rows=rows)
         if x.is_packed:
             options["residual"] = None if residual is None else residual.rows

@@ -251,8 +251,7 @@ def _global_avg_pool(x: Pyramid) -> Pyramid:
     if x.is_pooled:
         return x
     if x.is_packed:
-        backend = kernels.without_extension(x.backend)
-        rows = kernels.global_avg_pool(x.rows, x.level_rows, x.num_images, backend=backend)
+        rows = kernels.global_avg_pool(x.rows, x.level_rows, x.num_images, backend=x.backend)
     else:
         channels = x.channel_shape
         rows = torch.cat([part.view(x.num_images, -1, *channels).mean(1) for part in x.parts])

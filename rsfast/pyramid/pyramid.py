@@ -48,7 +48,7 @@ class Pyramid:
         rows: [M, C] contiguous, any dtype, with M = sum over levels of N * H * W.
         sizes: (H, W) in pixels of each level, in the order of the rows.
         num_images: N, the same for all levels.
-        banks: which private batch-norm set each level uses; None lets the network derive it from
+        banks: which private batch-norm bank each level uses; None lets the network derive it from
             the sizes.
         backend: what computes over the rows, "torch", "triton" or "cuda".
 
@@ -97,7 +97,7 @@ class Pyramid:
         self.backend = backend
         if banks is not None and len(banks) != len(sizes):
             raise ValueError(
-                f"banks must name one batch-norm set per level ({len(sizes)}), got {len(banks)}"
+                f"banks must name one batch-norm bank per level ({len(sizes)}), got {len(banks)}"
             )
 
     @classmethod
@@ -106,7 +106,7 @@ class Pyramid:
 
         Args:
             levels: L tensors [N, C, H_l, W_l] of one dtype and device, any memory format.
-            banks: L indices of batch-norm sets, or None.
+            banks: L indices of batch-norm banks, or None.
 
         Raises:
             ValueError: if there is no level, a level is not 4-D, or N, C, dtype or device differ.
@@ -201,7 +201,7 @@ class Pyramid:
         return self.like(Content(rows=rows))
 
     def with_banks(self, banks: Sequence[int]) -> Pyramid:
-        """The same pixels, normalised with other batch-norm sets."""
+        """The same pixels, normalised with other batch-norm banks."""
         made = self.like(self._content)
         made._fill(self._content, self.sizes, self.num_images, banks, self.backend)
         return made

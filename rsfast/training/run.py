@@ -22,7 +22,7 @@ from rsfast.runtime.interrupt import Vote
 from rsfast.runtime.nvtx import ProfileWindow
 from rsfast.training.runlog import RunLog
 
-__all__ = ["Progress", "Run", "run_folder"]
+__all__ = ["Progress", "Run"]
 
 _RECIPE_BATCH = 256  # that the learning rates of the recipes belong to
 
@@ -122,8 +122,3 @@ class Run:
         if self.cfg.scale_lr:
             highest *= self.rank.world_size * self.cfg.batch_size / _RECIPE_BATCH
         return lr_at(step, total, highest, warmup)
-
-
-def run_folder(cfg: TrainConfig) -> Path:
-    """Where a run with these settings writes."""
-    return Path(cfg.output or f"runs/{cfg.arch}")

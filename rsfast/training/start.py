@@ -19,7 +19,7 @@ from rsfast.data.builtin import builtin_root
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import average_of
 from rsfast.engine.optim import build_optimizer
-from rsfast.kernels import MAX_LEVELS, choose_backend, without_extension
+from rsfast.kernels import MAX_LEVELS, choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet, create_model
 from rsfast.runtime import environment
@@ -27,7 +27,7 @@ from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_every
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.training import checkpoint
 from rsfast.training.resume import config_hash, find_checkpoint, restore
-from rsfast.training.run import Run, run_folder
+from rsfast.training.run import Run
 from rsfast.training.runlog import RunLog
 
 __all__ = ["build"]
@@ -43,7 +43,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         ValueError: naming the setting, the rule and the value.
     """
     cfg = _resolve(cfg, rank)
-    folder = run_folder(cfg)
+    folder = cfg.folder
     resume_from = agree(rank, lambda: find_checkpoint(cfg, folder))
     _prepare_process(cfg)
     loaders = _loaders(cfg, rank)
@@ -51,14 +51,14 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         # What autocast would cast to, and the channels that tensor cores take.
         dtype = PRECISIONS[cfg.precision or "fp32"] or torch.float32
         for loader in loaders:
-            loader.feed(dtype, _PADDED_CHANNELS, without_extension(cfg.kernels))
+            loader.feed(dtype, _PADDED_CHANNELS, cfg.kernels)
     model = _network(cfg, rank, loaders[0])
     loss = MultiResolutionDistillation(
         len(cfg.resolutions),
         cfg.distill,
         cfg.label_smoothing,
         copies=cfg.copies,
-        backend=without_extension(cfg.kernels),
+        backend=cfg.kernels,
     )
     loss.to(rank.device)
     optimizer = build_optimizer(
@@ -101,7 +101,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
 def _resolve(cfg: TrainConfig, rank: Rank) -> TrainConfig:
     """Fills in the settings whose default depends on the machine."""
     precision = cfg.precision or ("bf16" if rank.device.type == "cuda" else "fp32")
-    output = str(run_folder(cfg))
+    output = str(cfg.folder)
     kernels = choose_backend(cfg.kernels, rank.device)
     levels = cfg.copies * len(cfg.resolutions)
     if kernels != "torch" and levels > MAX_LEVELS:

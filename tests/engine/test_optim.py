@@ -1,4 +1,4 @@
-"""Learning rate, parameter groups, and batch-norm sets that took no part."""
+"""Learning rate, parameter groups, and batch-norm banks that took no part."""
 
 from __future__ import annotations
 

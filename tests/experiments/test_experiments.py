@@ -96,6 +96,11 @@ def test_what_is_done_is_kept(tmp_path: Path, calls: Path) -> None:
         ("rs_net", "interpolate"),
         ("rs_net", "nearest"),
     }
+    assert all(
+        line[line.index("--arch") + 1] == "resnet18"
+        for line in made
+        if line[0] == "rsfast.evaluate"
+    )
     # What was tested for the first set is tested again with it, and is still there.
     done = len(calls.read_text().splitlines())
     assert run(tmp_path / "out", "table2") == 0

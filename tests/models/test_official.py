@@ -87,7 +87,7 @@ def test_evaluation_takes_their_files_directly(tmp_path: Path) -> None:
 
 def test_loading_needs_the_sizes_unless_there_are_five(tmp_path: Path) -> None:
     authors_file(tmp_path / "a.pth.tar")
-    with pytest.raises(ValueError, match="resolutions must be given: .* 3 batch-norm sets"):
+    with pytest.raises(ValueError, match="resolutions must be given: .* 3 batch-norm banks"):
         official.load(tmp_path / "a.pth.tar")
     with pytest.raises(ValueError, match="resolutions must be 3"):
         official.load(tmp_path / "a.pth.tar", (64, 32))

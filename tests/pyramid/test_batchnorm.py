@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsfast import Pyramid, create_model, kernels
-from rsfast.kernels import without_extension
 from rsfast.pyramid import SwitchableBatchNorm2d, moved_by_forward
 
 SIZES = ((8, 6), (5, 5), (4, 3))
@@ -168,7 +167,9 @@ def test_a_reader_without_gradients_does_not_take_those_of_others() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("activation", [F.relu, F.relu6, None, F.silu], ids=str)
+@pytest.mark.parametrize(
+    "activation", [F.relu, F.relu6, None, F.silu], ids=["relu", "relu6", "none", "silu"]
+)
 def test_pooling_takes_the_norm_along(activation: Any, training: bool, launches: list[Any]) -> None:
     norm, levels = make_norm(torch.float32).train(training), make_levels(1, torch.float32)
     twins = [twin.train(training) for twin in plain(norm)]
@@ -230,7 +231,6 @@ def test_networks_fuse_as_hand_written_ones(
         seen.clear()
         model.use_backend("triton")([torch.empty(2, 3, r, r) for r in (64, 32)])
     assert seen == expected
-    assert without_extension(model.backend) == "triton"
 
 
 def test_what_a_forward_moves_is_listed() -> None:

@@ -1,4 +1,4 @@
-"""Single-resolution networks: which batch-norm set they get, and what they are made of."""
+"""Single-resolution networks: which batch-norm bank they get, and what they are made of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN = {
 
 
 def make_model(arch: str = "resnet18", bn: str = "private") -> RSNet:
-    """A network whose batch-norm sets differ from each other."""
+    """A network whose batch-norm banks differ from each other."""
     torch.manual_seed(0)
     model = create_model(arch, RESOLUTIONS, 7, bn)
     for norm in model.batch_norms():

@@ -83,7 +83,10 @@ def test_levels_that_do_not_fit_are_named(levels: list[Tensor], message: str) ->
         ((torch.zeros(4, 3, 1), ((2, 2),), 1), r"rows must be \[M, C\]"),
         ((torch.zeros(5, 3), ((2, 2),), 1), "rows must have 4 rows"),
         ((torch.zeros(0, 3), (), 1), "sizes must name at least one level"),
-        ((torch.zeros(4, 3), ((2, 2),), 1, (0, 1)), "banks must name one batch-norm set per level"),
+        (
+            (torch.zeros(4, 3), ((2, 2),), 1, (0, 1)),
+            "banks must name one batch-norm bank per level",
+        ),
     ],
     ids=["three axes", "row count", "no level", "banks"],
 )

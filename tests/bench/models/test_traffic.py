@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from bench import traffic
-from bench.shapes import batch_norm_layers
+from bench.models import traffic
+from bench.support.shapes import batch_norm_layers
 
 
 def test_kinds_of_batch_norm_are_all_there_are() -> None:
     layers = batch_norm_layers("resnet50")
     each = {n: sum(n.level_rows(1)) * n.channels * count for n, count in layers.items()}
-    sizes = traffic.elements()
+    sizes = traffic.by_kind(traffic.elements)
     assert sum(sizes.values()) == sum(each.values())
     assert sizes["bn3"] == sum(elements for layer, elements in each.items() if layer.residual)
+    assert sizes["stem"] == sum(elements for layer, elements in each.items() if layer.pooled)
+    bare = [elements for layer, elements in each.items() if layer.activation is None]
+    assert sizes["shortcut"] == sum(bare)
 
 
 def test_three_launches_each_way_are_eight_passes_and_two_for_a_residual() -> None:
-    sizes = traffic.elements()
-    passes = 8 * sum(sizes.values()) + 2 * sizes["bn3"]
-    assert traffic.one_pass_mb(1, on_chip=0) == pytest.approx(2e-6 * passes)
+    sizes = traffic.by_kind(traffic.elements)
+    behind = sum(sizes.values()) - sizes["stem"]
+    # Of the stem: statistics, the map and a quarter of it with an index; the map twice, the
+    # quarter's gradient and index twice, and the map's gradient.
+    stem = (2 + 0.375 + 2 * (1 + 0.375) + 1) * sizes["stem"]
+    passes = 8 * behind + 2 * sizes["bn3"] + stem
+    assert sum(traffic.by_kind(traffic.rsfast).values()) == pytest.approx(passes)
+    never = functools.partial(traffic.one_launch, batch=1, on_chip=0)
+    assert traffic.by_kind(never) == pytest.approx(traffic.by_kind(traffic.rsfast))
     # A chip without end reads x once forward, x and dy once backward.
-    passes -= 3 * sum(sizes.values())
-    assert traffic.one_pass_mb(256, on_chip=10**12) == pytest.approx(2e-6 * passes)
+    endless = functools.partial(traffic.one_launch, batch=256, on_chip=10**12)
+    passes -= 3 * behind
+    assert sum(traffic.by_kind(endless).values()) == pytest.approx(passes)
 
 
-def test_every_step_of_folding_saves(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = traffic.elements().values()
-    totals = [
-        sum(size * count for size, count in zip(sizes, passes, strict=True))
-        for passes in traffic.PASSES.values()
-    ]
+def test_a_residual_without_an_activation_has_the_gradient_of_its_sum() -> None:
+    (layer,) = (n for n in batch_norm_layers("resnet50") if n.residual and n.sizes[0] == (7, 7))
+    assert traffic.passes(layer) == (4, 6)
+    assert traffic.passes(layer._replace(activation=None)) == (4, 5)
+
+
+def test_every_step_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = [traffic.pooling_apart, traffic.rsfast]
+    ways += [functools.partial(traffic.one_launch, batch=batch) for batch in (256, 64, 32)]
+    totals = [sum(traffic.by_kind(way).values()) for way in ways]
     assert totals == sorted(totals, reverse=True)
     assert traffic.main([]) == 0
-    assert "| rsfast | 570.7 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| pooling apart | 570.7 |" in printed
+    assert "| rsfast | 542.5 |" in printed

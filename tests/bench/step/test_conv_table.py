@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import conv_table, shapes
-from bench.record import check_alike
-from bench.shapes import ConvLayer
+from bench.step import conv_table
+from bench.support import shapes
+from bench.support.record import check_alike
+from bench.support.shapes import ConvLayer
 
 DENSE = ConvLayer(((9, 8), (5, 5), (2, 1)), 4, 6, 3, 2, 1)
 DEPTHWISE = ConvLayer(((6, 6), (3, 3)), 8, 8, 3, 1, 8)

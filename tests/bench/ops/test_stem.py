@@ -1,4 +1,4 @@
-"""Other forms of the first convolution compute the same; their times mean nothing here."""
+"""Other forms of the stem compute the same; their times mean nothing here."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import bench_bn_act_max_pool as max_pool
-from bench import bench_stem as stem
-from bench import kernels
-from bench.record import as_packed, check_alike
-from bench.results_file import Results
-from bench.shapes import DTYPES, ConvLayer
-from bench.timing import DEVICE
+from bench.models import traffic
+from bench.ops import __main__ as command
+from bench.ops import bench_bn_act_max_pool as max_pool
+from bench.ops import bench_stem as stem
+from bench.support.record import as_packed, check_alike
+from bench.support.results_file import Results
+from bench.support.shapes import DTYPES, BatchNormLayer, ConvLayer
+from bench.support.timing import DEVICE
 
 LAYER = ConvLayer(((16, 12), (8, 8), (2, 2)), 3, 5, 7, 2, 1)
 
@@ -70,22 +71,34 @@ def test_all_ways_of_feeding_the_stem_are_alike(direction: str) -> None:
 def test_the_stem_is_that_of_a_resnet() -> None:
     assert stem.STEM[1:] == (3, 64, 7, 2, 1)
     assert max_pool.STEM.sizes == stem.STEM.out_sizes
-    assert max_pool.STEM[1:] == (64, "relu", False)
+    assert max_pool.STEM[1:] == (64, "relu", False, True)
 
 
 def test_bytes_of_pooling_in_one_pass() -> None:
     layer = max_pool.STEM
     elements = layer.channels * sum(layer.level_rows(max_pool.NUM_IMAGES))
     forward = max_pool.moved_bytes(layer, torch.bfloat16, "forward")
-    assert forward == pytest.approx(2.75 * elements)
+    assert forward == pytest.approx(4.75 * elements)  # 2 of them for the statistics
     both = max_pool.moved_bytes(layer, torch.bfloat16, "forward_backward")
     assert both - forward == pytest.approx(7.5 * elements)
+    passes = traffic.passes(layer)
+    assert [2 * number for number in passes] == [4.75, 7.5]
+
+
+@pytest.mark.parametrize("direction", max_pool.PASSES)
+def test_all_ways_to_pool_are_alike(direction: str) -> None:
+    layer = BatchNormLayer(((6, 4), (3, 5), (1, 1)), 5, "relu", False, pooled=True)
+    runs = max_pool.make_runs(layer, DTYPES[0], direction)
+    check_alike(runs, max_pool.IMPLEMENTATIONS, list)
+    y, *grads = runs["separate"]()
+    assert y.shape == (max_pool.NUM_IMAGES * (3 * 2 + 2 * 3 + 1), 5)
+    assert len(grads) == (0 if direction == "forward" else 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes with the shapes of a GPU")
 def test_the_command_times_the_stem_and_its_pooling(tmp_path: Path) -> None:
-    results = Results(tmp_path, "kernels", DEVICE)
-    kernels.Bench(2, results, without=["C8"]).stem()
+    results = Results(tmp_path, "ops", DEVICE)
+    command.Session(2, results, without=["C8"]).stem()
     names = {row["name"] for row in results.rows}
     assert "kernel/stem/64px-C3-C64-k7s2/fp32/forward/space_to_depth_here" in names
     assert "kernel/stem/64px-C3-C64-k7s2/fp32/wgrad/C4" in names
