@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "pyramid": {"kernels"},
     "models": {"pyramid", "kernels", "files"},
     "losses": {"kernels"},
-    "runtime": {"pyramid", "rsfast"},
+    "runtime": {"pyramid", "kernels", "rsfast"},
     "data": {"pyramid", "kernels", "runtime"},
     "engine": {"pyramid", "kernels", "data", "runtime"},
     "tasks": {"engine", "data", "kernels", "pyramid", "losses", "runtime", "files"},
@@ -61,10 +61,12 @@ def imported_by(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
                 full if (full := f"{node.module}.{alias.name}") in known else str(node.module)
                 for alias in node.names
             ]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         else:
             continue
         for imported in names:
-            if imported.split(".")[0] == "rsfast":
+            if imported.split(".")[0] == "rsfast" and imported != "rsfast._C":
                 assert imported in known, f"{name} imports {imported}, which is not there"
                 yield imported
 
@@ -83,6 +85,7 @@ def test_every_module_is_seen() -> None:
     seen = {part_of(name) for name in modules()}
     assert seen == set(MAY_IMPORT)
     assert "rsfast.data.dali" in graph()["rsfast.data.loader"], "those within functions, too"
+    assert "rsfast.kernels.conv2d.op" in graph()["rsfast.runtime.nvtx"], "and those by name"
     assert "rsfast.kernels.common.levels" in graph()["rsfast.kernels.conv2d.op"]
 
 
