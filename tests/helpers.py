@@ -91,8 +91,9 @@ def torchrun(*arguments: str, folder: Path, expect: int = 0, restarts: int = 0) 
         text=True,
         timeout=1500,
     )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == expect, f"exit code {done.returncode}: {said}"
+    return said
 
 
 def environment() -> dict[str, str]:
