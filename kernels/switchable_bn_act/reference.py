@@ -22,8 +22,8 @@ __all__ = ["ACTIVATIONS", "switchable_bn_act_levels", "switchable_bn_act_referen
 
 _FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
-    "relu": F.relu,
-    "relu6": F.relu6,
+    "relu": torch.relu_,  # of batch norm's output, which nobody else has
+    "relu6": lambda y: F.relu6(y, inplace=True),
     "silu": F.silu,
     "hardswish": F.hardswish,
 }
@@ -73,16 +73,22 @@ def switchable_bn_act_levels(
     """
     norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked)
     _check_levels(levels, norm, banks, residual, activation)
+    images = [_as_image(rows) for rows in levels]
     if training and synced:
-        outputs = joint_batch_norm(levels, norm, banks, momentum, eps)
+        normed = joint_batch_norm(levels, norm, banks, momentum, eps)
+        outputs = [_as_image(rows) for rows in normed]
     else:
         outputs = [
-            _batch_norm(rows, norm, bank, training, momentum, eps)
-            for rows, bank in zip(levels, banks, strict=True)
+            _batch_norm(image, norm, bank, training, momentum, eps)
+            for image, bank in zip(images, banks, strict=True)
         ]
-    if residual is not None:
-        outputs = [y + own for y, own in zip(outputs, residual, strict=True)]
-    return [_FUNCTIONS[activation](y) for y in outputs]
+    for index, own in enumerate(residual or ()):
+        # Batch norm's backward does not look at its output: nothing is lost, and a pass is saved.
+        outputs[index] = outputs[index].add_(_as_image(own))
+    return [
+        _FUNCTIONS[activation](y).permute(0, 2, 3, 1).reshape(rows.shape)
+        for y, rows in zip(outputs, levels, strict=True)
+    ]
 
 
 def switchable_bn_act_reference(
@@ -147,14 +153,20 @@ def _check_levels(
         check_residual(own, rows)
 
 
+def _as_image(rows: Tensor) -> Tensor:
+    """Rows [m, C] as a [1, C, m, 1] channels-last image.
+
+    PyTorch's CPU kernel walks such rows in order; as [m, C] it would walk every channel through all
+    of memory. Made by view and permute: an image indexed with None has other strides on its axes of
+    size 1, and PyTorch 2.13's CPU backward then takes the gradient for NCHW and returns a wrong
+    one.
+    """
+    return rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
+
+
 def _batch_norm(
-    rows: Tensor, norm: Norm, bank: int, training: bool, momentum: float, eps: float
+    image: Tensor, norm: Norm, bank: int, training: bool, momentum: float, eps: float
 ) -> Tensor:
-    # As a [1, C, m, 1] channels-last image, PyTorch's CPU kernel walks the rows in order; as
-    # [m, C] it would walk every channel through all of memory. Made by view and permute: an
-    # image indexed with None has other strides on its axes of size 1, and PyTorch 2.13's CPU
-    # backward then takes the gradient for NCHW and returns a wrong one.
-    image = rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
     mean, var = norm.running_mean[bank], norm.running_var[bank]
     if training:
         # levels may share a bank: batch_norm keeps what it is given for the backward, so each
@@ -166,6 +178,7 @@ def _batch_norm(
     if training:
         norm.running_mean[bank] = mean
         # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
-        norm.running_var[bank] = var if len(rows) > 1 else (1.0 - momentum) * norm.running_var[bank]
+        several = image.shape[2] > 1
+        norm.running_var[bank] = var if several else (1.0 - momentum) * norm.running_var[bank]
         norm.num_batches_tracked[bank] += 1
-    return y.permute(0, 2, 3, 1).reshape(rows.shape)
+    return y
