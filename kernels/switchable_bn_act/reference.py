@@ -78,8 +78,10 @@ def switchable_bn_act_levels(
         normed = joint_batch_norm(levels, norm, banks, momentum, eps)
         outputs = [_as_image(rows) for rows in normed]
     else:
+        # One operation each, whose gradient is one, too; indexing has one for every level.
+        affine = list(zip(norm.weight.unbind(), norm.bias.unbind(), strict=True))
         outputs = [
-            _batch_norm(image, norm, bank, training, momentum, eps)
+            _batch_norm(image, *affine[bank], norm, bank, training, momentum, eps)
             for image, bank in zip(images, banks, strict=True)
         ]
     for index, own in enumerate(residual or ()):
@@ -165,14 +167,20 @@ def _as_image(rows: Tensor) -> Tensor:
 
 
 def _batch_norm(
-    image: Tensor, norm: Norm, bank: int, training: bool, momentum: float, eps: float
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm,
+    bank: int,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
     mean, var = norm.running_mean[bank], norm.running_var[bank]
     if training:
         # levels may share a bank: batch_norm keeps what it is given for the backward, so each
         # level works on copies of its own.
         mean, var = mean.clone(), var.clone()
-    weight, bias = norm.weight[bank], norm.bias[bank]
     # Not cuDNN: its statistics are not those of the native kernels.
     y = torch.batch_norm(image, weight, bias, mean, var, training, momentum, eps, False)
     if training:
