@@ -70,13 +70,19 @@ def _conv2d(
         x = x.content.pending.padded
         if groups == 1:
             weight = F.pad(weight, (0, 0, 0, 0, 0, x.num_channels - weight.shape[1]))
-    both = _padding(padding, weight, dilation)
+    both, strides = _padding(padding, weight, dilation), _pair(stride)
+    is_pixelwise = tuple(weight.shape[2:]) == (1, 1) and both == (0, 0)
+    if is_pixelwise and strides != (1, 1):
+        # Only the pixels that it reads. (PyTorch 2.13 ends the process in the backward of a strided
+        # 1x1 convolution of 3 channels on a CPU.)
+        down, right = strides
+        x = x.map_levels(lambda level: level[:, :, ::down, ::right])
+        strides = stride = (1, 1)
     if not x.is_packed or both is None or weight.shape[1] * groups != x.num_channels:
         given = bias, stride, padding, dilation, groups
         return x.map_levels(lambda level: F.conv2d(level, weight, *given))
-    strides = _pair(stride)
-    if tuple(weight.shape[2:]) == (1, 1) and groups == 1 and both == (0, 0):
-        return _product(x, weight, bias, strides)
+    if is_pixelwise and groups == 1:
+        return x.with_rows(F.linear(x.rows, weight.flatten(1), bias))
     dtype = _autocast_dtype(x)
     weight = weight.to(dtype)
     geometry = {"stride": strides, "padding": both, "dilation": dilation}
@@ -84,13 +90,6 @@ def _conv2d(
     rows = x.rows.to(dtype)
     y = kernels.conv2d(rows, weight, x.sizes, x.num_images, **geometry, groups=groups)
     return x.like(Content(rows=y if bias is None else y + bias.to(dtype)), sizes)
-
-
-def _product(x: Pyramid, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Pyramid:
-    down, right = stride
-    if stride != (1, 1):
-        x = x.map_levels(lambda level: level[:, :, ::down, ::right])
-    return x.with_rows(F.linear(x.rows, weight.flatten(1), bias))
 
 
 def _autocast_dtype(x: Pyramid) -> torch.dtype:
