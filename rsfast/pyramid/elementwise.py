@@ -6,6 +6,7 @@ they broadcast as torch does for [L * N, C, H, W].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,11 @@ _ELEMENTWISE = (
     *("square", "tanh", "tanhshrink", "threshold"),
     *("bfloat16", "clone", "contiguous", "detach", "double", "float", "half", "to", "type_as"),
 )
-_BINARY = ("sub", "mul", "div", "true_divide", "maximum", "minimum", "pow")
+# Names of one function, that of what computes it first.
+_BINARY = (
+    *(("sub", "subtract"), ("mul", "multiply"), ("div", "divide", "true_divide")),
+    *(("maximum",), ("minimum",), ("pow",)),
+)
 
 
 def _register_elementwise(name: str) -> None:
@@ -91,11 +96,8 @@ def _register_operator(name: str, *, reflected: bool = False) -> None:
     function(getattr(Tensor, f"__r{name}__"))(turned)
 
 
-for _name in _BINARY:
-    _register_binary(_name)
-_register_binary("sub", "subtract")
-_register_binary("mul", "multiply")
-_register_binary("div", "divide")
+for _names in _BINARY:
+    _register_binary(*_names)
 for _name in ("sub", "mul", "truediv", "pow"):
     _register_operator(_name)
 
@@ -103,7 +105,7 @@ for _name in ("sub", "mul", "truediv", "pow"):
 @function(*spellings("add"), Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Pyramid:
     if alpha != 1:
-        return _combine(lambda p, q: torch.add(p, q, alpha=alpha), a, b)
+        return _combine(torch.add, a, b, alpha=alpha)
     if isinstance(a, Pyramid) and isinstance(b, Pyramid) and a.sizes == b.sizes:
         for pending, other in ((a, b), (b, a)):
             joined = _join(pending, "with_residual", other)
@@ -120,11 +122,7 @@ def _negative(x: Pyramid) -> Pyramid:
 def _combine(f: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Pyramid:
     """An element-wise function of two operands, at least one of them a pyramid."""
     if kwargs:
-        plain = f
-
-        def f(p: Any, q: Any) -> Tensor:
-            return plain(p, q, **kwargs)
-
+        f = functools.partial(f, **kwargs)
     x = a if isinstance(a, Pyramid) else b
     if not isinstance(x, Pyramid):
         raise TypeError(f"one operand must be a pyramid, got {type(a)} and {type(b)}")
@@ -172,7 +170,7 @@ def _dropout(x: Pyramid, p: float = 0.5, training: bool = True) -> Pyramid:
     return x.map_rows(lambda rows: F.dropout(rows, p))
 
 
-@function(F.feature_dropout if hasattr(F, "feature_dropout") else F.dropout2d, F.dropout2d)
+@function(F.dropout2d)
 def _dropout2d(x: Pyramid, p: float = 0.5, training: bool = True) -> Pyramid:
     if not training or p == 0.0:
         return x

@@ -138,7 +138,7 @@ def _register_by_level(*torch_functions: Any) -> None:
 
 _register_by_level(F.avg_pool2d, torch._C._nn.avg_pool2d)
 _register_by_level(F.lp_pool2d)
-_register_by_level(F.adaptive_max_pool2d, torch.adaptive_max_pool1d)
+_register_by_level(F.adaptive_max_pool2d)
 _register_by_level(F.interpolate)
 _register_by_level(F.upsample)
 _register_by_level(F.pad, torch._C._nn.pad)
