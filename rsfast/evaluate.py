@@ -133,7 +133,8 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
     """
     dtype = PRECISIONS[settings.precision] if settings.precision else _default_dtype(rank)
     weights = torch.softmax(alpha, dim=0).to(rank.device)
-    loader = _val_batches(model, model.resolutions, settings, rank)
+    with distributed.first_rank_first(rank):
+        loader = _val_batches(model, model.resolutions, settings, rank)
     accuracy = validate(model, weights, loader, dtype, loader.num_images)
     found = list(zip(_trained_rows(model, accuracy), accuracy.places, strict=False))
     all_levels = sum(row.multiply_adds for row, _ in found)

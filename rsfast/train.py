@@ -44,12 +44,15 @@ def train(cfg: TrainConfig) -> Accuracy | None:
     """
     with Interrupt() as interrupt:
         rank = distributed.join(cfg.device)
+        stopped = None
         try:
             accuracy = train_epochs(build(cfg, rank), interrupt)
-        except Stopped:
-            distributed.leave()
-            raise
+        except Stopped as reason:
+            # Its traceback would hold the run, and so the step, until the group is left.
+            stopped = reason.with_traceback(None)
         distributed.leave()
+        if stopped is not None:
+            raise stopped
         return accuracy
 
 
@@ -68,6 +71,7 @@ def train_epochs(run: Run, interrupt: Interrupt) -> Accuracy | None:
             run.profile.close()
         if run.log:
             run.log.close()
+        run.step.close()
     return accuracy
 
 
@@ -77,26 +81,26 @@ def train_epoch(run: Run, interrupt: Interrupt) -> None:
     at, loader = run.at, run.train_loader
     loader.epoch, loader.first_step = at.epoch, at.step
     images_per_step = run.cfg.batch_size * run.rank.world_size
-    clock, timed = time.perf_counter(), at.step
+    run.clock.start()
     with _progress_bar(run, images_per_step) as bar:
         for batch in prefetch(loader, run.rank.device):
             step = run.steps_done
             if run.profile:
                 run.profile.before(step)
+            run.clock.step()
             set_lr(run.optimizer, run.lr(step))
             run.meter.add(run.step(batch))  # tensors stay on the device
             if run.ema:
-                run.ema.update_parameters(run.model)
+                run.ema.update(run.model)
             at.step += 1
             bar.update(images_per_step)
             if at.step % run.cfg.log_every == 0 or at.step == run.steps_per_epoch:
                 losses = run.meter.read()  # the only host synchronisation
-                images_per_s = (at.step - timed) * images_per_step / (time.perf_counter() - clock)
+                images_per_s = images_per_step * run.clock.read()
                 bar.set_postfix_str(f"loss {losses['loss']:.3f}")
                 at.mean.add(losses, at.step - at.logged)
                 at.logged = at.step
                 report(run, step, losses, images_per_s)
-                clock, timed = time.perf_counter(), at.step
             save_if_due(run, interrupt)
 
 

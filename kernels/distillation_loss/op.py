@@ -46,19 +46,12 @@ from rsfast.kernels.distillation_loss.reference import (
     DISTILL_MODES,
     DistillationTerms,
     distillation_loss_reference,
-    teacher_weights,
+    teacher_range,
 )
 
 __all__ = ["distillation_loss", "distillation_loss_and_gradients"]
 
 MAX_RESOLUTIONS = 8  # of the Triton kernel: registers
-
-
-def teacher_range(mode: str, num_resolutions: int) -> tuple[int, int, float]:
-    """(first, last, weight): student s has the teachers first..last below s, all of one weight."""
-    weights = teacher_weights(mode, num_resolutions)[-1]
-    teachers = [t for t, weight in enumerate(weights) if weight]
-    return (teachers[0], teachers[-1], weights[teachers[0]]) if teachers else (0, -1, 0.0)
 
 
 @torch.library.custom_op("rsfast::distillation_loss_fwd", mutates_args=())

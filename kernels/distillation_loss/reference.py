@@ -15,6 +15,7 @@ __all__ = [
     "DISTILL_MODES",
     "DistillationTerms",
     "distillation_loss_reference",
+    "teacher_range",
     "teacher_weights",
 ]
 
@@ -54,6 +55,22 @@ def teacher_weights(mode: str, num_resolutions: int) -> tuple[tuple[float, ...],
     return tuple(tuple(rules[mode](s, t) for t in teachers) for s in students)
 
 
+def teacher_range(mode: str, num_resolutions: int) -> tuple[int, int, float]:
+    """(first, last, weight): student s has the teachers first..last below s, all of one weight."""
+    weights = teacher_weights(mode, num_resolutions)[-1]
+    teachers = [t for t, weight in enumerate(weights) if weight]
+    return (teachers[0], teachers[-1], weights[teachers[0]]) if teachers else (0, -1, 0.0)
+
+
+def _teacher_table(mode: str, logits: Tensor) -> Tensor:
+    """[R, R + 1] W, filled on the device: one copied from the host would have to be waited for."""
+    num_resolutions = len(logits)
+    first, last, weight = teacher_range(mode, num_resolutions)
+    table = logits.new_zeros(num_resolutions, num_resolutions + 1)
+    table[:, first : last + 1].fill_(weight)
+    return table.tril_()  # teachers are below their students
+
+
 def distillation_loss_reference(
     logits: Tensor,
     labels: Tensor,
@@ -75,7 +92,7 @@ def distillation_loss_reference(
     if mode == "none":
         return DistillationTerms(ce, ensemble, torch.zeros_like(ce))
     with torch.no_grad():
-        table = logits.new_tensor(teacher_weights(mode, num_resolutions))  # [R, R + 1]
+        table = _teacher_table(mode, logits)
         teachers = torch.cat([F.log_softmax(ensemble_logits, dim=-1)[None], log_probs])
         probs = teachers.exp()  # [R + 1, N, K]
         neg_entropy = (probs * teachers).sum(-1)  # [R + 1, N]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch
 from rsfast.engine.terms import Terms
 from rsfast.runtime.distributed import sum_over_ranks
 
-__all__ = ["EpochMean", "LossMeter"]
+__all__ = ["EpochMean", "LossMeter", "StepClock"]
 
 
 class LossMeter:
@@ -67,3 +68,38 @@ class EpochMean:
     def read(self) -> dict[str, float]:
         """NaN if nothing was finite."""
         return {n: v / self.weight if self.weight else math.nan for n, v in self.sums.items()}
+
+
+class StepClock:
+    """Steps per second between readings.
+
+    The first step of all compiles kernels and captures the graph, so the clock starts again behind
+    it: only a reading directly after it has it in.
+
+    Args:
+        device: that the steps run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._every = 0
+        self.start()
+
+    def start(self) -> None:
+        """Starts a reading: what was before it is not timed."""
+        self._steps, self._began = 0, time.perf_counter()
+
+    def step(self) -> None:
+        """To be called before a step."""
+        if self._every == 1:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.start()
+        self._every += 1
+        self._steps += 1
+
+    def read(self) -> float:
+        """Steps per second, once the device has been waited for; starts the next reading."""
+        rate = self._steps / (time.perf_counter() - self._began)
+        self.start()
+        return rate

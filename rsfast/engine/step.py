@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rsfast.data import Batch
 from rsfast.engine.guard import StepGuard, skips_on_device
+from rsfast.engine.lead import HostLead
 from rsfast.engine.snapshot import Snapshot
 from rsfast.engine.terms import Terms
 from rsfast.pyramid import Pyramid
@@ -30,9 +31,14 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 # rebuilds its buckets and waits for its eleventh step before it settles.
 _WARMUP_STEPS = {"alone": 3, "ddp": 11}
 
-# What DDP calls the switch for copying buffers from rank 0 at every step; renamed in torch 2.13.
-_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_KEEP_BUFFERS: Any = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+_DDP_KNOWS = inspect.signature(DistributedDataParallel).parameters
+_DDP_OPTIONS: Any = {
+    # Batch-norm statistics stay per rank. Renamed in torch 2.13.
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_KNOWS else "broadcast_buffers": False,
+    "gradient_as_bucket_view": True,
+}
+if "batched_grad_copy" in _DDP_KNOWS:  # two launches per bucket instead of two per parameter
+    _DDP_OPTIONS["batched_grad_copy"] = True
 
 
 class _Objective(nn.Module):
@@ -51,7 +57,8 @@ class _Objective(nn.Module):
 
 
 class TrainStep:
-    """One training step. Loss terms stay on the device; nothing waits for it.
+    """One training step. Loss terms stay on the device; no step waits for it, but the host
+    is at most two steps ahead.
 
     In a process group of several ranks, gradients are averaged over them while the backward runs.
     Batch-norm statistics stay per rank, as in the paper.
@@ -116,14 +123,14 @@ class TrainStep:
                 self._objective = ddp = DistributedDataParallel(
                     self._modules,
                     device_ids=[self._device] if self._device.type == "cuda" else None,
-                    gradient_as_bucket_view=True,
-                    **_KEEP_BUFFERS,  # batch-norm statistics stay per rank
+                    **_DDP_OPTIONS,
                 )
             name_all_reduces(ddp)
             if self._stream:
                 torch.cuda.current_stream().wait_stream(self._stream)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self.guard = StepGuard(self._modules, optimizer, self.scaler)
+        self._lead = HostLead(self._device)
 
     def __call__(self, batch: Batch) -> Terms:
         """Trains on one batch and returns its loss terms, detached.
@@ -133,16 +140,29 @@ class TrainStep:
             torch.OutOfMemoryError: naming the batch size, and one that fits.
         """
         try:
-            if not self._wants_graph:
-                return self._run(batch.images, batch.labels)
-            if self._graph is None:
-                self._graph = self._capture(batch)
-            return self._graph(batch)
+            self._lead.wait()
+            terms = self._take(batch)
+            self._lead.mark()
+            return terms
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         # Past the except block, whose traceback holds what did not fit.
         raise torch.OutOfMemoryError(self._what_fits(batch))
+
+    def close(self) -> None:
+        """Drops the captured step and its memory; the next call captures again.
+
+        To be called before a process group is left: NCCL waits for every graph that holds its work.
+        """
+        self._graph = None
+
+    def _take(self, batch: Batch) -> Terms:
+        if not self._wants_graph:
+            return self._run(batch.images, batch.labels)
+        if self._graph is None:
+            self._graph = self._capture(batch)
+        return self._graph(batch)
 
     def _run(self, images: Pyramid, labels: Tensor) -> Terms:
         """The loss terms, detached, after one step."""

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 _PATIENCE_S = 1800  # for the other processes to start
+# For what one process does while the others wait on the host: reading the headers of a million
+# images over a network, writing a checkpoint. NCCL would give up after ten minutes.
+_HOST_PATIENCE = timedelta(hours=6)
 T = TypeVar("T")
 
 
@@ -90,7 +94,9 @@ def join(device: str = "auto") -> Rank:
             world_size=world_size,
             device_id=place if cuda else None,
         )
-    group = dist.new_group(backend="gloo") if world_size > 1 else None
+    group = None
+    if world_size > 1:
+        group = dist.new_group(backend="gloo", timeout=_HOST_PATIENCE)
     return Rank(int(os.environ.get("RANK", 0)), world_size, place, group)
 
 
@@ -157,13 +163,13 @@ def leave() -> None:
 def first_rank_first(rank: Rank) -> Iterator[None]:
     """Rank 0 runs the block before all others: it fills caches that they then find."""
     if rank.world_size > 1 and not rank.is_main:
-        dist.barrier()
+        dist.barrier(rank.host_group)
     try:
         yield
     finally:
         # Also when rank 0 fails: the others then meet the same error instead of waiting.
         if rank.world_size > 1 and rank.is_main:
-            dist.barrier()
+            dist.barrier(rank.host_group)
 
 
 def agree(rank: Rank, find: Callable[[], T]) -> T:

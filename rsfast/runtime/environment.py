@@ -41,14 +41,24 @@ def describe(device: torch.device) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        for fact, query in _NVIDIA_SMI.items():
-            facts[fact] = _first_line(
-                "nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader"
-            )
+        facts |= _of_nvidia_smi(device)
     else:
         facts["cpu_threads"] = torch.get_num_threads()
     return facts
+
+
+def _of_nvidia_smi(device: torch.device) -> dict[str, str | None]:
+    """Each None where it does not answer."""
+    # By UUID: nvidia-smi counts all GPUs of the machine, torch those that the process sees.
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    line = _first_line(
+        "nvidia-smi",
+        f"--id=GPU-{uuid.removeprefix('GPU-')}",
+        f"--query-gpu={','.join(_NVIDIA_SMI.values())}",
+        "--format=csv,noheader",
+    )
+    values = line.split(", ") if line else [None] * len(_NVIDIA_SMI)
+    return dict(zip(_NVIDIA_SMI, values, strict=True))
 
 
 def _commit() -> str | None:

@@ -70,10 +70,13 @@ class Vote:
 
     Args:
         group: of gloo, so that the host asks without waiting for a GPU; None for one rank.
+        every: only each such call is a vote, the same ones on all ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, every: int = 1) -> None:
         self._group = group
+        self._every = every
+        self._calls = 0
         self._votes: Tensor | None = None
         self._count: dist.Work | None = None
 
@@ -81,6 +84,9 @@ class Vote:
         """Hands in this rank's wishes; returns which of the last ones some rank had."""
         if self._group is None:
             return stop, save
+        self._calls += 1
+        if self._calls % self._every:
+            return False, False
         result = self.result()
         self._votes = torch.tensor([stop, save], dtype=torch.int32)
         self._count = dist.all_reduce(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,13 +57,21 @@ def nvtx_range(name: str) -> Iterator[None]:
 def name_layers(model: nn.Module) -> None:
     """A range around the forward of every layer, with its name in the network."""
 
-    def push(name: str) -> Any:
-        return lambda module, inputs: torch.cuda.nvtx.range_push(name)
+    # range_push and range_pop return a depth; what a hook returns takes the place of its layer's
+    # inputs or output.
+    def push(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            torch.cuda.nvtx.range_push(name)
+
+        return hook
+
+    def pop(*_: object) -> None:
+        torch.cuda.nvtx.range_pop()
 
     for name, module in model.named_modules():
         if not any(module.children()):
             module.register_forward_pre_hook(push(f"{type(module).__name__} {name}"))
-            module.register_forward_hook(lambda *_: torch.cuda.nvtx.range_pop(), always_call=True)
+            module.register_forward_hook(pop, always_call=True)
 
 
 class ProfileWindow:

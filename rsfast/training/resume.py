@@ -79,7 +79,7 @@ def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
     }
     if run.ema:
         payload["ema"] = run.ema.module.state_dict()
-        payload["ema_updates"] = int(run.ema.n_averaged)
+        payload["ema_updates"] = run.ema.updates
     best = []
     if is_best:  # first: a run that ends before last.pt is there does this epoch's end again
         weights = run.folder / "model_best.safetensors"
@@ -132,7 +132,7 @@ def restore(run: Run, path: Path) -> None:
     run.step.guard.counts.copy_(torch.tensor(content["skipped"]))
     if run.ema:
         run.ema.module.load_state_dict(content["ema"])
-        run.ema.n_averaged.fill_(content["ema_updates"])
+        run.ema.updates = content["ema_updates"]
     run.best = tuple(content["best"])
     if len(content["ranks"]) == run.rank.world_size:
         _restore_rank(run, content["ranks"][run.rank.index])

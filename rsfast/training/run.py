@@ -13,7 +13,7 @@ from rsfast.config import TrainConfig, checkpoint_interval
 from rsfast.data import Loader
 from rsfast.engine import TrainStep
 from rsfast.engine.ema import AveragedModel
-from rsfast.engine.metrics import EpochMean, LossMeter
+from rsfast.engine.metrics import EpochMean, LossMeter, StepClock
 from rsfast.engine.optim import lr_at
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
@@ -65,6 +65,7 @@ class Run:
         at: where the run is.
         best: score of the best epoch so far; () is less than any.
         meter: losses since the last log line.
+        clock: speed since then.
         vote: what all ranks agree on after a step.
         checkpoint_interval: steps and seconds between checkpoints; 0 for none.
         saved: when the last checkpoint was written or the run began, in seconds of
@@ -80,7 +81,7 @@ class Run:
     loss: MultiResolutionDistillation
     optimizer: torch.optim.Optimizer
     step: TrainStep
-    ema: AveragedModel | None
+    ema: AveragedModel[RSNet] | None
     facts: dict[str, Any]
     data_set: dict[str, str]
     profile: ProfileWindow | None = None
@@ -88,13 +89,16 @@ class Run:
     at: Progress = field(default_factory=Progress)
     best: tuple[float, ...] = ()
     meter: LossMeter = field(init=False)
+    clock: StepClock = field(init=False)
     vote: Vote = field(init=False)
     checkpoint_interval: tuple[int, float] = field(init=False)
     saved: float = field(default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(LossTerms._fields, self.rank.device)
-        self.vote = Vote(self.rank.host_group)
+        self.clock = StepClock(self.rank.device)
+        # Hosts count in well under a step, up to some dozens of them.
+        self.vote = Vote(self.rank.host_group, every=max(1, self.rank.world_size // 8))
         self.checkpoint_interval = checkpoint_interval(self.cfg.checkpoint_every)
 
     @property
@@ -110,9 +114,7 @@ class Run:
     @property
     def averaged_model(self) -> RSNet:
         """The network to validate: the averaged one where there is one."""
-        averaged = self.ema.module if self.ema else self.model
-        assert isinstance(averaged, RSNet)
-        return averaged
+        return self.ema.module if self.ema else self.model
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over the whole run."""

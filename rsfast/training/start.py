@@ -17,7 +17,7 @@ from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.engine import PRECISIONS, TrainStep
-from rsfast.engine.ema import average_of
+from rsfast.engine.ema import AveragedModel
 from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import MAX_LEVELS, choose_backend
 from rsfast.losses import MultiResolutionDistillation
@@ -82,7 +82,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         loss=loss,
         optimizer=optimizer,
         step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=cfg.graph),
-        ema=average_of(model, cfg.ema_decay) if cfg.ema_decay else None,
+        ema=AveragedModel(model, cfg.ema_decay) if cfg.ema_decay else None,
         facts=environment.describe(rank.device) if rank.is_main else {},
         data_set={"train": loaders[0].plan.index.digest, "val": loaders[1].plan.index.digest},
         profile=profile,

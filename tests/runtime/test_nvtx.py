@@ -19,8 +19,13 @@ CONV2D = importlib.import_module("rsfast.kernels.conv2d.op")  # not the function
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is asked of the CUDA libraries."""
     made: list[str] = []
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: made.append(f"push {name}"))
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: made.append("pop"))
+
+    def returns_depth(*call: str) -> int:  # as those of PyTorch do
+        made.append(" ".join(call))
+        return 0
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: returns_depth("push", name))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: returns_depth("pop"))
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: made.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: made.append("stop"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append("synchronize"))
