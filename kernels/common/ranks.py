@@ -39,9 +39,14 @@ def average_over_ranks(tensor: Tensor) -> Tensor:
 
 def joint_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all ranks, of those [L, C] of each. Two collectives."""
-    joint = average_over_ranks(mean.clone())
+    share = 1.0 / dist.get_world_size()
+    joint = mean * share
+    dist.all_reduce(joint)
     # Within the ranks and between them: nothing cancels.
-    return joint, average_over_ranks(var + (mean - joint).square())
+    apart = mean - joint
+    joint_var = torch.addcmul(var, apart, apart).mul_(share)
+    dist.all_reduce(joint_var)
+    return joint, joint_var
 
 
 def joint_batch_norm(
@@ -78,9 +83,15 @@ def move_running_statistics(
     momentum: float,
 ) -> None:
     """Towards statistics [L, C] of all ranks, level by level, with the unbiased variance."""
-    num_ranks = dist.get_world_size()
-    for level, (rows, bank) in enumerate(zip(levels.rows, levels.banks, strict=True)):
-        total = rows * num_ranks
-        unbiased = var[level] * (total / max(total - 1, 1))
-        running_mean[bank].lerp_(mean[level].to(running_mean.dtype), momentum)
-        running_var[bank].lerp_(unbiased.to(running_var.dtype), momentum)
+    totals = [rows * dist.get_world_size() for rows in levels.rows]
+    unbiased = torch._foreach_mul(var.unbind(), [n / max(n - 1, 1) for n in totals])
+    targets = [*mean.to(running_mean.dtype).unbind(), *(v.to(running_var.dtype) for v in unbiased)]
+    # Levels that share a bank move it in turn; those of one turn are moved together.
+    turns = [levels.banks[:level].count(bank) for level, bank in enumerate(levels.banks)]
+    for turn in range(max(turns) + 1):
+        chosen = [level for level, own in enumerate(turns) if own == turn]
+        running = [
+            part[levels.banks[level]] for part in (running_mean, running_var) for level in chosen
+        ]
+        moved = [targets[level + offset] for offset in (0, len(turns)) for level in chosen]
+        torch._foreach_lerp_(running, moved, momentum)
