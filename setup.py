@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
@@ -20,6 +23,23 @@ SOURCES = ["csrc/ops.cpp", "csrc/switchable_bn_act.cu"]
 OLDEST_TORCH = (2, 11)  # whose stable ABI the extension is written for
 # Ampere and Hopper; newer ones compile the PTX of the latter.
 ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
+
+
+def toolkit(nvcc: str) -> Path | None:
+    """The folder of the CUDA toolkit, as the compiler tells it: `nvcc` may be a link or a script.
+
+    None if it does not tell, or has no headers there.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "empty.cu")
+        source.touch()
+        command = [nvcc, "--dryrun", "-c", str(source), "-o", str(Path(scratch, "empty.o"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
+    if not found:
+        return None
+    home = Path(found[1]).resolve()
+    return home if (home / "include" / "cuda_runtime_api.h").exists() else None
 
 
 def missing() -> str | None:
@@ -40,6 +60,8 @@ def missing() -> str | None:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     if f"release {torch.version.cuda.split('.')[0]}." not in version:
         return f"the compiler nvcc of CUDA {torch.version.cuda}, as PyTorch has, found {version!r}"
+    if not home and toolkit("nvcc") is None:
+        return "CUDA_HOME set to the folder of the CUDA toolkit, which nvcc does not tell"
     return None
 
 
@@ -57,7 +79,10 @@ def build_options() -> dict[str, Any]:
         raise SystemExit(f"{VARIABLE}=1 needs {lacking}")
     if choice == "0" or lacking:
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        # Left to itself, PyTorch takes the folder above the one that nvcc was found in.
+        os.environ["CUDA_HOME"] = str(toolkit("nvcc"))
+    from torch.utils.cpp_extension import CUDAExtension
 
     target = OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48
     flags = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={target:#x}"]
@@ -71,9 +96,24 @@ def build_options() -> dict[str, Any]:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": build_command()},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
+
+
+def build_command() -> type:
+    """PyTorch's build, with errors that setuptools lets pass for an optional extension."""
+    from setuptools.errors import CompileError
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, ext: Any) -> None:
+            try:
+                super().build_extension(ext)
+            except RuntimeError as error:  # what PyTorch makes of a compiler's error
+                raise CompileError(str(error)) from error
+
+    return Build
 
 
 def packages() -> list[str]:

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from setuptools import Distribution, Extension
+from setuptools.errors import CompileError
 
 from emulator import CSRC
 
@@ -96,6 +98,55 @@ def test_the_extension_is_built_or_what_is_missing_is_named(
     else:
         (extension,) = module.build_options()["ext_modules"]
         assert all((ROOT / source).exists() for source in extension.sources)
+
+
+def write_nvcc(folder: Path, says: str) -> str:
+    """A script in the place of the compiler, whose dry run says so."""
+    script = folder / "nvcc"
+    script.write_text(f"#!/bin/sh\nprintf '%s\\n' '#$ _SPACE_=' '{says}' >&2\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_a_wrapped_compiler_tells_the_folder_of_its_toolkit(tmp_path: Path) -> None:
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    nvcc = write_nvcc(tmp_path, f"#$ TOP={home}/bin/..")
+    assert load_setup().toolkit(nvcc) is None, "a toolkit without headers is none"
+    (home / "include" / "cuda_runtime_api.h").touch()
+    assert load_setup().toolkit(nvcc) == home
+    assert load_setup().toolkit(write_nvcc(tmp_path, "#$ OTHER=x")) is None
+
+
+def test_a_compiler_that_does_not_tell_its_toolkit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    script = Path(write_nvcc(tmp_path, "#$ OTHER=x"))
+    script.write_text(script.read_text() + "echo release 13.0.\n")
+    assert str(load_setup().missing()).startswith("CUDA_HOME set to the folder of the CUDA toolkit")
+
+
+def test_an_error_of_the_compiler_ends_no_install_that_did_not_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Error compiling objects for extension")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.BuildExtension.build_extension", fail)
+    optional, asked_for = (Extension("rsfast._C", [], optional=yes) for yes in (True, False))
+    command = load_setup().build_command()(Distribution())
+    with command._filter_build_errors(optional):  # what setuptools builds each extension in
+        command.build_extension(optional)
+    with (
+        pytest.raises(CompileError, match="Error compiling objects"),
+        command._filter_build_errors(asked_for),
+    ):
+        command.build_extension(asked_for)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in PATH")
