@@ -33,6 +33,10 @@ from bench.support.timing import DEVICE, ON_GPU, time_interleaved
 __all__ = ["main"]
 
 Times = dict[str, list[float]]
+_OPS = (
+    *("switchable_bn_act", "bn_act_max_pool", "distillation_loss", "global_avg_pool", "conv2d"),
+    *("stem", "normalize"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=PAPER_ARCHITECTURES)
     parser.add_argument("--rounds", type=int, default=30, help="of each implementation (30)")
+    parser.add_argument("--ops", nargs="+", choices=_OPS, default=_OPS, help="(all)")
     parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     args = parser.parse_args(argv)
     missing = left_out() if ON_GPU else f"rsfast's Triton kernels, compiled (no GPU), {left_out()}"
@@ -48,14 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True  # as a run has it
     results = Results(args.output, "ops", DEVICE)
     session = Session(args.rounds, results, args.without)
-    session.losses()
-    session.normalization()
+    if "distillation_loss" in args.ops:
+        session.losses()
+    if "normalize" in args.ops:
+        session.normalization()
     if any(arch.startswith("res") for arch in args.archs):  # ResNets and ResNeXts
-        session.stem()
+        for module, op in ((stem, "stem"), (max_pool, "bn_act_max_pool")):
+            if op in args.ops:
+                session.stem(module, op)
     for arch in args.archs:
-        session.pooling(arch)
-        session.layers(conv, "conv2d", arch)
-        session.layers(norm, "switchable_bn_act", arch)
+        if "global_avg_pool" in args.ops:
+            session.pooling(arch)
+        for module, op in ((conv, "conv2d"), (norm, "switchable_bn_act")):
+            if op in args.ops:
+                session.layers(module, op, arch)
     results.finish(
         ["bench.ops", *(sys.argv[1:] if argv is None else argv)],
         "Each operation on the shapes of the networks, implementations interleaved, device time. "
@@ -99,12 +110,11 @@ class Session:
                 moved = pixels.moved_bytes(dtype, channels)
                 self._add(f"normalize/C{channels}/{short_name(dtype)}/forward", times, moved)
 
-    def stem(self) -> None:
-        """The first convolution of a ResNet and what follows it: the same in all of them."""
-        for module, op in ((stem, "stem"), (max_pool, "bn_act_max_pool")):
-            for dtype in module.DTYPES:
-                for direction in module.PASSES:
-                    self._layer(module, op, module.STEM, dtype, direction)
+    def stem(self, module: Any, op: str) -> None:
+        """The first convolution of a ResNet, or what follows it: the same in all of them."""
+        for dtype in module.DTYPES:
+            for direction in module.PASSES:
+                self._layer(module, op, module.STEM, dtype, direction)
 
     def pooling(self, arch: str) -> None:
         """Pooling of one network."""

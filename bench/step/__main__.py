@@ -41,6 +41,9 @@ its demand_images_per_s, in summary.json, is what the fastest step takes. end_to
 a loader."""
 
 
+_PARTS = ("race", "loaders", "end_to_end")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="bench.step", description=_ABOUT)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--impls", nargs="+", choices=race.IMPLEMENTATIONS, help="(all)")
     parser.add_argument("--rounds", type=int, default=10, help="of each implementation (10)")
     parser.add_argument("--steps", type=int, default=5, help="in a round (5)")
-    parser.add_argument("--loaders", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="(all)")
     args = parser.parse_args(argv)
     torch.backends.cudnn.benchmark = True  # as a run has it
     results = Results(args.output, "train_step", DEVICE)
@@ -66,10 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.add(f"card/floor_bytes/{arch}", [copy / floors.bytes_16_bit], "images/s")
         for batch in args.batches:
             setting = race.Setting(arch, batch, args.precision, resolutions)
-            _race(setting, impls, args.rounds, args.steps, results)
-    if args.loaders:
-        largest = race.Setting(args.archs[0], max(args.batches), args.precision, resolutions)
+            if "race" in args.parts:
+                _race(setting, impls, args.rounds, args.steps, results)
+    if "loaders" in args.parts:
         _race_loaders(args.rounds, results)
+    if "end_to_end" in args.parts:
+        largest = race.Setting(args.archs[0], max(args.batches), args.precision, resolutions)
         _train_from_loaders(largest, args.rounds, args.steps, results)
     results.finish(["bench.step", *(sys.argv[1:] if argv is None else argv)], _ABOUT)
     return 0
@@ -81,10 +86,12 @@ def _race(
     """Interleaves all that fit into memory at once; the rest races rsfast again, later."""
     anchor, waiting = impls[-1], list(impls)
     while waiting:
-        runs, peaks = _build(setting, [anchor, *(i for i in waiting if i != anchor)])
+        runs, peaks, broken = _build(setting, [anchor, *(i for i in waiting if i != anchor)])
+        waiting = [impl for impl in waiting if impl not in broken]
         new = [impl for impl in waiting if impl in runs]
         if not new:
-            print(f"left out, do not fit into memory: {', '.join(waiting)} of {setting}")
+            if waiting:
+                print(f"left out, do not fit into memory: {', '.join(waiting)} of {setting}")
             return
         times = time_steps(runs, rounds=rounds, steps=steps)
         rates = {i: [setting.batch / second for second in times[i]] for i in runs}
@@ -103,9 +110,9 @@ def _race(
 
 def _build(
     setting: race.Setting, impls: Sequence[str]
-) -> tuple[dict[str, race.Step], dict[str, float | None]]:
-    """What fits into memory beside each other, and the memory that each takes at most, in GiB."""
-    runs, losses, peaks = {}, {}, {}
+) -> tuple[dict[str, race.Step], dict[str, float | None], list[str]]:
+    """What fits into memory beside each other, the GiB that each takes at most, what is broken."""
+    runs, losses, peaks, broken = {}, {}, {}, []
     for impl in impls:
         before = _reset_peak()
         try:
@@ -114,10 +121,16 @@ def _build(
             run()
         except torch.OutOfMemoryError:
             continue
+        except Exception as error:  # what a rival cannot do must not end the race of the others
+            if impl.startswith("rsfast"):
+                raise
+            print(f"left out: {impl} of {setting}: {type(error).__name__}: {error}"[:500])
+            broken.append(impl)
+            continue
         runs[impl] = run
         peaks[impl] = (torch.cuda.max_memory_allocated() - before) / 2**30 if ON_GPU else None
     race.check_losses(losses)
-    return runs, peaks
+    return runs, peaks, broken
 
 
 def _race_loaders(rounds: int, results: Results) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 
@@ -30,9 +31,11 @@ def make_loader(
     device: str,
     batch: int = BATCH,
     resolutions: tuple[int, ...] = PAPER_RESOLUTIONS,
+    **options: Any,
 ) -> Loader:
     root = None if backend == "synthetic" else builtin_root()
-    return train_loader(root, resolutions, batch, backend=backend, workers=CORES, device=device)
+    options = {"workers": CORES, **options}
+    return train_loader(root, resolutions, batch, backend=backend, device=device, **options)
 
 
 def endless(epoch: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
@@ -41,9 +44,9 @@ def endless(epoch: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
         yield from epoch()
 
 
-def make_run(backend: str, device: str) -> Callable[[], None]:
-    """Takes a round's batches from a loader that runs already."""
-    loader = make_loader(backend, device, BATCH)
+def make_run(backend: str, device: str, **options: Any) -> Callable[[], None]:
+    """Takes a round's batches from a loader that runs already, with such options."""
+    loader = make_loader(backend, device, BATCH, **options)
     batches = endless(lambda: loader)
     assert next(batches).images.num_images == BATCH
 
