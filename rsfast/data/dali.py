@@ -43,10 +43,10 @@ if tuple(map(int, re.findall(r"\d+", dali.__version__)[:2])) < _OLDEST:
 __all__ = ["DaliDecoder"]
 
 _PREFETCH = 2  # batches
-# What DALI says when a file is the culprit: that a sample could not be decoded, or that the parser
-# of headers does not know what it sees (nvImageCodec's status 3, or 4). All else has other causes.
+# What DALI says when a file is the culprit: that a sample could not be decoded, or a status of
+# nvImageCodec that readers of headers have. All else, such as a lack of memory, has other causes.
 _SAMPLE = re.compile(r"Failed to decode sample #(\d+)")
-_HEADER = re.compile(r"nvImageCodec failure: '#[34]'")
+_HEADER = re.compile(r"nvImageCodec failure: '#(3|4|8|9|13|14|17|18|19)'")
 
 
 class _Feed:

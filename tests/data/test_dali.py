@@ -302,3 +302,31 @@ def test_an_old_dali_is_refused_in_words(version: str, works: bool, tmp_path: Pa
         assert not run.stdout
     else:
         assert "needs NVIDIA DALI 2.2 or later, 2.1.3 is installed: pip install" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "suspects"),
+    [
+        ("Failed to decode sample #2 : \nC++ context", [6]),
+        ("nvImageCodec failure: '#3'", [4, 5, 6, 7]),
+        ("nvImageCodec failure: '#17'", [4, 5, 6, 7]),
+        ("nvImageCodec failure: '#5'", []),  # no memory
+        ("nvImageCodec failure: '#1'", []),  # not initialised
+        ("CUDA allocation failed", []),
+        ("Slice can't be placed out of bounds with current policy.", []),
+    ],
+)
+def test_files_are_suspected_only_where_dali_blames_one(
+    said: str, suspects: list[int], image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = loader_of(image_root, "val")._decoder
+    decoded: list[int] = []
+    monkeypatch.setattr(dali, "decode", lambda index, position: decoded.append(int(position)))
+    story = f"Critical error in pipeline:\nError in an operator\n\nencountered:\n\n{said}"
+    error = decoder._explained(RuntimeError(story), 0, 1)
+    assert decoded == suspects
+    words = said.partition("\n")[0].strip(" :")
+    if len(suspects) == 1:
+        assert str(error).startswith(f"DALI cannot decode {decoder._plan.index.path(6)}: {words}; ")
+    else:  # none, or DALI decodes them all on a CPU
+        assert str(error) == f"DALI failed at epoch 0, step 1: {words}"
