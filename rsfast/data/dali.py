@@ -167,10 +167,13 @@ class DaliDecoder:
 
     def _define(self, feed: _Feed) -> Pipeline:
         """The graph; nothing of it runs yet, and no GPU is needed."""
+        gpu = self._device.index
+        if self._on_gpu and gpu is None:
+            gpu = torch.cuda.current_device()
         pipeline = Pipeline(
             batch_size=self._plan.batch_size,
             num_threads=self._workers,
-            device_id=self._device.index or 0 if self._on_gpu else None,
+            device_id=gpu if self._on_gpu else None,
             prefetch_queue_depth=_PREFETCH,
         )
         train = isinstance(self._plan, TrainPlan)

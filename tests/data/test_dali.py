@@ -79,6 +79,15 @@ def test_a_gpu_decodes_whole_images_and_cuts_afterwards(
     assert len(calls["resize"]) == len(RESOLUTIONS)
 
 
+@pytest.mark.parametrize(("device", "gpu"), [("cpu", None), ("cuda:2", 2), ("cuda", 1)])
+def test_the_graph_is_for_the_gpu_that_is_asked_for_or_the_current_one(
+    device: str, gpu: int | None, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    loader = loader_of(image_root, "train", device=device)
+    assert loader._decoder._define(dali._Feed(loader.plan)).device_id == gpu
+
+
 def test_a_cpu_decodes_the_region_of_a_single_crop(image_root: Path, calls: Calls) -> None:
     assert outputs_of(loader_of(image_root, "train")) == ["cpu"] * len(RESOLUTIONS)
     (decode,) = calls["image_slice"]
