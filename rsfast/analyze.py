@@ -147,9 +147,8 @@ def _features(
 ) -> list[dict[str, Any]]:
     """The same training images, prepared in both ways."""
     common: dict[str, Any] = {
-        "backend": settings.loader,
+        **settings.loading,
         "normalize": (model.input_mean, model.input_std),
-        "workers": settings.workers,
         "device": device,
         "limit": images,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 BETWEEN = ("interpolate", "nearest", "calibrate")
+_DECODING = ("workers", "hw_decoder_load", "dont_use_mmap")
 _RESOLUTIONS_PER_PASS = 6  # one decode serves so many; bounds the memory for resized images
 
 
@@ -91,10 +93,17 @@ class Settings:
     between: str
     loader: str
     batch_size: int
-    workers: int
+    workers: int | None
+    hw_decoder_load: float | None
+    dont_use_mmap: bool
     val_crop: str
     precision: str | None
     calibration_batches: int
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What every loader is told."""
+        return {"backend": self.loader, **{name: getattr(self, name) for name in _DECODING}}
 
 
 def parse_resolutions(text: str) -> list[int]:
@@ -151,6 +160,7 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 bad input, 1 evaluation failed."""
     args = _parse(argv)
+    logging.basicConfig(level="WARNING" if distributed.is_first() else "ERROR")  # once is enough
     try:
         rank = distributed.join(args.device)
         resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
@@ -233,7 +243,9 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
     add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
     add("--batch-size", type=int, default=64, help="images per process (default 64)")
-    add("--workers", type=int, default=2, help="loader threads or processes (default 2)")
+    add("--workers", type=int, help="loader threads or processes (default: all cores, at most 32)")
+    add("--hw-decoder-load", type=float, metavar="SHARE", help="as in rsfast.train")
+    add("--dont-use-mmap", action="store_true", help="as in rsfast.train")
     add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
@@ -247,7 +259,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def common_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the common flags say for :class:`Settings`."""
-    return {name: getattr(args, name) for name in ("loader", "batch_size", "workers", "precision")}
+    names = ("loader", "batch_size", "precision", *_DECODING)
+    return {name: getattr(args, name) for name in names}
 
 
 def _default_dtype(rank: Rank) -> torch.dtype | None:
@@ -261,13 +274,12 @@ def _val_batches(
         settings.data,
         resolutions,
         settings.batch_size,
-        backend=settings.loader,
         normalize=(model.input_mean, model.input_std),
         crop=settings.val_crop,
         rank=rank.index,
         world_size=rank.world_size,
-        workers=settings.workers,
         device=rank.device,
+        **settings.loading,
     )
     names, known = loader.class_names, model.class_names
     if len(names) != model.num_classes or (known and names != known):
@@ -331,11 +343,10 @@ def _calibration_images(
         settings.data,
         (resolution,),
         settings.batch_size,
-        backend=settings.loader,
-        workers=settings.workers,
         device=rank.device,
         normalize=(model.input_mean, model.input_std),
         max_steps=settings.calibration_batches,
+        **settings.loading,
     )
     return (batch.images.level(0) for batch in loader)
 

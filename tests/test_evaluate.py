@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers import make_image_folder
 from rsfast import RSNet, create_model, evaluate
-from rsfast.data import val_loader
+from rsfast.data import Loader, val_loader
 from rsfast.data.loader import NORMALIZATIONS
 from rsfast.files.tables import read_columns
 from rsfast.losses import MultiResolutionDistillation
@@ -125,6 +126,24 @@ def test_the_other_ways_between_resolutions(
     assert evaluate.main([str(trained), "--data", str(folder), *PIL, *arguments]) == 0
     origin = {"nearest": "bank of 48", "calibrate": "calibrated"}[between]
     assert rows_of(tmp_path)[1]["batch_norm"] == origin
+
+
+def test_every_loader_is_told_how_to_decode(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    for name in ("train_loader", "val_loader"):
+        make = getattr(evaluate, name)
+
+        def record(*arguments: Any, make: Any = make, **options: Any) -> Loader:
+            told.append([options[part] for part in ("workers", "hw_decoder_load", "dont_use_mmap")])
+            return make(*arguments, **options)
+
+        monkeypatch.setattr(evaluate, name, record)
+    flags = "--hw-decoder-load 0.25 --dont-use-mmap --resolutions 40 --between calibrate"
+    where = ["--data", str(folder), "--output", str(tmp_path)]
+    assert evaluate.main([str(trained), *where, *PIL, *flags.split()]) == 0
+    assert told == [[0, 0.25, True]] * 3  # trained resolutions, calibration, other resolutions
 
 
 def test_an_authors_checkpoint_is_fed_unnormalised_images(

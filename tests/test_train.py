@@ -14,9 +14,10 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import train
+from rsfast.data import Loader
 from rsfast.data.builtin import builtin_root
 from rsfast.files.unpickle import load_dict
-from rsfast.training import checkpoint
+from rsfast.training import checkpoint, start
 
 SMALL = """--arch resnet18 --resolutions 48 32 --batch-size 4 --lr 0.01 --log-every 1
     --seed 3""".split()
@@ -145,6 +146,28 @@ def test_the_other_loaders_train(folder: Path, tmp_path: Path, loader: str) -> N
     flags = ["--loader", loader, "--epochs", "2", "--steps-per-epoch", "2"]
     assert run(folder, tmp_path / "run", *flags) == 0
     assert len(log_lines(tmp_path / "run", "step")) == 4
+
+
+def test_both_loaders_are_told_how_to_decode(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    for name in ("train_loader", "val_loader"):
+        make = getattr(start, name)
+
+        def record(*arguments: Any, make: Any = make, **options: Any) -> Loader:
+            told.append([options[part] for part in ("workers", "hw_decoder_load", "dont_use_mmap")])
+            return make(*arguments, **options)
+
+        monkeypatch.setattr(start, name, record)
+    monkeypatch.setattr(start, "default_workers", lambda: 3)
+    flags = [*TINY, "--epochs", "1", "--loader", "synthetic", "--steps-per-epoch", "1"]
+    assert run(folder, tmp_path / "usual", *flags) == 0
+    given = ["--workers", "5", "--hw-decoder-load", "0.25", "--dont-use-mmap"]
+    assert run(folder, tmp_path / "given", *flags, *given) == 0
+    assert told == [[None, None, False]] * 2 + [[5, 0.25, True]] * 2
+    started = [log_lines(tmp_path / name, "start")[0]["workers"] for name in ("usual", "given")]
+    assert started == [3, 5]
 
 
 def test_a_loss_that_explodes_stops_the_run_with_a_sentence(

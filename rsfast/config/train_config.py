@@ -61,6 +61,11 @@ def _check_area(area: tuple[float, ...]) -> None:
         raise ValueError(f"crop_area must be a range within (0, 1], got {area}")
 
 
+def _check_share(share: float | None) -> None:
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ValueError(f"hw_decoder_load must be in [0, 1], got {share}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything a training run depends on."""
@@ -125,8 +130,15 @@ class TrainConfig:
     """data loader; synthetic repeats one random batch"""
     strict: bool = setting(False, on_resume="freely")
     """refuse a data set with unreadable images instead of leaving them out"""
-    workers: int = setting(2, at_least=0, on_resume="freely")
-    """loader threads (dali) or processes (pil) per rank"""
+    workers: int | None = setting(None, at_least=0, on_resume="freely")
+    """loader threads (dali) or processes (pil) per rank; by default its share of the cores that it
+    may run on, at most 32"""
+    hw_decoder_load: float | None = setting(None, check=_check_share, on_resume="freely")
+    """share of the JPEG images that the GPU's own JPEG decoder takes (dali); by default 0.65, or
+    0.9 with fewer than 8 workers"""
+    dont_use_mmap: bool = setting(False, on_resume="freely")
+    """read image files plainly instead of mapping them into memory (dali): better on most network
+    file systems"""
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), on_resume="freely")
     """auto takes a GPU where there is one"""
     kernels: str = setting("auto", choices=("auto", *KERNEL_BACKENDS))

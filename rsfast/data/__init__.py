@@ -1,5 +1,6 @@
 """From folders of images to batches of pyramids."""
 
+from rsfast.data.decoding import default_workers
 from rsfast.data.folder import FolderIndex, index_folder
 from rsfast.data.loader import (
     BACKENDS,
@@ -17,6 +18,7 @@ __all__ = [
     "Batch",
     "FolderIndex",
     "Loader",
+    "default_workers",
     "index_folder",
     "prefetch",
     "train_loader",

@@ -17,6 +17,7 @@ __all__ = [
     "Record",
     "cache_root",
     "file_stat",
+    "has_record",
     "load_arrays",
     "load_bad",
     "load_excluded",
@@ -91,6 +92,11 @@ class Record:
     stats: np.ndarray
     sizes: np.ndarray
     findings: dict[str, tuple[str, str]]
+
+
+def has_record(root: Path) -> bool:
+    """Whether a split was ever checked."""
+    return _record_file(root).exists()
 
 
 def load_record(root: Path) -> Record | None:

@@ -1,4 +1,4 @@
-"""The NVIDIA DALI loader: one region decode per image, all levels from it. Only DALI import here.
+"""The NVIDIA DALI loader: one decode per image, all levels from it. The only import of DALI.
 
 On a GPU the decoder is the "mixed" one and the resizes run on the device; on a CPU the same graph
 runs there. Paths, windows and sizes come from the plan through an external source, so that DALI
@@ -10,37 +10,54 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rsfast.data.folder import exclude_command
-from rsfast.data.pil import render
+from rsfast.data.pil import decode
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
+_OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
+_INSTALL = "pip install 'rsfast[dali-cuda13]' (or dali-cuda12), or use --loader pil"
+
 try:
+    import nvidia.dali as dali
     import nvidia.dali.fn as fn
     from nvidia.dali import types
     from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.plugin.pytorch import feed_ndarray
 except ImportError as error:
+    raise ImportError(f"the dali loader needs NVIDIA DALI: {_INSTALL}") from error
+
+if tuple(map(int, re.findall(r"\d+", dali.__version__)[:2])) < _OLDEST:
     raise ImportError(
-        "the dali loader needs NVIDIA DALI: pip install 'rsfast[dali-cuda13]' (or dali-cuda12), "
-        "or use --loader pil"
-    ) from error
+        f"the dali loader needs NVIDIA DALI {'.'.join(map(str, _OLDEST))} or later, "
+        f"{dali.__version__} is installed: {_INSTALL}"
+    )
 
 __all__ = ["DaliDecoder"]
 
 _PREFETCH = 2  # batches
+# What DALI says when a file is the culprit: that a sample could not be decoded, or a status of
+# nvImageCodec that readers of headers have. All else, such as a lack of memory, has other causes.
+_SAMPLE = re.compile(r"Failed to decode sample #(\d+)")
+_HEADER = re.compile(r"nvImageCodec failure: '#(3|4|8|9|13|14|17|18|19)'")
 
 
 class _Feed:
-    """A pipeline and the steps it has yet to be told about."""
+    """What a pipeline has yet to be told of a plan.
 
-    def __init__(self, plan: TrainPlan | ValPlan, pipeline: Pipeline) -> None:
+    The pipeline refers to it, and it does not refer back: a pipeline that a loop leaves behind ends
+    at once, and its threads and memory do not wait for the garbage collector.
+    """
+
+    def __init__(self, plan: TrainPlan | ValPlan) -> None:
         self._plan = plan
-        self.pipeline = pipeline
         self.pending: Iterator[tuple[int, int]] = iter(())
 
     def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
@@ -70,7 +87,14 @@ class _Feed:
 
     def _paths(self, images: np.ndarray) -> list[np.ndarray]:
         index = self._plan.index
-        return [np.frombuffer(index.path(i).encode(), dtype=np.uint8) for i in images]
+        return [_as_bytes(index.path(i)) for i in images]
+
+
+class _Running(NamedTuple):
+    """A pipeline and what feeds it."""
+
+    pipeline: Pipeline
+    feed: _Feed
 
 
 class DaliDecoder:
@@ -81,6 +105,9 @@ class DaliDecoder:
         resolutions: r of each level.
         workers: decoder threads.
         device: a CPU, or the GPU that decodes and resizes.
+        hw_decoder_load: share of the JPEG images that the GPU's own JPEG decoder takes; the threads
+            decode the others.
+        dont_use_mmap: read files plainly instead of mapping them into memory.
     """
 
     def __init__(
@@ -90,145 +117,203 @@ class DaliDecoder:
         *,
         workers: int,
         device: torch.device,
+        hw_decoder_load: float,
+        dont_use_mmap: bool,
     ) -> None:
         self._plan = plan
         self._resolutions = tuple(resolutions)
         self._workers = max(1, workers)
         self._device = device
-        self._idle: _Feed | None = None
+        self._on_gpu = device.type == "cuda"
+        # nvImageCodec 0.9, which DALI 2.3 and 2.4 bring, crashes when a GPU decodes regions (its
+        # issue 55), and a GPU's own JPEG decoder decodes whole images anyway.
+        self._whole_images = self._on_gpu
+        self._hw_decoder_load = hw_decoder_load
+        self._dont_use_mmap = dont_use_mmap
+        self._idle: _Running | None = None
 
     def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
         """[M, 3] uint8 of each step, on the device."""
         # A loop that is left early never comes to the end of this function: its pipeline holds
         # batches that nobody wants, and the next loop builds another one.
-        feed, self._idle = self._idle or self._build(), None
-        feed.pending = iter([(epoch, step) for step in steps])
-        copied = torch.cuda.Event() if self._device.type == "cuda" else None
+        running, self._idle = self._idle or self._build(), None
+        running.feed.pending = iter([(epoch, step) for step in steps])
         for step in steps:
-            if copied:
-                copied.synchronize()  # DALI writes into its outputs again from here on
-            try:
-                outputs = feed.pipeline.run()
-            except RuntimeError as error:
-                # DALI reports a sample number at best, and runs ahead of this step.
-                self._name_culprit(epoch, range(step, min(step + _PREFETCH + 2, steps.stop)))
-                raise RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {error}") from error
-            rows = torch.cat([_as_tensor(level).view(-1, 3) for level in outputs])
-            if copied:
-                copied.record()
-            yield rows
+            yield self._render(running.pipeline, epoch, step)
         with contextlib.suppress(StopIteration):
-            feed.pipeline.run()
-        feed.pipeline.reset()
-        self._idle = feed
+            running.pipeline.run()
+        running.pipeline.reset()
+        self._idle = running
 
-    def _build(self) -> _Feed:
-        gpu = self._device.type == "cuda"
+    def _render(self, pipeline: Pipeline, epoch: int, step: int) -> Tensor:
+        stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
+        try:
+            levels = pipeline.run(stream)
+        except RuntimeError as error:
+            raise self._explained(error, epoch, step) from error
+        return _packed(levels, self._resolutions, self._device, stream)
+
+    def _build(self) -> _Running:
+        feed = _Feed(self._plan)
+        pipeline = self._define(feed)
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"DALI cannot start on {self._device} with {self._workers} threads: "
+                f"{_cause(error)}; --loader pil does without DALI"
+            ) from error
+        return _Running(pipeline, feed)
+
+    def _define(self, feed: _Feed) -> Pipeline:
+        """The graph; nothing of it runs yet, and no GPU is needed."""
+        gpu = self._device.index
+        if self._on_gpu and gpu is None:
+            gpu = torch.cuda.current_device()
         pipeline = Pipeline(
             batch_size=self._plan.batch_size,
             num_threads=self._workers,
-            device_id=self._device.index or 0 if gpu else None,
+            device_id=gpu if self._on_gpu else None,
             prefetch_queue_depth=_PREFETCH,
         )
-        feed = _Feed(self._plan, pipeline)
         train = isinstance(self._plan, TrainPlan)
         with pipeline:
-            levels = self._train_graph(feed, gpu) if train else self._val_graph(feed, gpu)
+            levels = self._train_graph(feed) if train else self._val_graph(feed)
             pipeline.set_outputs(*levels)
-        pipeline.build()
-        return feed
+        return pipeline
 
-    def _train_graph(self, feed: _Feed, gpu: bool) -> list:
+    def _train_graph(self, feed: _Feed) -> list:
         count = len(self._resolutions)
         windows = 1 if self._plan.crop == "single" else count
         fields = iter(
             fn.external_source(source=feed.next_train, num_outputs=1 + 2 * windows + 2 * count)
         )
-        encoded = fn.io.file.read(next(fields))
+        encoded = self._read(next(fields))
         starts, shapes = _take(fields, windows), _take(fields, windows)
         left, right = _take(fields, count), _take(fields, count)
-        decoding = {"device": "mixed" if gpu else "cpu", "adjust_orientation": False}
-        if windows == 1:
-            crop = fn.decoders.image_slice(
-                encoded, start=starts[0], shape=shapes[0], axis_names="HW", **decoding
-            )
-            crops = [crop] * count
+        if windows == 1 and not self._whole_images:
+            regions = [self._decode(encoded, start=starts[0], shape=shapes[0])]
         else:
-            images = fn.decoders.image(encoded, **decoding)
-            crops = [
+            images = self._decode(encoded)
+            regions = [
                 fn.slice(images, start=start, shape=shape, axis_names="HW")
                 for start, shape in zip(starts, shapes, strict=True)
             ]
+        crops = regions * count if windows == 1 else regions
         return [
             self._resize(crop, size=(r, r), roi_start=start, roi_end=end, roi_relative=True)
             for crop, r, start, end in zip(crops, self._resolutions, left, right, strict=True)
         ]
 
-    def _val_graph(self, feed: _Feed, gpu: bool) -> list:
+    def _val_graph(self, feed: _Feed) -> list:
         count = len(self._resolutions)
         fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 2 * count))
-        images = fn.decoders.image(
-            fn.io.file.read(next(fields)),
-            device="mixed" if gpu else "cpu",
-            adjust_orientation=False,
-        )
+        images = self._decode(self._read(next(fields)))
         sizes, corners = _take(fields, count), _take(fields, count)
         return [
             fn.slice(self._resize(images, size=size), start=corner, shape=(r, r), axis_names="HW")
             for size, corner, r in zip(sizes, corners, self._resolutions, strict=True)
         ]
 
-    @staticmethod
-    def _resize(images, **geometry):
+    def _read(self, paths):
+        return fn.io.file.read(paths, dont_use_mmap=self._dont_use_mmap)
+
+    def _decode(self, encoded, **region):
+        """Whole images, or the part of each that lies in a region."""
+        how = {
+            "device": "mixed" if self._on_gpu else "cpu",
+            "adjust_orientation": False,
+            # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
+            "jpeg_fancy_upsampling": True,
+            "hw_decoder_load": self._hw_decoder_load,
+        }
+        if region:
+            return fn.decoders.image_slice(encoded, axis_names="HW", **region, **how)
+        return fn.decoders.image(encoded, **how)
+
+    def _resize(self, images, **geometry):
         # Pillow's bilinear: antialiased, and the scale is that of the whole pixels.
         return fn.resize(
             images,
             interp_type=types.INTERP_LINEAR,
             antialias=True,
             subpixel_scale=False,
+            # A GPU resizes so many images at a time, with two copies and two kernels. The default,
+            # 32, would make 160 launches of five levels of 256 images; the whole batch makes 20,
+            # and holds 12 * r bytes for each row of pixels of its images meanwhile.
+            minibatch_size=self._plan.batch_size,
             **geometry,
         )
 
-    def _name_culprit(self, epoch: int, steps: range) -> None:
-        """Raises an error that names the file which cannot be decoded, if one can be found."""
-        batches = [self._plan.batch(epoch, step) for step in steps]
-        for batch in batches:
-            render(self._plan.index, batch, self._resolutions)
-        # Pillow reads them all: the file is one that only DALI refuses.
+    def _explained(self, error: RuntimeError, epoch: int, step: int) -> RuntimeError:
+        """Names the file that cannot be decoded, where DALI says that one is to blame."""
+        images = self._plan.batch(epoch, step).images
+        if sample := _SAMPLE.search(str(error)):
+            images = images[int(sample[1]) :][:1]
+        elif not _HEADER.search(str(error)):
+            return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
         index = self._plan.index
-        paths = iter([index.paths[i] for batch in batches for i in batch.images])
-        current = ""
+        for position in images:
+            decode(index, position)  # Pillow knows the reason, and names the file
+        # Pillow reads them all: the file is one that only DALI refuses.
+        suspects = [index.paths[i] for i in images]
+        path = suspects[0] if sample else _first_refused(index.root, suspects)
+        if path is None:
+            return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
+        return RuntimeError(
+            f"DALI cannot decode {os.path.join(index.root, path)}: {_cause(error)}; to leave it "
+            f"out: {exclude_command(index.root, path)}"
+        )
 
-        def next_path() -> list[np.ndarray]:
-            nonlocal current
-            current = next(paths)
-            return [np.frombuffer(os.path.join(index.root, current).encode(), dtype=np.uint8)]
 
-        pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
-        with pipeline:
-            encoded = fn.io.file.read(fn.external_source(source=next_path))
-            pipeline.set_outputs(fn.decoders.image(encoded))
-        try:
-            while True:
-                pipeline.run()
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"DALI cannot decode {os.path.join(index.root, current)}: {_cause(error)}; to "
-                f"leave it out: {exclude_command(index.root, current)}"
-            ) from error
+def _first_refused(root: str | os.PathLike[str], paths: Sequence[str]) -> str | None:
+    """The first file that DALI cannot decode on a CPU."""
+    left = iter(paths)
+    current = ""
+
+    def next_path() -> list[np.ndarray]:
+        nonlocal current
+        current = next(left)
+        return [_as_bytes(os.path.join(root, current))]
+
+    pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
+    with pipeline:
+        encoded = fn.io.file.read(fn.external_source(source=next_path))
+        pipeline.set_outputs(fn.decoders.image(encoded))
+    try:
+        while True:
+            pipeline.run()
+    except StopIteration:
+        return None
+    except RuntimeError:
+        return current
 
 
 def _take(fields: Iterator, count: int) -> list:
     return [next(fields) for _ in range(count)]
 
 
+def _as_bytes(path: str) -> np.ndarray:
+    return np.frombuffer(path.encode(), dtype=np.uint8)
+
+
 def _cause(error: RuntimeError) -> str:
     """What DALI says behind the story of where in the pipeline it happened, in one line."""
-    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
+    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0].strip(" :")
 
 
-def _as_tensor(level) -> Tensor:
-    """A batch of equal images [N, r, r, 3] as a tensor that shares DALI's memory."""
-    return torch.from_dlpack(level.as_tensor())
+def _packed(
+    levels: Sequence, resolutions: Sequence[int], device: torch.device, stream: object
+) -> Tensor:
+    """[M, 3] rows, which batches of equal images [N, r, r, 3] are copied into.
+
+    On a GPU the copies wait on the stream for the pictures, and DALI waits on a stream of its own
+    for the copies before it uses the memory of the pictures again, so the host waits for neither.
+    (DALI would free a tensor that it has handed over by DLPack behind a wait for the whole device.)
+    """
+    count = len(levels[0])
+    pixels = [count * r * r for r in resolutions]
+    rows = torch.empty(sum(pixels), 3, dtype=torch.uint8, device=device)
+    for level, part, r in zip(levels, rows.split(pixels), resolutions, strict=True):
+        feed_ndarray(level.as_tensor(), part.view(count, r, r, 3), cuda_stream=stream)
+    return rows

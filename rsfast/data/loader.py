@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 from rsfast import kernels
-from rsfast.data.folder import SPLITS, FolderIndex, index_folder
+from rsfast.data.cache import cache_root, has_record
+from rsfast.data.decoding import Decoding, decoding
+from rsfast.data.folder import SPLITS, FolderIndex, check_command, index_folder
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
@@ -21,6 +25,7 @@ from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "train_loader", "val_loader"]
 
+_LOG = logging.getLogger(__name__)
 BACKENDS = ("dali", "pil", "synthetic")
 # mean and standard deviation of RGB values in [0, 1]
 NORMALIZATIONS = {
@@ -154,7 +159,9 @@ def train_loader(
     crop_area: tuple[float, float] = (0.08, 1.0),
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 2,
+    workers: int | None = None,
+    hw_decoder_load: float | None = None,
+    dont_use_mmap: bool = False,
     device: torch.device | str = "cpu",
     max_steps: int = 0,
     limit: int = 0,
@@ -176,7 +183,12 @@ def train_loader(
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
         rank, world_size: which part of each step this process gets.
-        workers: decoder threads (dali) or processes (pil; 0 decodes in this one).
+        workers: decoder threads (dali) or processes (pil; 0 decodes in this one); None for
+            the cores of this process, at most 32.
+        hw_decoder_load: share of the JPEG images that a GPU's own JPEG decoder takes (dali); None
+            for 0.65, or 0.9 with fewer than 8 workers.
+        dont_use_mmap: read files plainly instead of mapping them into memory (dali): better on most
+            network file systems.
         device: where batches are wanted; on a GPU, DALI decodes there.
         max_steps: end epochs after so many batches; 0 for whole epochs.
         limit: take so many images only, evenly spaced over the data set; 0 for all.
@@ -203,8 +215,8 @@ def train_loader(
         flip=flip,
         crop_area=crop_area,
     )
-    place = torch.device(device)
-    return _loader(plan, resolutions, backend, normalize, workers, place, max_steps)
+    means = decoding(workers, hw_decoder_load, dont_use_mmap)
+    return _loader(plan, resolutions, backend, normalize, means, torch.device(device), max_steps)
 
 
 def val_loader(
@@ -218,7 +230,9 @@ def val_loader(
     split: str = "val",
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 2,
+    workers: int | None = None,
+    hw_decoder_load: float | None = None,
+    dont_use_mmap: bool = False,
     device: torch.device | str = "cpu",
     limit: int = 0,
     num_images: int = 50_000,
@@ -235,7 +249,8 @@ def val_loader(
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
         split: "val", or "train" for training images prepared like these.
-        rank, world_size, workers, device, limit: as in :func:`train_loader`.
+        rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
+            :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
         strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
 
@@ -253,7 +268,8 @@ def val_loader(
         world_size=world_size,
         crop=crop,
     )
-    return _loader(plan, resolutions, backend, normalize, workers, torch.device(device))
+    means = decoding(workers, hw_decoder_load, dont_use_mmap)
+    return _loader(plan, resolutions, backend, normalize, means, torch.device(device))
 
 
 def _index(
@@ -273,6 +289,7 @@ def _index(
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
         index = index_folder(Path(root) / split, strict=strict)
+        _warn_if_unchecked(index.root)
         return _thinned(index, limit) if 0 < limit < len(index) else index
     return FolderIndex(
         root=Path("synthetic"),
@@ -281,6 +298,18 @@ def _index(
         sizes=np.full((num_images, 2), 256, dtype=np.int32),
         class_names=tuple(str(label) for label in range(num_classes)),
     )
+
+
+@cache
+def _warn_if_unchecked(root: Path) -> None:
+    """Once per folder; generated images need no check."""
+    if not has_record(root) and not root.is_relative_to(cache_root().absolute()):
+        _LOG.warning(
+            "%s was never checked: a damaged image ends the run, or goes unnoticed where a GPU "
+            "decodes it; to check all images: %s",
+            root,
+            check_command(root),
+        )
 
 
 def _thinned(index: FolderIndex, count: int) -> FolderIndex:
@@ -299,7 +328,7 @@ def _loader(
     resolutions: Sequence[int],
     backend: str,
     normalize: str | tuple[Sequence[float], Sequence[float]],
-    workers: int,
+    means: Decoding,
     device: torch.device,
     max_steps: int = 0,
 ) -> Loader:
@@ -311,9 +340,9 @@ def _loader(
     if backend == "synthetic":
         decoder = SyntheticDecoder(plan, resolutions, device=device)
     elif backend == "pil":
-        decoder = PillowDecoder(plan, resolutions, workers=workers, device=device)
+        decoder = PillowDecoder(plan, resolutions, workers=means.workers, device=device)
     else:
         from rsfast.data.dali import DaliDecoder  # the only optional package
 
-        decoder = DaliDecoder(plan, resolutions, workers=workers, device=device)
+        decoder = DaliDecoder(plan, resolutions, device=device, **means._asdict())
     return Loader(plan, decoder, resolutions, normalize, device, max_steps)

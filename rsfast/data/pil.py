@@ -15,7 +15,7 @@ from rsfast.data.folder import FolderIndex, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.runtime.interrupt import ignore_in_worker
 
-__all__ = ["PillowDecoder", "render"]
+__all__ = ["PillowDecoder", "decode", "render"]
 
 _BILINEAR = Image.Resampling.BILINEAR
 _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -40,15 +40,7 @@ def render(
     count = len(batch.images)
     levels = [np.empty((count, r, r, 3), dtype=np.uint8) for r in resolutions]
     for n, position in enumerate(batch.images):
-        path = index.path(position)
-        try:
-            with Image.open(path) as file:
-                image = _as_rgb(file)
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
-            raise RuntimeError(
-                f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
-                f"{exclude_command(index.root, index.paths[position])}"
-            ) from error
+        image = decode(index, position)
         if isinstance(batch, TrainBatch):
             pictures = _train_levels(image, batch, n, resolutions)
         else:
@@ -56,6 +48,23 @@ def render(
         for level, picture in zip(levels, pictures, strict=True):
             level[n] = np.asarray(picture)
     return np.concatenate([level.reshape(-1, 3) for level in levels])
+
+
+def decode(index: FolderIndex, position: int) -> Image.Image:
+    """One whole image, in RGB.
+
+    Raises:
+        RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
+    """
+    path = index.path(position)
+    try:
+        with Image.open(path) as file:
+            return _as_rgb(file)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+        raise RuntimeError(
+            f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
+            f"{exclude_command(index.root, index.paths[position])}"
+        ) from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

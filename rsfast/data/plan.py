@@ -34,7 +34,7 @@ class TrainBatch:
         images: [N] int64 positions in the index.
         windows: [L, N, 4] int32 top, left, height, width in pixels of the stored image.
         flips: [L, N] bool, horizontal.
-        shared_window: all levels have the same window, so one region decode serves them.
+        shared_window: all levels have the same window, so one decode and one cut serve them.
     """
 
     images: np.ndarray

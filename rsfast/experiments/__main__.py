@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rsfast.config import TrainConfig, parse_args
-from rsfast.data import index_folder
+from rsfast.data import default_workers, index_folder
 from rsfast.data.builtin import builtin_root
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(args.seeds)
     try:
         _check(base, args, rest)
+        if args.jobs > 1 and base.workers is None and args.launch == _PYTHON:
+            base = dataclasses.replace(base, workers=max(1, default_workers() // args.jobs))
         which = [make_set(name, base.resolutions) for name in dict.fromkeys(args.sets)]
         jobs = _jobs(which, base, seeds, args.output, _data_set(base))
         code, done = _run(Jobs(args.launch, args.jobs), jobs)

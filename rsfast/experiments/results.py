@@ -24,7 +24,10 @@ from rsfast.files.tables import read_columns, read_log, read_rows, write_rows
 __all__ = ["collect", "column_name", "read_hits"]
 
 _OF_A_ROW = {"resolutions", "distill", "bn", "crop", "copies", "seed"}
-_OF_A_MACHINE = {"data", "output", "resume", "workers", "log_every", "keep", "checkpoint_every"}
+_OF_A_MACHINE = {
+    *("data", "output", "resume", "workers", "hw_decoder_load", "dont_use_mmap"),
+    *("log_every", "keep", "checkpoint_every"),
+}
 # What a run says when it starts that must be the same for all rows.
 _ALIKE = (
     *("total_batch", "world_size", "train_images", "val_images", "classes"),

@@ -272,7 +272,9 @@ class Jobs:
 def _shared(cfg: TrainConfig) -> list[str]:
     """Settings that an evaluation has in common with its training."""
     data = ["--data", cfg.data] if cfg.data else []
-    loading = ["--loader", cfg.loader, "--workers", str(cfg.workers)]
+    loading = ["--loader", cfg.loader, *(["--dont-use-mmap"] if cfg.dont_use_mmap else [])]
+    for flag, value in (("workers", cfg.workers), ("hw-decoder-load", cfg.hw_decoder_load)):
+        loading += [] if value is None else [f"--{flag}", str(value)]
     batch = ["--batch-size", str(cfg.batch_size), "--device", cfg.device]
     precision = ["--precision", cfg.precision] if cfg.precision else []
     network = ["--arch", cfg.arch]  # of whose code the caller of the training is sure

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rsfast.config import TrainConfig, profiled_steps
-from rsfast.data import Loader, train_loader, val_loader
+from rsfast.data import Loader, default_workers, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import AveragedModel
@@ -150,6 +150,8 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "rank": rank.index,
         "world_size": rank.world_size,
         "workers": cfg.workers,
+        "hw_decoder_load": cfg.hw_decoder_load,
+        "dont_use_mmap": cfg.dont_use_mmap,
         "strict": cfg.strict,
         "device": rank.device,
     }
@@ -213,6 +215,7 @@ def _open_folder(run: Run) -> None:
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
         "classes": len(run.train_loader.class_names),
+        "workers": default_workers() if run.cfg.workers is None else run.cfg.workers,
         "train_set": run.data_set["train"],
         "val_set": run.data_set["val"],
         "steps_per_epoch": run.steps_per_epoch,

@@ -15,6 +15,8 @@ from PIL import Image
 
 from helpers import make_image_folder
 from rsfast.data import Batch, Loader, index_folder, prefetch, train_loader, val_loader
+from rsfast.data.builtin import builtin_root
+from rsfast.data.check import check_split
 
 RESOLUTIONS = (48, 32, 24)
 PIXELS = sum(r * r for r in RESOLUTIONS)
@@ -269,6 +271,29 @@ def test_a_file_that_only_dali_cannot_decode_is_named(
     Image.new("RGB", (40, 30)).save(odd, format="GIF")
     with pytest.raises(RuntimeError, match=re.escape(str(odd))):
         list(validation(tmp_path, "dali", batch_size=2))
+
+
+@pytest.mark.parametrize(("make", "split"), [(training, "train"), (validation, "val")])
+def test_a_folder_that_was_never_checked_is_said_once(
+    make, split: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_image_folder(tmp_path / "images", train=1, val=1)
+    for _ in range(2):
+        make(root, "pil")
+    assert caplog.text.count(f"{root / split} was never checked: ") == 1
+    assert f"python -m rsfast.data check {root}" in caplog.text
+    check_split(root / split, workers=1)
+    (tmp_path / "same").symlink_to(root)
+    caplog.clear()
+    make(tmp_path / "same", "pil")
+    assert not caplog.records
+
+
+def test_the_built_in_set_needs_no_check(caplog: pytest.LogCaptureFixture) -> None:
+    root = builtin_root(num_train=10, num_val=10)
+    training(root, "pil")
+    validation(root, "pil")
+    assert not caplog.records
 
 
 def test_synthetic_repeats_one_random_batch(tmp_path: Path) -> None:

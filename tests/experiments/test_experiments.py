@@ -11,11 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import environment, make_image_folder
+from rsfast.config import TrainConfig, read_config
+from rsfast.evaluate import _parse, common_settings
+from rsfast.experiments import __main__ as experiments
 from rsfast.experiments.__main__ import main
+from rsfast.experiments.runs import _shared
 from rsfast.files.tables import read_rows
 
 FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py')}"
@@ -74,6 +79,28 @@ def test_a_set_is_trained_tested_and_reported(tmp_path: Path, calls: Path) -> No
         assert (report / picture).exists() == (picture == "results.png")  # two resolutions only
     columns = read_rows(report / "per_image.csv")[0]
     assert {"image", "label", "rs_net/seed2/48", "inet_48/seed0/32"} <= set(columns)
+
+
+def test_trainings_at_a_time_share_the_cores(
+    tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "_PYTHON", FAKE)
+    monkeypatch.setattr(experiments, "default_workers", lambda: 7)
+    for jobs, given, workers in ((1, [], None), (2, [], 3), (9, [], 1), (2, ["--workers", "5"], 5)):
+        output = tmp_path / f"{jobs} {given}"
+        assert run(output, "table2", "--jobs", str(jobs), *given) == 0
+        found = {read_config(file).workers for file in output.rglob("settings.toml")}
+        assert found == {workers}
+
+
+@pytest.mark.parametrize(
+    "means", [{}, {"workers": 3, "hw_decoder_load": 0.5, "dont_use_mmap": True}]
+)
+def test_a_test_decodes_as_its_training(means: dict[str, Any]) -> None:
+    cfg = TrainConfig(**means)
+    told = common_settings(_parse(["last.pt", *_shared(cfg)]))
+    for name in ("workers", "hw_decoder_load", "dont_use_mmap"):
+        assert told[name] == getattr(cfg, name)
 
 
 def test_what_is_done_is_kept(tmp_path: Path, calls: Path) -> None:
