@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rsfast import figures
-from rsfast.data import BACKENDS, FolderIndex, Loader, train_loader, val_loader
+from rsfast.data import BACKENDS, FolderIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
@@ -144,7 +144,7 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
     weights = torch.softmax(alpha, dim=0).to(rank.device)
     with distributed.first_rank_first(rank):
         loader = _val_batches(model, model.resolutions, settings, rank)
-    accuracy = validate(model, weights, loader, dtype, loader.num_images)
+    accuracy = validate(model, weights, prefetch(loader, rank.device), dtype, loader.num_images)
     found = list(zip(_trained_rows(model, accuracy), accuracy.places, strict=False))
     all_levels = sum(row.multiply_adds for row, _ in found)
     extra = sorted(set(settings.resolutions) - set(model.resolutions), reverse=True)
@@ -315,7 +315,7 @@ def _untrained_rows(
             calibrate(net, _calibration_images(model, resolution, settings, rank))
     loader = _val_batches(model, resolutions, settings, rank)
     counts = TopK(len(nets), rank.device, loader.num_images)
-    for batch in loader:
+    for batch in prefetch(loader, rank.device):
         levels = zip(nets, batch.images.levels(), strict=True)
         with torch.autocast(rank.device.type, dtype, enabled=dtype is not None):
             logits = torch.stack([net(level) for net, level in levels])

@@ -171,7 +171,7 @@ def _stoppable(run: Run, interrupt: Interrupt) -> Iterator[Batch]:
     """Validation batches; a signal ends the run between two of them."""
     # Ranks may differ by a batch, and only those that all have can be voted on.
     shared = math.ceil(run.val_loader.num_images // run.rank.world_size / run.cfg.batch_size)
-    for number, batch in enumerate(run.val_loader):
+    for number, batch in enumerate(prefetch(run.val_loader, run.rank.device)):
         yield batch
         if number < shared and run.vote(interrupt.requested, False)[0]:
             save(run)

@@ -126,6 +126,8 @@ class Loader:
         ):
             indices = self.plan.images(epoch, step)
             labels = torch.from_numpy(self.plan.index.labels[indices])
+            if self._device.type == "cuda":  # a copy of other memory waits for the stream
+                labels = labels.pin_memory()
             yield Batch(
                 images=Pyramid(
                     rows=kernels.normalize(
