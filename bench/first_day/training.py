@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.support.timing import DEVICE
+from bench.support.timing import DEVICE, ON_GPU
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep
@@ -24,7 +24,7 @@ from rsfast.losses import MultiResolutionDistillation
 
 __all__ = ["main"]
 
-_RESOLUTIONS = (64, 48, 32)
+_RESOLUTIONS = (64, 48, 32) if ON_GPU else (32, 16)
 _IMAGES, _CLASSES, _STEPS = 16, 4, 50
 _ENOUGH = 0.2
 
@@ -53,7 +53,7 @@ def _losses(*, graph: bool) -> list[float]:
     model = create_model("resnet18", _RESOLUTIONS, _CLASSES, backend=backend).to(DEVICE)
     loss = MultiResolutionDistillation(len(_RESOLUTIONS), backend=backend).to(DEVICE)
     optimizer = build_optimizer(model, loss, lr=0.01)
-    precision = "bf16" if DEVICE.type == "cuda" else "fp32"
+    precision = "bf16" if ON_GPU else "fp32"
     step = TrainStep(model, loss, optimizer, precision=precision, graph=graph)
     levels = [torch.randn(_IMAGES, 3, r, r) for r in _RESOLUTIONS]
     labels = torch.arange(_IMAGES) % _CLASSES
