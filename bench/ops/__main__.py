@@ -23,6 +23,7 @@ from bench.ops import bench_distillation_loss as loss
 from bench.ops import bench_global_avg_pool as pool
 from bench.ops import bench_normalize as pixels
 from bench.ops import bench_stem as stem
+from bench.ops import bench_subsample as strided
 from bench.ops import bench_switchable_bn_act as norm
 from bench.support.installed import left_out
 from bench.support.record import as_packed, check_alike
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arch in args.archs:
         session.pooling(arch)
         session.layers(conv, "conv2d", arch)
+        if strided.layers(arch):
+            session.layers(strided, "subsample", arch)
         session.layers(norm, "switchable_bn_act", arch)
     results.finish(
         ["bench.ops", *(sys.argv[1:] if argv is None else argv)],

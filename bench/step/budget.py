@@ -48,7 +48,7 @@ RULES = (
     ("all_reduce", r"nccl|c10d::"),
     ("optimizer", r"Optimizer\.|_fused_sgd|FusedSgd|_foreach_|multi_tensor"),
     ("loss", r"(?i)distillation_loss|soft_?max|nll_?loss|cross_entropy|kl_div|xlogy"),
-    ("conv1x1", r"aten::(convolution\w*|add_?) 1x1"),
+    ("conv1x1", r"subsample|aten::(convolution\w*|add_?) 1x1"),
     ("conv_kxk", r"rsfast::conv2d|aten::(convolution\w*|add_?) kxk"),
     # cuDNN's and CUTLASS's kernels, whose names may end in relu. In a graph of authors_* they are
     # those of 1x1 convolutions too; rsfast multiplies matrices there.

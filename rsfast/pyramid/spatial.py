@@ -75,8 +75,7 @@ def _conv2d(
     if is_pixelwise and strides != (1, 1):
         # Only the pixels that it reads. (PyTorch 2.13 ends the process in the backward of a strided
         # 1x1 convolution of 3 channels on a CPU.)
-        down, right = strides
-        x = x.map_levels(lambda level: level[:, :, ::down, ::right])
+        x = _subsample(x, strides)
         strides = stride = (1, 1)
     if not x.is_packed or both is None or weight.shape[1] * groups != x.num_channels:
         given = bias, stride, padding, dilation, groups
@@ -90,6 +89,19 @@ def _conv2d(
     rows = x.rows.to(dtype)
     y = kernels.conv2d(rows, weight, x.sizes, x.num_images, **geometry, groups=groups)
     return x.like(Content(rows=y if bias is None else y + bias.to(dtype)), sizes)
+
+
+def _subsample(x: Pyramid, strides: tuple[int, int]) -> Pyramid:
+    """The first pixel of each stride, down and to the right."""
+    sizes = kernels.conv2d_sizes(x.sizes, 1, strides)
+    if x.is_packed:
+        given = x.sizes, x.num_images, strides
+        return x.like(Content(rows=kernels.subsample(x.rows, *given, backend=x.backend)), sizes)
+    parts = [
+        kernels.subsample(part, [size], x.num_images, strides)
+        for part, size in zip(x.parts, x.sizes, strict=True)
+    ]
+    return x.like(Content(parts=parts), sizes)
 
 
 def _autocast_dtype(x: Pyramid) -> torch.dtype:
