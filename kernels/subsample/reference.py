@@ -18,7 +18,8 @@ def subsample_reference(
 ) -> Tensor:
     """Plain PyTorch, slices of each level; arguments as in :func:`subsample`."""
     down, right = geometry_of(stride, 0, 1).stride
-    parts = x.split(rows_of_levels(sizes, num_images))
+    # The gradient of a split is packed, of a single level for nothing.
+    parts = x.split(rows_of_levels(sizes, num_images)) if len(sizes) > 1 else (x,)
     maps = [
         part.view(num_images, height, width, -1)
         for part, (height, width) in zip(parts, sizes, strict=True)
