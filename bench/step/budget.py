@@ -55,7 +55,7 @@ RULES = (
     ("conv_kxk", r"fprop|dgrad|wgrad|implicit_gemm|convolve|scudnn|winograd|conv_depthwise"),
     ("conv_kxk", r"nchwToNhwc|nhwcToNchw|triton_tem_\w*convolution"),
     # The classifier is here, and products of matrices have no other use.
-    ("conv1x1", r"aten::(add)?mm\b|nvjet|gemm|gemv|splitK|triton_tem_\w*mm"),
+    ("conv1x1", r"aten::(add)?mm_?\b|nvjet|gemm|gemv|splitK|triton_tem_\w*mm"),
     ("batch_norm", r"switchable_bn|batch_?norm|\b_?bn_"),
     ("pool", r"(?i)avg_pool|max_?pool|aten::mean|MeanBackward|MeanOps"),
     ("batch_norm", r"(?i)relu|threshold|hardtanh|clamp"),

@@ -1,4 +1,4 @@
-"""Backward Triton kernel of :mod:`rsfast.kernels.subsample.op`."""
+"""Backward Triton kernels of :mod:`rsfast.kernels.subsample.op`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rsfast.kernels.subsample.tiles import find_line, launch
 
-__all__ = ["backward"]
+__all__ = ["add", "backward"]
 
 
 @triton.jit(do_not_specialize=["num_images"])
@@ -46,6 +46,36 @@ def _subsample_bwd_kernel(
             tl.store(dx_ptr + ((below * width + pixels) * C + cols), zeros, mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_images"])
+def _subsample_add_kernel(
+    dy_ptr,  # [M', C]
+    dx_ptr,  # [M, C] like dy; dy is added to the pixels that the forward read
+    heights,  # of the input
+    widths,
+    num_images,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    DOWN: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    line = tl.program_id(0)
+    first_out, first_in, width, _ = find_line(line, heights, widths, num_images, L, DOWN, RIGHT)
+    num_pixels = tl.cdiv(width, RIGHT)
+    lanes = tl.arange(0, BLOCK_P)[:, None]
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    dy_ptr += first_out * C
+    dx_ptr += first_in * C
+    for start in range(0, num_pixels, BLOCK_P):
+        pixels = start + lanes
+        mask = (pixels < num_pixels) & (cols < C)
+        dx_ptrs = dx_ptr + (pixels * RIGHT * C + cols)
+        dy = tl.load(dy_ptr + (pixels * C + cols), mask=mask).to(tl.float32)
+        dx = tl.load(dx_ptrs, mask=mask).to(tl.float32) + dy
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
 def backward(
     dy: Tensor,
     dx: Tensor,
@@ -55,3 +85,14 @@ def backward(
 ) -> None:
     """Fills `dx` [M, C] with the gradient for `dy` [M', C]. One launch."""
     launch(_subsample_bwd_kernel, dy, dx, sizes, num_images, stride)
+
+
+def add(
+    dy: Tensor,
+    dx: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    num_images: int,
+    stride: Sequence[int],
+) -> None:
+    """Adds that gradient to `dx`. One launch."""
+    launch(_subsample_add_kernel, dy, dx, sizes, num_images, stride)

@@ -16,7 +16,9 @@ from rsfast.kernels.common.launch import OPTIONS, level_arguments, on_device_of
 
 __all__ = ["find_line", "launch", "tile"]
 
-TILE_ELEMENTS = 2048  # 16 for each of 128 threads; not timed on a GPU yet
+# One 16-byte load of 16-bit numbers for each of 128 threads; with two, some shapes spill. Not timed
+# on a GPU yet.
+TILE_ELEMENTS = 1024
 
 
 def tile(num_channels: int) -> tuple[int, int]:

@@ -126,6 +126,7 @@ def subsample() -> Iterator[Case]:
     kernels = {
         subsample_forward._subsample_fwd_kernel: ("x_ptr", "y_ptr"),
         subsample_backward._subsample_bwd_kernel: ("dy_ptr", "dx_ptr"),
+        subsample_backward._subsample_add_kernel: ("dy_ptr", "dx_ptr"),
     }
     shapes = [(256, "bf16", (2, 2)), (256, "fp32", (2, 2)), (64, "bf16", (2, 2))]
     shapes += [(65, "bf16", (2, 1)), (24, "bf16", (3, 3)), (3, "fp32", (1, 4))]

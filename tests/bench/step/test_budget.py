@@ -22,6 +22,7 @@ _BACKWARD_OF = "autograd::engine::evaluate_function: "
         ("conv1x1", "aten::mm < aten::matmul < aten::linear maps"),
         ("conv1x1", "aten::mm < MmBackward0 < " + _BACKWARD_OF + "MmBackward0"),
         ("conv1x1", "aten::cudnn_convolution maps < aten::convolution 1x1 < aten::conv2d maps"),
+        ("conv1x1", "aten::addmm_ maps < _ProductBackward"),
         ("conv1x1", "rsfast::subsample_bwd"),
         ("conv_kxk", "aten::cudnn_convolution maps < rsfast::conv2d_fwd"),
         ("conv_kxk", "aten::copy_ maps < rsfast::conv2d_bwd"),

@@ -20,11 +20,17 @@ from kernel_helpers import (
     capture_without_host_sync,
     on_another_stream,
 )
-from rsfast.kernels import conv2d_sizes, subsample, subsample_reference
+from rsfast.kernels import (
+    conv2d_sizes,
+    subsample,
+    subsample_gradient,
+    subsample_reference,
+)
 from rsfast.kernels.common.levels import images_of_levels
 
 FWD = torch.ops.rsfast.subsample_fwd
 BWD = torch.ops.rsfast.subsample_bwd
+ADD = torch.ops.rsfast.subsample_add
 SIZES = ((7, 5), (4, 4), (3, 1), (1, 2))
 
 
@@ -75,6 +81,23 @@ def test_rows_and_gradient_are_bit_for_bit_those_of_the_reference(
         assert torch.equal(value, want.to(value.dtype))
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_a_gradient_is_added_to_another_one_where_pixels_were_read(
+    place: tuple[str, torch.dtype], case: tuple[Any, ...]
+) -> None:
+    sizes, num_images, stride, channels = case
+    other = make_rows(sizes, num_images, channels, *place)
+    dy = make_rows(conv2d_sizes(sizes, 1, stride), num_images, channels, *place).flip(0)
+    maps = sizes, num_images, stride
+    dx = subsample_gradient(dy, *maps, backend="triton")
+    added = other.clone()
+    assert subsample_gradient(dy, *maps, add_to=added, backend="triton") is added
+    assert torch.equal(added, other + dx)
+    for add_to, want in ((None, dx), (other.clone(), added)):
+        assert torch.equal(subsample_gradient(dy, *maps, add_to=add_to), want)
+
+
 @pytest.mark.parametrize("stride", [2, (3, 1), [1, 2]], ids=str)
 def test_the_reference_takes_what_a_1x1_convolution_of_each_level_reads(stride: Any) -> None:
     x = make_rows(SIZES, 2, 4, dtype=torch.float64)
@@ -98,6 +121,7 @@ def test_operators_pass_opcheck(device: str) -> None:
     torch.library.opcheck(FWD.default, (x, *maps))
     dy = FWD(x, *maps).detach()
     torch.library.opcheck(BWD.default, (dy, *maps))
+    torch.library.opcheck(ADD.default, (dy, x.detach(), *maps))
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
@@ -134,6 +158,22 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     arguments = {"x": torch.zeros(14, 4), "sizes": ((2, 3), (1, 1)), "num_images": 2, "stride": 2}
     with pytest.raises(ValueError, match=message):
         subsample(**{**arguments, "backend": "triton", **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dy": torch.zeros(5, 4)}, "sizes must add up to the 5 rows of dy for 2 images"),
+        ({"add_to": torch.zeros(13, 4)}, "sizes must add up to the 13 rows of add_to"),
+        ({"add_to": torch.zeros(4, 14).t()}, "add_to must be contiguous"),
+        ({"add_to": torch.zeros(14, 4).half()}, "add_to must be contiguous torch.float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_gradients_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"dy": torch.zeros(6, 4), "sizes": ((2, 3), (1, 1)), "num_images": 2, "stride": 2}
+    with pytest.raises(ValueError, match=message):
+        subsample_gradient(**{**arguments, "backend": "triton", **change})
 
 
 @pytest.mark.parametrize("device", GPU_ONLY, indirect=True)
