@@ -64,9 +64,10 @@ def subsample(x: Pyramid, stride: tuple[int, int]) -> Pyramid:
 
 
 def _gradients_may_meet(x: Pyramid) -> bool:
-    """Whether other readers may give its rows gradients that are their own.
+    """Whether the packed rows may get gradients of fused kernels too.
 
-    Rows that autograd did not make get none, and may outlive the step.
+    Rows that autograd did not make are excluded: the same ones may be read in many steps, and each
+    would add to the chain of readers.
     """
     return x.backend != "torch" and torch.is_grad_enabled() and x.rows.grad_fn is not None
 
