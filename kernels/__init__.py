@@ -21,6 +21,7 @@ from rsfast.kernels.distillation_loss import (
 )
 from rsfast.kernels.global_avg_pool import global_avg_pool, global_avg_pool_reference
 from rsfast.kernels.normalize import normalize, normalize_reference
+from rsfast.kernels.subsample import subsample, subsample_gradient, subsample_reference
 from rsfast.kernels.switchable_bn_act import (
     ACTIVATIONS,
     switchable_bn_act,
@@ -47,6 +48,9 @@ __all__ = [
     "global_avg_pool_reference",
     "normalize",
     "normalize_reference",
+    "subsample",
+    "subsample_gradient",
+    "subsample_reference",
     "switchable_bn_act",
     "switchable_bn_act_levels",
     "switchable_bn_act_reference",

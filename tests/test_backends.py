@@ -143,13 +143,14 @@ def test_the_backend_is_chosen_for_all_layers_at_once_and_cuda_for_batch_norm_on
 
         return call
 
-    for name in ("switchable_bn_act", "bn_act_max_pool", "global_avg_pool"):
+    for name in ("switchable_bn_act", "bn_act_max_pool", "global_avg_pool", "subsample"):
         monkeypatch.setattr(kernels, name, on_pytorch(name))
     model(make_batch(model, "cpu", torch.float32).images)
     assert seen == {
         "switchable_bn_act": {backend},
         "bn_act_max_pool": {backend},
         "global_avg_pool": {backend},
+        "subsample": {backend},
     }
     # Batch norm is in the extension; for what is not, "cuda" is Triton.
     assert kernels.check_backend(backend, extension=True) == backend

@@ -23,6 +23,7 @@ from bench.ops import bench_distillation_loss as loss
 from bench.ops import bench_global_avg_pool as pool
 from bench.ops import bench_normalize as pixels
 from bench.ops import bench_stem as stem
+from bench.ops import bench_subsample as strided
 from bench.ops import bench_switchable_bn_act as norm
 from bench.support.installed import left_out
 from bench.support.record import as_packed, check_alike
@@ -33,9 +34,10 @@ from bench.support.timing import DEVICE, ON_GPU, time_interleaved
 __all__ = ["main"]
 
 Times = dict[str, list[float]]
+_LAYERS = {"conv2d": conv, "subsample": strided, "switchable_bn_act": norm}
 _OPS = (
-    *("switchable_bn_act", "bn_act_max_pool", "distillation_loss", "global_avg_pool", "conv2d"),
-    *("stem", "normalize"),
+    *_LAYERS,
+    *("bn_act_max_pool", "distillation_loss", "global_avg_pool", "stem", "normalize"),
 )
 
 
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arch in args.archs:
         if "global_avg_pool" in args.ops:
             session.pooling(arch)
-        for module, op in ((conv, "conv2d"), (norm, "switchable_bn_act")):
-            if op in args.ops:
+        for op, module in _LAYERS.items():
+            if op in args.ops and module.layers(arch):
                 session.layers(module, op, arch)
     results.finish(
         ["bench.ops", *(sys.argv[1:] if argv is None else argv)],

@@ -48,14 +48,14 @@ RULES = (
     ("all_reduce", r"nccl|c10d::"),
     ("optimizer", r"Optimizer\.|_fused_sgd|FusedSgd|_foreach_|multi_tensor"),
     ("loss", r"(?i)distillation_loss|soft_?max|nll_?loss|cross_entropy|kl_div|xlogy"),
-    ("conv1x1", r"aten::(convolution\w*|add_?) 1x1"),
+    ("conv1x1", r"subsample|aten::(convolution\w*|add_?) 1x1"),
     ("conv_kxk", r"rsfast::conv2d|aten::(convolution\w*|add_?) kxk"),
     # cuDNN's and CUTLASS's kernels, whose names may end in relu. In a graph of authors_* they are
     # those of 1x1 convolutions too; rsfast multiplies matrices there.
     ("conv_kxk", r"fprop|dgrad|wgrad|implicit_gemm|convolve|scudnn|winograd|conv_depthwise"),
     ("conv_kxk", r"nchwToNhwc|nhwcToNchw|triton_tem_\w*convolution"),
     # The classifier is here, and products of matrices have no other use.
-    ("conv1x1", r"aten::(add)?mm\b|nvjet|gemm|gemv|splitK|triton_tem_\w*mm"),
+    ("conv1x1", r"aten::(add)?mm_?\b|nvjet|gemm|gemv|splitK|triton_tem_\w*mm"),
     ("batch_norm", r"switchable_bn|batch_?norm|\b_?bn_"),
     ("pool", r"(?i)avg_pool|max_?pool|aten::mean|MeanBackward|MeanOps"),
     ("batch_norm", r"(?i)relu|threshold|hardtanh|clamp"),

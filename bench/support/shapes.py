@@ -24,6 +24,7 @@ __all__ = [
     "PAPER_RESOLUTIONS",
     "PASSES",
     "RESOLUTIONS",
+    "StridedMap",
     "BatchNormLayer",
     "Call",
     "ConvLayer",
@@ -36,6 +37,7 @@ __all__ = [
     "observe",
     "pooled_map",
     "short_name",
+    "strided_maps",
 ]
 
 PAPER_ARCHITECTURES = ("resnet50", "resnet18", "mobilenetv2")
@@ -47,7 +49,7 @@ NUM_IMAGES, RESOLUTIONS = (256, PAPER_RESOLUTIONS) if ON_GPU else (2, (64, 48, 3
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
 
 Sizes = tuple[tuple[int, int], ...]
-_OBSERVED = ("switchable_bn_act", "bn_act_max_pool", "conv2d", "global_avg_pool")
+_OBSERVED = ("switchable_bn_act", "bn_act_max_pool", "conv2d", "global_avg_pool", "subsample")
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -139,6 +141,23 @@ class ConvLayer(NamedTuple):
             num_images * sum(h * w for h, w in self.sizes),
             num_images * sum(h * w for h, w in self.out_sizes),
         )
+
+
+class StridedMap(NamedTuple):
+    """What one or several strided 1x1 convolutions of a network read.
+
+    Attributes:
+        sizes: (H, W) of each level.
+        channels: C.
+        stride: down and to the right.
+    """
+
+    sizes: Sizes
+    channels: int
+    stride: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.sizes[0][0]}px-C{self.channels}-s{self.stride[0]}"
 
 
 class Call(NamedTuple):
@@ -242,6 +261,12 @@ def conv_layers(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> Co
             assert given["padding"] == (kernel // 2, kernel // 2)
             found[ConvLayer(given["sizes"], *shape)] += 1
     return found
+
+
+def strided_maps(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> Counter[StridedMap]:
+    """What the strided 1x1 convolutions of a network read, and how many there are of each."""
+    found = (c.arguments for c in calls(arch, tuple(resolutions)) if c.op == "subsample")
+    return Counter(StridedMap(c["sizes"], c["x"].shape[1], c["stride"]) for c in found)
 
 
 def pooled_map(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> FeatureMap:

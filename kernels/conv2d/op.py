@@ -5,9 +5,11 @@
 
 Layout: x is [M, C_in] contiguous, the NHWC pixels of all levels one after another; y likewise. The
 arithmetic is the vendor library's. Forward on a GPU, cuDNN reads and writes the rows of a level in
-place: nothing is packed. Backward, the library allocates dx[l] itself, and one copy per level
-brings it to its rows (16 bits: 4 bytes per element of x, against 4 that the gradient itself reads
-and writes); the gradients of the weight are added up in float32 and rounded once.
+place: nothing is packed. Backward, so it does where the stride is 1, because dx[l] is then a
+convolution of dy[l], with the weight turned around. Of other strides the library allocates dx[l]
+itself, and one copy per level brings it to its rows (16 bits: 4 bytes per element of x, against 4
+that the gradient itself reads and writes). The gradients of the weight are added up in float32 and
+rounded once.
 """
 
 from __future__ import annotations
@@ -47,26 +49,36 @@ def _fwd(
     out_sizes = conv2d_sizes(sizes, weight.shape, *geometry)
     inputs = images_of_levels(x, sizes, num_images)
     outputs = images_of_levels(y, out_sizes, num_images)
-    cudnn = torch.backends.cudnn
-    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    convolve = _into_place if _has_out(x) else _and_copy
     for level, output in zip(inputs, outputs, strict=True):
         with level_range(f"level {level.shape[2]}x{level.shape[3]}"):
-            if x.is_cuda and cudnn.enabled and x.dtype != torch.float64:  # which has no NHWC
-                torch.ops.aten.cudnn_convolution.out(
-                    level,
-                    weight,
-                    padding,
-                    stride,
-                    dilation,
-                    groups,
-                    cudnn.benchmark,
-                    deterministic,
-                    cudnn.allow_tf32,
-                    out=output,
-                )
-            else:  # nothing else in PyTorch writes where it is told to
-                output.copy_(F.conv2d(level, weight, None, stride, padding, dilation, groups))
+            convolve(level, weight, geometry, groups, output)
     return y
+
+
+def _has_out(x: Tensor) -> bool:
+    """Whether the library writes where it is told to: cuDNN, which has no float64 in NHWC."""
+    return x.is_cuda and torch.backends.cudnn.enabled and x.dtype != torch.float64
+
+
+def _into_place(x: Tensor, weight: Tensor, geometry: Geometry, groups: int, out: Tensor) -> None:
+    cudnn = torch.backends.cudnn
+    torch.ops.aten.cudnn_convolution.out(
+        x,
+        weight,
+        geometry.padding,
+        geometry.stride,
+        geometry.dilation,
+        groups,
+        cudnn.benchmark,
+        cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
+        cudnn.allow_tf32,
+        out=out,
+    )
+
+
+def _and_copy(x: Tensor, weight: Tensor, geometry: Geometry, groups: int, out: Tensor) -> None:
+    out.copy_(F.conv2d(x, weight, None, *geometry, groups))
 
 
 @_fwd.register_fake
@@ -117,8 +129,11 @@ def _bwd(
     dx = x.new_empty(x.shape if wants_dx else 0)
     dweight = weight.new_empty(0)
     sizes = list(zip(heights, widths, strict=True))
-    out_sizes = conv2d_sizes(sizes, weight.shape, stride, padding, dilation)
+    geometry = Geometry(stride, padding, dilation)
+    out_sizes = conv2d_sizes(sizes, weight.shape, *geometry)
     inputs = images_of_levels(x, sizes, num_images)
+    turned = _turned(weight, geometry, groups) if wants_dx and _has_out(x) else None
+    copies_dx = wants_dx and turned is None
     # Contiguous: a sum's gradient has strides of 0.
     outputs = images_of_levels(dy.contiguous(), out_sizes, num_images)
     targets = images_of_levels(dx, sizes, num_images) if wants_dx else inputs
@@ -126,20 +141,12 @@ def _bwd(
     total = None
     for level, target, output in zip(inputs, targets, outputs, strict=True):
         with level_range(f"level {level.shape[2]}x{level.shape[3]}"):
-            level_dx, level_dweight, _ = torch.ops.aten.convolution_backward(
-                output,
-                level,
-                weight,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0, 0],
-                groups,
-                [wants_dx, wants_dweight, False],
+            if turned is not None:
+                _into_place(output, *turned, groups, target)
+            level_dx, level_dweight = _gradients(
+                output, level, weight, geometry, groups, (copies_dx, wants_dweight)
             )
-            if wants_dx:
+            if copies_dx:
                 target.copy_(level_dx)
             if wants_dweight:
                 total = level_dweight.to(sums) if total is None else total.add_(level_dweight)
@@ -147,6 +154,34 @@ def _bwd(
         # A copy of the strides too: gradients are to lie in memory as their weights do.
         dweight = torch.empty_like(weight).copy_(total)
     return dx, dweight
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    groups: int,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight of one level, as PyTorch allocates them; None where not wanted."""
+    whole = False, [0, 0], groups  # not a transposed convolution
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, *geometry, *whole, [*wanted, False]
+    )
+    return dx, dweight
+
+
+def _turned(weight: Tensor, geometry: Geometry, groups: int) -> tuple[Tensor, Geometry] | None:
+    """The weight and geometry whose convolution of dy is dx; None if there is none."""
+    stride, padding, dilation = geometry
+    kernel = weight.shape[2:]
+    reach = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    if tuple(stride) != (1, 1) or min(reach) < 0:
+        return None
+    of_groups = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    turned = of_groups.flip(2, 3).contiguous(memory_format=torch.channels_last)
+    return turned, Geometry(stride, reach, dilation)
 
 
 @_bwd.register_fake

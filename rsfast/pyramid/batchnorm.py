@@ -238,7 +238,7 @@ class PendingNorm:
             rows = kernels.bn_act_max_pool(x.rows, *tensors, *geometry, **options)
             return Content(rows=rows)
         if x.is_packed:
-            options["residual"] = None if residual is None else residual.rows
+            options["residual"] = None if residual is None else self._rows_to_add(residual)
             levels = x.level_rows, self.banks
             rows = kernels.switchable_bn_act(
                 x.rows, *tensors, *levels, **options, backend=x.backend
@@ -248,6 +248,11 @@ class PendingNorm:
         return Content(
             parts=kernels.switchable_bn_act_levels(x.parts, *tensors, self.banks, **options)
         )
+
+    def _rows_to_add(self, residual: Pyramid) -> Tensor:
+        # Its gradient is a tensor of its own behind a fused kernel's activation only.
+        is_own = self.activation is not None and self.x.backend != "torch"
+        return residual.handed_on if is_own else residual.rows
 
 
 def moved_by_forward(module: nn.Module) -> list[Tensor]:

@@ -32,9 +32,11 @@ class Content:
         rows: [M, *channels] contiguous; None if not packed.
         parts: the rows of each level in a tensor of its own; None if packed.
         pending: what computes one of them when it is asked for; None once it has.
+        handed_on: the rows as their last reader hands them on, see
+            :mod:`rsfast.pyramid.pixelwise`; None if none does.
     """
 
-    __slots__ = ("__weakref__", "parts", "pending", "rows")
+    __slots__ = ("__weakref__", "handed_on", "parts", "pending", "rows")
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Content:
         self.rows = rows
         self.parts = None if parts is None else tuple(parts)
         self.pending = pending
+        self.handed_on: Tensor | None = None
 
     def get(self) -> Content:
         """Itself, computed."""

@@ -145,6 +145,15 @@ class Pyramid:
         return content.rows
 
     @property
+    def handed_on(self) -> Tensor:
+        """`rows`, for readers whose backward returns a tensor that nobody else holds.
+
+        It may be written over: see :mod:`rsfast.pyramid.pixelwise`.
+        """
+        handed_on = self._content.get().handed_on
+        return self.rows if handed_on is None else handed_on
+
+    @property
     def parts(self) -> tuple[Tensor, ...]:
         """The rows of each level; in autograd one split, so the backward is one concatenation."""
         content = self._content.get()

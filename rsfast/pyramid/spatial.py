@@ -17,6 +17,7 @@ from rsfast import kernels
 from rsfast.pyramid.content import Content
 from rsfast.pyramid.dispatch import function
 from rsfast.pyramid.extent import of_level
+from rsfast.pyramid.pixelwise import autocast_dtype, multiply, subsample
 from rsfast.pyramid.pyramid import Pyramid
 
 __all__ = ["PaddedImages"]
@@ -75,28 +76,20 @@ def _conv2d(
     if is_pixelwise and strides != (1, 1):
         # Only the pixels that it reads. (PyTorch 2.13 ends the process in the backward of a strided
         # 1x1 convolution of 3 channels on a CPU.)
-        down, right = strides
-        x = x.map_levels(lambda level: level[:, :, ::down, ::right])
+        x = subsample(x, strides)
         strides = stride = (1, 1)
     if not x.is_packed or both is None or weight.shape[1] * groups != x.num_channels:
         given = bias, stride, padding, dilation, groups
         return x.map_levels(lambda level: F.conv2d(level, weight, *given))
     if is_pixelwise and groups == 1:
-        return x.with_rows(F.linear(x.rows, weight.flatten(1), bias))
-    dtype = _autocast_dtype(x)
+        return multiply(x, weight.flatten(1), bias)
+    dtype = autocast_dtype(x)
     weight = weight.to(dtype)
     geometry = {"stride": strides, "padding": both, "dilation": dilation}
     sizes = kernels.conv2d_sizes(x.sizes, tuple(weight.shape[2:]), **geometry)
-    rows = x.rows.to(dtype)
+    rows = x.handed_on.to(dtype)
     y = kernels.conv2d(rows, weight, x.sizes, x.num_images, **geometry, groups=groups)
     return x.like(Content(rows=y if bias is None else y + bias.to(dtype)), sizes)
-
-
-def _autocast_dtype(x: Pyramid) -> torch.dtype:
-    """What autocast would compute a convolution of `x` in."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
 
 
 @function(torch.max_pool2d, F.max_pool2d)

@@ -8,6 +8,7 @@ import torch
 from rsfast import Pyramid, RSNet, create_model
 from rsfast.data import Batch
 from rsfast.engine import TrainStep, is_out_of_memory
+from rsfast.engine.guard import _are_finite
 from rsfast.engine.optim import build_optimizer
 from rsfast.engine.snapshot import Snapshot
 from rsfast.losses import LossTerms, MultiResolutionDistillation
@@ -118,6 +119,24 @@ def test_rows_of_skipped_steps_are_counted_over_reads() -> None:
             step(batch)
         counts.append(step.guard.read())
     assert counts == [(3, 2), (2, 3), (1, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_single_bad_number_is_found_and_good_ones_keep_their_bits(dtype: torch.dtype) -> None:
+    numbers = torch.finfo(dtype)
+    good = [torch.linspace(-1, 1, 37).to(dtype), torch.full((9,), numbers.max, dtype=dtype)]
+    good += [
+        torch.full((3, 5), numbers.tiny / 4, dtype=dtype).t(),
+        torch.ones(2, dtype=torch.float),
+    ]
+    before = [grad.clone() for grad in good]
+    assert bool(_are_finite(good))
+    assert all(torch.equal(a, b) for a, b in zip(good, before, strict=True))
+    for index, grad in enumerate(good):
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            spoilt = grad.clone()
+            spoilt[(-1,) * spoilt.dim()] = bad
+            assert not bool(_are_finite([*good[:index], spoilt, *good[index + 1 :]]))
 
 
 class InfiniteLoss(MultiResolutionDistillation):

@@ -32,6 +32,9 @@ from rsfast.kernels.global_avg_pool import backward as pool_backward
 from rsfast.kernels.global_avg_pool import forward as pool_forward
 from rsfast.kernels.global_avg_pool import tiles as pool_tiles
 from rsfast.kernels.normalize import forward as pixels
+from rsfast.kernels.subsample import backward as subsample_backward
+from rsfast.kernels.subsample import forward as subsample_forward
+from rsfast.kernels.subsample import tiles as subsample_tiles
 from rsfast.kernels.switchable_bn_act import backward as bn_backward
 from rsfast.kernels.switchable_bn_act import forward as bn_forward
 from rsfast.kernels.switchable_bn_act import tiles as bn_tiles
@@ -114,6 +117,28 @@ def normalize() -> Iterator[Case]:
             pixels._normalize_kernel,
             types,
             {"C": channels, "PADDED_C": padded, "BLOCK_M": pixels.BLOCK_M},
+            OPTIONS,
+        )
+
+
+def subsample() -> Iterator[Case]:
+    maps = dict.fromkeys(("heights", "widths"), ("i32",) * NUM_LEVELS) | {"num_images": "i32"}
+    kernels = {
+        subsample_forward._subsample_fwd_kernel: ("x_ptr", "y_ptr"),
+        subsample_backward._subsample_bwd_kernel: ("dy_ptr", "dx_ptr"),
+        subsample_backward._subsample_add_kernel: ("dy_ptr", "dx_ptr"),
+    }
+    shapes = [(256, "bf16", (2, 2)), (256, "fp32", (2, 2)), (64, "bf16", (2, 2))]
+    shapes += [(65, "bf16", (2, 1)), (24, "bf16", (3, 3)), (3, "fp32", (1, 4))]
+    for (channels, dtype, stride), (kernel, names) in itertools.product(shapes, kernels.items()):
+        down, right = stride
+        block_p, block_c = subsample_tiles.tile(channels)
+        constants = {"L": NUM_LEVELS, "C": channels, "DOWN": down, "RIGHT": right}
+        yield Case(
+            f"{kernel.__name__} C={channels} {dtype} {down}x{right}",
+            kernel,
+            {**dict.fromkeys(names, "*" + dtype), **maps},
+            {**constants, "BLOCK_P": block_p, "BLOCK_C": block_c},
             OPTIONS,
         )
 
@@ -269,6 +294,7 @@ OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "distillation_loss": distillation_loss,
     "global_avg_pool": global_avg_pool,
     "normalize": normalize,
+    "subsample": subsample,
     "switchable_bn_act": switchable_bn_act,
 }
 

@@ -23,6 +23,7 @@ NUM_CASES = {
     "distillation_loss": 99,
     "global_avg_pool": 20,
     "normalize": 6,
+    "subsample": 18,
     "switchable_bn_act": 182,
 }
 WRITE = "run python tests/kernels/compile_ahead.py --write"

@@ -109,6 +109,7 @@ ONE: dict[str, Callable[[Any], Any]] = {
     "1x1": lambda x: F.conv2d(x, WEIGHT),
     "1x1 with bias": lambda x: F.conv2d(x, WEIGHT, BIAS),
     "1x1 strided": lambda x: F.conv2d(x, WEIGHT, None, 2),
+    "1x1 strided unequally": lambda x: F.conv2d(x, WEIGHT, BIAS, (3, 2)),
     "1x1 padded": lambda x: F.conv2d(x, WEIGHT, None, 1, 1),
     "3x3": lambda x: F.conv2d(x, KERNEL, None, 1, 1),
     "3x3 strided, bias": lambda x: F.conv2d(x, KERNEL, BIAS, 2, 1),

@@ -36,6 +36,7 @@ def test_the_command_writes_rows_of_the_agreed_names(tmp_path: Path) -> None:
         "kernel/global_avg_pool/resnet18/fp32/forward/eager",
         "kernel/switchable_bn_act/resnet18/fp32/forward_backward/eager",
         "kernel/conv2d/resnet18/fp32/forward_backward/rsfast",
+        "kernel/subsample/resnet18/fp32/forward_backward/slices",
         "kernel/conv2d/64px-C3-C64-k7s2/fp32/forward/separate",
         "kernel/switchable_bn_act/16px-C64-relu/fp32/forward/reference",
         "kernel/bn_act_max_pool/32px-C64-relu/fp32/forward/separate",

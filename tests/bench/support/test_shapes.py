@@ -88,6 +88,16 @@ def test_convolutions_are_those_of_the_network() -> None:
     assert str(depthwise[0]) == "112px-C32-C32-k3s1-depthwise"
 
 
+def test_strided_maps_are_those_of_the_shortcuts() -> None:
+    found = shapes.strided_maps("resnet50")
+    assert Counter({str(layer): count for layer, count in found.items()}) == {
+        "56px-C256-s2": 1,
+        "28px-C512-s2": 1,
+        "14px-C1024-s2": 1,
+    }
+    assert not shapes.strided_maps("mobilenetv2")
+
+
 @pytest.mark.parametrize(
     ("arch", "channels"), [("resnet50", 2048), ("resnet18", 512), ("mobilenetv2", 1280)]
 )

@@ -89,6 +89,30 @@ def test_matches_float64_reference(place: tuple[str, torch.dtype], case: Case) -
         assert max_error(ours, want) <= bound
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_input_gradients_of_stride_1_are_convolutions_written_in_place(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    op = importlib.import_module("rsfast.kernels.conv2d.op")
+    written: list[int] = []
+
+    def as_cudnn(x: Tensor, weight: Tensor, geometry: Any, groups: int, out: Tensor) -> None:
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        written.append(out.data_ptr())
+        op._and_copy(x, weight, geometry, groups, out)
+
+    monkeypatch.setattr(op, "_has_out", lambda x: True)
+    monkeypatch.setattr(op, "_into_place", as_cudnn)
+    inputs = make_inputs(case)
+    exact = run(conv2d_reference, inputs, case)
+    for ours, want in zip(run(conv2d, inputs, case), exact, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-12)
+    in_place = "stride" not in case.options and name != "padding-beyond-the-kernel"
+    assert len(written) == len(case.sizes) * (2 if in_place else 1)
+    assert len(set(written)) == len(written)
+
+
 @cases
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_passes_opcheck(device: str, case: Case) -> None:
@@ -173,6 +197,17 @@ def test_forward_copies_nothing_on_a_gpu(device: str) -> None:
     names = {event.name for event in profile.events()}
     assert "aten::cudnn_convolution" in names
     assert not {"aten::copy_", "aten::cat", "aten::contiguous", "aten::clone"} & names
+
+
+@pytest.mark.parametrize("device", GPU_ONLY, indirect=True)
+def test_backward_of_stride_1_copies_no_map_on_a_gpu(device: str) -> None:
+    case = CASES["3x3"]
+    run(conv2d, make_inputs(case, torch.float16, device), case)  # picks algorithms
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run(conv2d, make_inputs(case, torch.float16, device), case)
+    maps = [[case.num_images, case.c_in, *size] for size in case.sizes]
+    copies = [event for event in profile.events() if event.name == "aten::copy_"]
+    assert not [event for event in copies if event.input_shapes[0] in maps]
 
 
 @pytest.mark.parametrize(
