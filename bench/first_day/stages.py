@@ -157,7 +157,8 @@ STAGES = (
         commands=_module(
             "bench.ops",
             *f"--archs {_ARCH} --rounds {10 if ON_GPU else 1}".split(),
-            *"--ops switchable_bn_act distillation_loss bn_act_max_pool global_avg_pool".split(),
+            *"--ops switchable_bn_act bn_act_max_pool distillation_loss".split(),
+            *"global_avg_pool subsample".split(),
         ),
         minutes=8,
     ),
