@@ -90,13 +90,14 @@ def _bn_act_max_pool_bwd_kernel(
         row, col = rest // out_width, rest % out_width
         mask = (pixel < count) & inside[None, :]
         offsets = (first + pixel) * C + cols[None, :]
-        beside = mask & (col + 1 < out_width)
-        below = mask & (row + 1 < out_height)
+        not_last_col = mask & (col + 1 < out_width)
+        not_last_row = mask & (row + 1 < out_height)
+        both = not_last_col & not_last_row
         windows = (
             _load_window(dy_ptr, largest_ptr, offsets, mask),
-            _load_window(dy_ptr, largest_ptr, offsets + C, beside),
-            _load_window(dy_ptr, largest_ptr, offsets + out_width * C, below),
-            _load_window(dy_ptr, largest_ptr, offsets + (out_width + 1) * C, below & beside),
+            _load_window(dy_ptr, largest_ptr, offsets + C, not_last_col),
+            _load_window(dy_ptr, largest_ptr, offsets + out_width * C, not_last_row),
+            _load_window(dy_ptr, largest_ptr, offsets + (out_width + 1) * C, both),
         )
         corner = first_in + ((image * height + 2 * row) * width + 2 * col)
         for down in tl.static_range(2):

@@ -84,8 +84,8 @@ def _bn_act_max_pool_fwd_kernel(
                 largest = tl.where(x > best, 3 * down + right + 4, largest)
                 best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
         # A scale of 0 makes all outputs equal: the first pixel of the window counts.
-        first_place = tl.where(row == 0, 3, 0) + tl.where(col == 0, 1, 0)
-        largest = tl.where((scale == 0)[None, :], first_place, largest)
+        first_pixel = tl.where(row == 0, 3, 0) + tl.where(col == 0, 1, 0)
+        largest = tl.where((scale == 0)[None, :], first_pixel, largest)
         y = (best * sign[None, :] - mean[None, :]) * scale[None, :] + beta[None, :]
         if ACTIVATION is not None:
             largest = tl.where(keeps_gradient(y, ACTIVATION), largest, 9)

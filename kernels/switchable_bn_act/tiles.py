@@ -19,13 +19,12 @@ __all__ = [
     "load_invstd",
     "load_origin",
     "mask_tile",
-    "merge_shares",
     "merge_lanes",
+    "merge_shares",
 ]
 
 # Of the kernels that stream, programs that fit on a multiprocessor, by registers: those of the
-# backward read up to three tensors. With a tile being computed on and two on their way, 32 KiB or
-# more are on their way to each multiprocessor; 4.3 TB/s at 1 us of latency needs 33 KB.
+# backward read up to three tensors.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 3
 
 # Left alone, ptxas spills to fit more programs onto a multiprocessor; here there are few.
