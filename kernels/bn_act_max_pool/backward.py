@@ -35,7 +35,7 @@ def _load_window(
     return dy, tl.load(largest_ptr + offsets, mask=mask, other=9)
 
 
-@triton.jit(do_not_specialize=["num_images"])
+@triton.jit(do_not_specialize=["share_rows", "num_images"])
 def _bn_act_max_pool_bwd_kernel(
     dy_ptr,  # [M', C]
     largest_ptr,  # [M', C] uint8: 0 to 8, or 9 where there is no gradient

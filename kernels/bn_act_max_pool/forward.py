@@ -21,7 +21,7 @@ from rsfast.kernels.switchable_bn_act.tiles import activate, keeps_gradient, loa
 __all__ = ["forward"]
 
 
-@triton.jit(do_not_specialize=["num_images"])
+@triton.jit(do_not_specialize=["share_rows", "num_images"])
 def _bn_act_max_pool_fwd_kernel(
     x_ptr,  # [M, C]
     mean_ptr,  # [L, C] of the batch or [B, C] running, float32

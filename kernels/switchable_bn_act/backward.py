@@ -58,7 +58,7 @@ def _load_dz(
     return dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def _bn_bwd_reduce_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]
@@ -130,7 +130,7 @@ def _bn_bwd_reduce_kernel(
     tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dz_x, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_partial"])
+@triton.jit(do_not_specialize=["stride_partial", "share_rows"])
 def _bn_bwd_finalize_kernel(
     partial_ptr,  # [2, shares, C] float32
     var_ptr,  # [L, C] of the batch or [B, C] running, float32
@@ -179,7 +179,7 @@ def _bn_bwd_finalize_kernel(
     tl.store(dgamma_ptr + bank * C + cols, dgamma, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def _bn_bwd_apply_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]

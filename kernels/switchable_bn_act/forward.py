@@ -33,7 +33,7 @@ __all__ = ["OPTIONS", "apply", "batch_statistics", "statistics_elements"]
 OPTIONS = wave_options(FORWARD_PROGRAMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def _bn_statistics_kernel(
     x_ptr,  # [M, C]
     partial_ptr,  # [2, shares, C] float32: mean - origin and m2 of each share, fully overwritten
@@ -75,7 +75,7 @@ def _bn_statistics_kernel(
     tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, m2_all, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_partial"])
+@triton.jit(do_not_specialize=["stride_partial", "share_rows"])
 def _bn_finalize_kernel(
     x_ptr,  # [M, C], for the origin of each level
     partial_ptr,  # [2, shares, C] float32
@@ -137,7 +137,7 @@ def _bn_finalize_kernel(
         tl.store(num_batches_ptr + bank, tl.load(num_batches_ptr + bank) + num_levels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def _bn_apply_kernel(
     x_ptr,  # [M, C]
     residual_ptr,  # [M, C] or None

@@ -298,8 +298,7 @@ def compile_case(case: Case, capability: int) -> Any:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if (name == "share_rows" and name not in case.kernel.do_not_specialize)
-        or str(signature[name]).startswith("*")
+        if str(signature[name]).startswith("*")
     }
     return triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),
