@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Code", "disassemble", "main", "parse"]
+__all__ = ["Code", "disassemble", "main", "parse", "programs_that_fit"]
 
 _CASES = Path(__file__).parents[2] / "tests" / "kernels" / "compile_ahead.py"
 # Of a multiprocessor of compute capability 9.0.
@@ -81,7 +81,7 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
     return run.stdout
 
 
-def _programs(registers: int, shared_bytes: int, num_warps: int) -> int:
+def programs_that_fit(registers: int, shared_bytes: int, num_warps: int) -> int:
     """How many fit on a multiprocessor; registers come in blocks of 256 per warp."""
     of_warp = -(-32 * registers // 256) * 256
     limits = _REGISTERS // (of_warp * num_warps), _THREADS // (32 * num_warps), _BLOCKS
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         compiled = ahead.compile_case(case, 90)
         listing, registers = disassemble(compiled.asm["cubin"])
         code = parse(listing)
-        programs = _programs(registers, compiled.metadata.shared, case.options["num_warps"])
+        programs = programs_that_fit(registers, compiled.metadata.shared, case.options["num_warps"])
         loops = ", ".join(map(str, code.loops))
         print(f"| {case.name} | {registers} | {programs} | {code.instructions} | {loops} |")
     return 0

@@ -13,31 +13,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels.bn_act_max_pool.tiles import map_arguments, share_out_windows
-from rsfast.kernels.common.launch import OPTIONS, on_device_of
+from rsfast.kernels.bn_act_max_pool.tiles import OPTIONS, map_arguments, share_out_windows
+from rsfast.kernels.common.launch import on_device_of
 from rsfast.kernels.common.levels import Affine
-from rsfast.kernels.common.tiles import find_chunk, find_map
+from rsfast.kernels.common.tiles import find_map, find_share
 from rsfast.kernels.switchable_bn_act.backward import finalize_sums
-from rsfast.kernels.switchable_bn_act.tiles import gradient_before, load_affine
+from rsfast.kernels.switchable_bn_act.tiles import load_affine
 
 __all__ = ["backward"]
 
 
-@triton.jit(do_not_specialize=["num_images"])
-def _bn_act_max_pool_bwd_kernel(
+@triton.jit
+def _load_window(
     dy_ptr,  # [M', C]
     largest_ptr,  # [M', C] uint8
+    offsets,
+    mask,
+):
+    """(dy, place of the largest pixel) of windows; without one, 0 and no place."""
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+    return dy, tl.load(largest_ptr + offsets, mask=mask, other=9)
+
+
+@triton.jit(do_not_specialize=["share_rows", "num_images"])
+def _bn_act_max_pool_bwd_kernel(
+    dy_ptr,  # [M', C]
+    largest_ptr,  # [M', C] uint8: 0 to 8, or 9 where there is no gradient
     x_ptr,  # [M, C]
     mean_ptr,  # [L, C] of the batch or [B, C] running, float32
     var_ptr,  # like mean_ptr, biased
     gamma_ptr,  # [B, C] float32
     beta_ptr,  # [B, C] float32
-    partial_ptr,  # [2, chunks, C] float32: sums of dz and dz * (x - mean); None to write dx
+    partial_ptr,  # [2, shares, C] float32: sums of dz and dz * (x - mean); None to write dx
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level; None to write sums
     dx_ptr,  # [M, C] like x, or None; what is written is fully overwritten
     level_rows,  # of the output
     banks,
-    chunk_rows,
+    share_rows,
     heights,  # of the input
     widths,
     num_images,
@@ -45,22 +57,19 @@ def _bn_act_max_pool_bwd_kernel(
     L: tl.constexpr,
     C: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     WRITE_DX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    chunk = tl.program_id(1)
-    if WRITE_DX:  # from the last chunk on: the sums went over those last, they are still cached
-        chunk = tl.num_programs(1) - 1 - chunk
-    level, bank, level_first, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
+    share = tl.program_id(1)
+    level, bank, first, count, place, shares = find_share(share, level_rows, banks, share_rows, L)
     height, width, first_in = find_map(level, heights, widths, num_images, L)
     row_of_statistics = level if BATCH_STATISTICS else bank
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    mean, scale, beta, invstd = load_affine(
+    mean, scale, _, invstd = load_affine(
         mean_ptr, var_ptr, gamma_ptr, beta_ptr, row_of_statistics, bank, cols, eps, C
     )
     mean_dz = tl.zeros((BLOCK_C,), tl.float32)
@@ -72,12 +81,24 @@ def _bn_act_max_pool_bwd_kernel(
         slope *= invstd / total
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(0, count, BLOCK_M):
-        pixel = (first - level_first).to(tl.int32) + start + lanes
+    tiles = tl.cdiv(count, BLOCK_M)
+    for step in range(place, tiles, shares):
+        # dx from the last tile to the first: the sums read those last, they are still cached.
+        tile = tiles - 1 - step if WRITE_DX else step
+        pixel = tile * BLOCK_M + lanes
         image, rest = pixel // (out_height * out_width), pixel % (out_height * out_width)
         row, col = rest // out_width, rest % out_width
-        mask = (start + lanes < count) & inside[None, :]
-        windows = (first + start + lanes) * C + cols[None, :]
+        mask = (pixel < count) & inside[None, :]
+        offsets = (first + pixel) * C + cols[None, :]
+        not_last_col = mask & (col + 1 < out_width)
+        not_last_row = mask & (row + 1 < out_height)
+        both = not_last_col & not_last_row
+        windows = (
+            _load_window(dy_ptr, largest_ptr, offsets, mask),
+            _load_window(dy_ptr, largest_ptr, offsets + C, not_last_col),
+            _load_window(dy_ptr, largest_ptr, offsets + out_width * C, not_last_row),
+            _load_window(dy_ptr, largest_ptr, offsets + (out_width + 1) * C, both),
+        )
         corner = first_in + ((image * height + 2 * row) * width + 2 * col)
         for down in tl.static_range(2):
             for right in tl.static_range(2):  # of the pixel in its square
@@ -87,15 +108,11 @@ def _bn_act_max_pool_bwd_kernel(
                 # end of its window and at the beginning of the next. Columns likewise.
                 for below in tl.static_range(down + 1):
                     for beside in tl.static_range(right + 1):
-                        there = mask & (row + below < out_height) & (col + beside < out_width)
-                        offsets = windows + (below * out_width + beside) * C
-                        largest = tl.load(largest_ptr + offsets, mask=there, other=9)
-                        dy = tl.load(dy_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+                        dy, largest = windows[2 * below + beside]
                         in_window = 3 * (1 + down - 2 * below) + (1 + right - 2 * beside)
-                        dz += tl.where(largest == in_window, dy, 0.0)
+                        dz += tl.where(largest == in_window, dy.to(tl.float32), 0.0)
                 offsets = (corner + (down * width + right)) * C + cols[None, :]
                 x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32) - mean[None, :]
-                dz = gradient_before(dz, x * scale[None, :] + beta[None, :], ACTIVATION)
                 if WRITE_DX:
                     dx = scale[None, :] * (dz - mean_dz[None, :] - x * slope[None, :])
                     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
@@ -103,7 +120,7 @@ def _bn_act_max_pool_bwd_kernel(
                     sum_dz += dz
                     sum_dz_x += dz * x
     if not WRITE_DX:
-        partial_ptr += chunk.to(tl.int64) * C + cols
+        partial_ptr += share.to(tl.int64) * C + cols
         tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=inside)
         partial_ptr += tl.num_programs(1).to(tl.int64) * C
         tl.store(partial_ptr, tl.sum(sum_dz_x, 0), mask=inside)
@@ -118,7 +135,6 @@ def backward(
     sizes: Sequence[tuple[int, int]],
     num_images: int,
     banks: Sequence[int],
-    activation: str | None,
     batch_statistics: bool,
     eps: float,
     join: Callable[[Tensor], object] | None,
@@ -127,13 +143,13 @@ def backward(
 
     `join` makes the sums of each level, [2, L, C], those of all ranks before dx is computed.
     """
-    chunks = share_out_windows(sizes, num_images, banks, x.shape[1])
+    shares = share_out_windows(sizes, num_images, banks, x)
     dx = torch.empty_like(x)
-    partial = x.new_empty(2, chunks.total, x.shape[1], dtype=torch.float32)
+    partial = x.new_empty(2, shares.total, x.shape[1], dtype=torch.float32)
 
     def launch(partial: Tensor | None, sums: Tensor | None, dx: Tensor | None) -> None:
         with on_device_of(x):
-            _bn_act_max_pool_bwd_kernel[chunks.grid](
+            _bn_act_max_pool_bwd_kernel[shares.grid](
                 dy,
                 largest,
                 x,
@@ -141,19 +157,18 @@ def backward(
                 partial,
                 sums,
                 dx,
-                *chunks.levels,
+                *shares.levels,
                 *map_arguments(sizes, num_images),
                 eps,
-                **chunks.sizes,
+                **shares.sizes,
                 BATCH_STATISTICS=batch_statistics,
-                ACTIVATION=activation,
                 WRITE_DX=dx is not None,
-                **chunks.tile,
+                **shares.tile,
                 **OPTIONS,
             )
 
     launch(partial, None, None)
-    sums, dweight, dbias = finalize_sums(partial, affine, chunks, eps, batch_statistics)
+    sums, dweight, dbias = finalize_sums(partial, affine, shares, eps, batch_statistics)
     if join is not None:
         join(sums)
     launch(None, sums, dx)

@@ -13,7 +13,7 @@ negative), so pixels that rounding makes equal in z are told apart, as in exact 
 Layout: x is [M, C] contiguous, the NHWC pixels of all levels one after another; y is [M', C] with
 levels of ceil(H / 2) x ceil(W / 2) pixels. Overwritten in place: running_mean, running_var,
 num_batches_tracked (training only). z is never stored: an index of one byte per element of y says
-which pixel was the largest.
+which pixel was the largest, and whether the activation leaves a gradient.
 
 Bytes per element of x in 16 bits, backend "triton": 2.75 forward (1 read, a quarter of a write, a
 quarter of an index) and in training 2 more for the statistics, where batch norm, activation and
@@ -69,6 +69,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     """y, and the place 0 to 8 of the largest pixel in its window, [M', C] uint8.
 
+    The place is 9 where the activation leaves no gradient.
     `mean` and `var` are [L, C], a row per level, with `batch_statistics`, else [B, C], per bank.
     `synced` is for the backward.
     """
@@ -122,7 +123,6 @@ def _bwd(
     widths: Sequence[int],
     num_images: int,
     banks: Sequence[int],
-    activation: str | None,
     batch_statistics: bool,
     eps: float,
     synced: bool = False,
@@ -136,7 +136,6 @@ def _bwd(
         sizes=list(zip(heights, widths, strict=True)),
         num_images=num_images,
         banks=banks,
-        activation=activation,
         batch_statistics=batch_statistics,
         eps=eps,
         join=average_over_ranks if synced else None,
@@ -164,7 +163,7 @@ def _setup_context(
     output: tuple[Tensor, Tensor],
 ) -> None:
     _, largest = output
-    ctx.settings = keyword_only_inputs
+    ctx.settings = {k: v for k, v in keyword_only_inputs.items() if k != "activation"}
     ctx.set_materialize_grads(False)  # none of zeros for the index
     ctx.mark_non_differentiable(largest)
     ctx.save_for_backward(largest, *inputs)

@@ -1,60 +1,87 @@
-"""How the Triton kernels share out rows and channels between programs.
+"""How the Triton kernels of batch norm share out rows and channels between programs.
 
-Every launch covers all levels. The rows of a level are cut into chunks of equal length; a program
-works on one chunk and BLOCK_C channels, and finds its level from the row counts, which are run-time
-numbers: a kernel is compiled once per C, not once per image size.
+Every launch covers all levels, with as many programs as run at a time, so that none begins when the
+others end. A share is what one program goes over: BLOCK_C channels of every n-th tile of a level,
+where n is how many shares the level has. So all programs move through a level together, and what
+one pass reads last a second pass, which goes from the last tile to the first, finds in the cache. A
+program finds its level from the row counts, which are run-time numbers: a kernel is compiled once
+per C, not once per image size.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import bisect
+import functools
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from rsfast.kernels.common.launch import level_arguments
+from rsfast.kernels.common.launch import OPTIONS, level_arguments
 from rsfast.kernels.common.levels import Levels
 
-__all__ = ["TILE_ELEMENTS", "Chunks", "find_chunk", "find_map", "share_out", "tile"]
+__all__ = [
+    "TILE_ELEMENTS",
+    "Shares",
+    "find_map",
+    "find_share",
+    "share_out",
+    "tile",
+    "wave_options",
+]
 
-# Elements of a tile: 16 for each of 128 threads, two 16-byte loads of 16-bit numbers. Not timed on
-# a GPU yet.
+# Of an H100 or H200. A constant, so that sums are split, and results rounded, alike on every GPU.
+MULTIPROCESSORS = 132
+# Of a multiprocessor of compute capability 8.0 or 9.0, and what a program gets them in steps of.
+_REGISTERS, _REGISTER_STEP = 65536, 8
+_NUM_WARPS = 8
+# Elements of a tile: 8 for each of 256 threads, one 16-byte load of 16-bit numbers, and one byte of
+# a mask. Not timed on a GPU yet.
 TILE_ELEMENTS = 2048
-# Programs of one launch: 8 for each of 132 multiprocessors. A constant, so that sums are split, and
-# results rounded, alike on every GPU.
-PROGRAMS = 1056
+# The most where rows do not begin at multiples of 16 bytes: each element needs an address then.
+_ODD_ELEMENTS = 1024
 # Widths of a tile, best first; the first one that leaves few lanes idle is taken.
 _BLOCK_C = (128, 64, 32, 16)
 _MAX_IDLE = 1.125
 
 
-class Chunks(NamedTuple):
+class Shares(NamedTuple):
     """How rows and channels are shared out between programs."""
 
-    rows: int  # of a chunk
-    total: int  # chunks of all levels
-    grid: tuple[int, int]  # of programs: groups of channels, chunks
-    levels: tuple[tuple[int, ...], tuple[int, ...], int]  # level_rows, banks and chunk_rows
+    rows: int  # of the largest share
+    total: int  # shares of all levels
+    grid: tuple[int, int]  # of programs: groups of channels, shares
+    levels: tuple[tuple[int, ...], tuple[int, ...], int]  # level_rows, banks and share_rows
     tile: dict[str, int]  # BLOCK_M, BLOCK_C
     sizes: dict[str, int]  # L, C
 
 
+def wave_options(programs: int) -> dict[str, Any]:
+    """Launch options of a kernel of which so many programs fit on a multiprocessor."""
+    registers = _REGISTERS // (programs * _NUM_WARPS * 32)
+    maxnreg = registers // _REGISTER_STEP * _REGISTER_STEP
+    return {**OPTIONS, "num_warps": _NUM_WARPS, "maxnreg": maxnreg}
+
+
 def tile(num_channels: int, elements: int = TILE_ELEMENTS) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_C) of so many elements, for rows of C channels."""
+    if num_channels % 8:
+        elements = min(elements, _ODD_ELEMENTS)
     padded = {width: triton.cdiv(num_channels, width) * width for width in _BLOCK_C}
     fitting = [width for width in _BLOCK_C if padded[width] <= _MAX_IDLE * num_channels]
     block_c = fitting[0] if fitting else min(_BLOCK_C, key=lambda width: (padded[width], -width))
     return elements // block_c, block_c
 
 
-def share_out(levels: Levels, num_channels: int, elements: int = TILE_ELEMENTS) -> Chunks:
-    """About PROGRAMS programs, whole tiles of so many elements, no chunk across a level's end."""
+def share_out(
+    levels: Levels, num_channels: int, programs: int, elements: int = TILE_ELEMENTS
+) -> Shares:
+    """One wave of so many programs per multiprocessor, with tiles of so many elements."""
     block_m, block_c = tile(num_channels, elements)
     groups = triton.cdiv(num_channels, block_c)
-    wanted = max(PROGRAMS // groups - len(levels.rows), 1)
-    rows = triton.cdiv(triton.cdiv(sum(levels.rows), wanted), block_m) * block_m
+    rows = _share_rows(tuple(levels.rows), programs * MULTIPROCESSORS // groups, block_m)
     total = sum(triton.cdiv(level, rows) for level in levels.rows)
-    return Chunks(
+    return Shares(
         rows=rows,
         total=total,
         grid=(groups, total),
@@ -64,36 +91,48 @@ def share_out(levels: Levels, num_channels: int, elements: int = TILE_ELEMENTS) 
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _share_rows(level_rows: tuple[int, ...], wanted: int, block_m: int) -> int:
+    """Rows of the largest share, as few as `wanted` shares allow; each level has one at least."""
+    tiles = [triton.cdiv(rows, block_m) for rows in level_rows]
+
+    def is_enough(size: int) -> bool:
+        return sum(triton.cdiv(count, size) for count in tiles) <= wanted
+
+    sizes = range(1, max(tiles) + 1)
+    return block_m * (1 + bisect.bisect_left(sizes, True, key=is_enough))
+
+
 @triton.jit
-def find_chunk(
-    chunk,
+def find_share(
+    share,
     level_rows,  # L row counts, as of level_arguments
     banks,  # L batch-norm banks, as of level_arguments
-    chunk_rows,
+    share_rows,
     L: tl.constexpr,
 ):
-    """(level, its bank, its first row and number of rows, the chunk's first row and number)."""
+    """(level, its bank, its first row and number of rows, the share's index in it, its shares)."""
     level = 0
     bank = 0
-    level_first = 0
-    level_count = 0
     first = 0
     count = 0
+    place = 0
+    shares = 0
     earlier_rows = 0
-    index = chunk  # within the level
+    index = share  # within the level
     for candidate in tl.static_range(L):
         rows = (level_rows[candidate] >> 1) - 1
-        num_chunks = tl.cdiv(rows, chunk_rows)
-        inside = (index >= 0) & (index < num_chunks)
+        num_shares = tl.cdiv(rows, share_rows)
+        inside = (index >= 0) & (index < num_shares)
         level = tl.where(inside, candidate, level)
         bank = tl.where(inside, (banks[candidate] >> 1) - 1, bank)
-        level_first = tl.where(inside, earlier_rows, level_first)
-        level_count = tl.where(inside, rows, level_count)
-        first = tl.where(inside, earlier_rows + index * chunk_rows, first)
-        count = tl.where(inside, tl.minimum(rows - index * chunk_rows, chunk_rows), count)
+        first = tl.where(inside, earlier_rows, first)
+        count = tl.where(inside, rows, count)
+        place = tl.where(inside, index, place)
+        shares = tl.where(inside, num_shares, shares)
         earlier_rows += rows
-        index -= num_chunks
-    return level, bank, level_first.to(tl.int64), level_count, first.to(tl.int64), count
+        index -= num_shares
+    return level, bank, first.to(tl.int64), count, place, shares
 
 
 @triton.jit

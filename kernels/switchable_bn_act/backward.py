@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast.kernels.common.launch import OPTIONS, on_device_of
+from rsfast.kernels.common.launch import on_device_of
 from rsfast.kernels.common.levels import Affine, Levels
-from rsfast.kernels.common.tiles import Chunks, find_chunk, share_out
+from rsfast.kernels.common.tiles import Shares, find_share, share_out, wave_options
 from rsfast.kernels.switchable_bn_act.tiles import (
+    BACKWARD_PROGRAMS,
     FINALIZE_OPTIONS,
     finalize_tile,
     gradient_before,
@@ -21,7 +22,9 @@ from rsfast.kernels.switchable_bn_act.tiles import (
     mask_tile,
 )
 
-__all__ = ["backward", "finalize_sums"]
+__all__ = ["OPTIONS", "backward", "finalize_sums"]
+
+OPTIONS = wave_options(BACKWARD_PROGRAMS)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _load_dz(
     return dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def _bn_bwd_reduce_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]
@@ -65,10 +68,10 @@ def _bn_bwd_reduce_kernel(
     var_ptr,  # like mean_ptr, biased
     gamma_ptr,  # [B, C] float32
     beta_ptr,  # [B, C] float32
-    partial_ptr,  # [2, chunks, C] float32: sums of dz and of dz * (x - mean), fully overwritten
+    partial_ptr,  # [2, shares, C] float32: sums of dz and of dz * (x - mean), fully overwritten
     level_rows,
     banks,
-    chunk_rows,
+    share_rows,
     eps,
     L: tl.constexpr,
     C: tl.constexpr,
@@ -79,30 +82,33 @@ def _bn_bwd_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    chunk = tl.program_id(1)
-    level, bank, _, _, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
-    row = level if BATCH_STATISTICS else bank
+    share = tl.program_id(1)
+    level, bank, first, count, place, shares = find_share(share, level_rows, banks, share_rows, L)
+    row_of_statistics = level if BATCH_STATISTICS else bank
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
     mean, scale, beta, _ = load_affine(
-        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row, bank, cols, eps, C
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row_of_statistics, bank, cols, eps, C
     )
     offsets = lanes * C + cols[None, :]
-    x_ptrs = x_ptr + first * C + offsets
-    dy_ptrs = dy_ptr + first * C + offsets
-    mask_ptrs, bytes_inside, residual_ptrs = dy_ptrs, True, dy_ptrs
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + first * C + offsets
-    if HAS_MASK:
-        mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(0, count, BLOCK_M):
-        rows_inside = start + lanes < count
-        mask = rows_inside & (cols < C)[None, :]
-        x_centered = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    tiles = tl.cdiv(count, BLOCK_M)
+    for tile in tl.range(place, tiles, shares, num_stages=3):
+        row = tile * BLOCK_M
+        rows_inside = row + lanes < count
+        mask = rows_inside & inside[None, :]
+        start = (first + row) * C
+        mask_ptrs, bytes_inside, residual_ptrs = dy_ptr, True, dy_ptr
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + start + offsets
+        if HAS_MASK:
+            mask_ptrs, bytes_inside = mask_tile(mask_ptr, first + row, lanes, C, BLOCK_C)
+        x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        x_centered = x - mean[None, :]
         dz = _load_dz(
-            dy_ptrs,
+            dy_ptr + start + offsets,
             residual_ptrs,
             mask_ptrs,
             mask,
@@ -119,33 +125,27 @@ def _bn_bwd_reduce_kernel(
         )
         sum_dz += dz
         sum_dz_x += dz * x_centered
-        x_ptrs += BLOCK_M * C
-        dy_ptrs += BLOCK_M * C
-        if HAS_RESIDUAL:
-            residual_ptrs += BLOCK_M * C
-        if HAS_MASK:
-            mask_ptrs += BLOCK_M * ((C + 7) // 8)
-    partial_ptr += chunk.to(tl.int64) * C + cols
-    tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=cols < C)
-    tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dz_x, 0), mask=cols < C)
+    partial_ptr += share.to(tl.int64) * C + cols
+    tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=inside)
+    tl.store(partial_ptr + tl.num_programs(1).to(tl.int64) * C, tl.sum(sum_dz_x, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_partial"])
+@triton.jit(do_not_specialize=["stride_partial", "share_rows"])
 def _bn_bwd_finalize_kernel(
-    partial_ptr,  # [2, chunks, C] float32
+    partial_ptr,  # [2, shares, C] float32
     var_ptr,  # [L, C] of the batch or [B, C] running, float32
     sums_ptr,  # [2, L, C] float32: dbeta and dgamma of each level, fully overwritten
     dgamma_ptr,  # [B, C] float32, fully overwritten
     dbeta_ptr,  # [B, C] float32, fully overwritten
-    stride_partial,  # chunks * C
+    stride_partial,  # shares * C
     level_rows,
     banks,
-    chunk_rows,
+    share_rows,
     eps,
     L: tl.constexpr,
     C: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # chunks
+    BLOCK_K: tl.constexpr,  # shares
     BLOCK_C: tl.constexpr,
 ):
     # One program per bank, also for banks without a level: their gradient is 0.
@@ -155,16 +155,16 @@ def _bn_bwd_finalize_kernel(
     inside = cols < C
     dgamma = tl.zeros((BLOCK_C,), tl.float32)
     dbeta = tl.zeros((BLOCK_C,), tl.float32)
-    first_chunk = 0
+    first_share = 0
     for level in tl.static_range(L):
-        chunks = tl.cdiv((level_rows[level] >> 1) - 1, chunk_rows)
+        shares = tl.cdiv((level_rows[level] >> 1) - 1, share_rows)
         if (banks[level] >> 1) - 1 == bank:
             sum_dz = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
             sum_dz_x = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-            for start in range(0, chunks, BLOCK_K):
+            for start in range(0, shares, BLOCK_K):
                 index = start + lanes
-                mask = (index < chunks) & inside[None, :]
-                ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
+                mask = (index < shares) & inside[None, :]
+                ptrs = partial_ptr + (first_share + index).to(tl.int64) * C + cols[None, :]
                 sum_dz += tl.load(ptrs, mask=mask, other=0.0)
                 sum_dz_x += tl.load(ptrs + stride_partial, mask=mask, other=0.0)
             row = level if BATCH_STATISTICS else bank
@@ -174,12 +174,12 @@ def _bn_bwd_finalize_kernel(
             tl.store(sums_ptr + (L + level) * C + cols, level_dgamma, mask=inside)
             dbeta += level_dbeta
             dgamma += level_dgamma
-        first_chunk += chunks
+        first_share += shares
     tl.store(dbeta_ptr + bank * C + cols, dbeta, mask=inside)
     tl.store(dgamma_ptr + bank * C + cols, dgamma, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def _bn_bwd_apply_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]
@@ -194,7 +194,7 @@ def _bn_bwd_apply_kernel(
     dresidual_ptr,  # [M, C] like x, fully overwritten; None without residual and mask
     level_rows,
     banks,
-    chunk_rows,
+    share_rows,
     eps,
     L: tl.constexpr,
     C: tl.constexpr,
@@ -205,39 +205,38 @@ def _bn_bwd_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # From the last chunk to the first: the reduction went over those last, they are still cached.
-    chunk = tl.num_programs(1) - 1 - tl.program_id(1)
-    level, bank, _, total, first, count = find_chunk(chunk, level_rows, banks, chunk_rows, L)
-    row = level if BATCH_STATISTICS else bank
+    share = tl.program_id(1)
+    level, bank, first, count, place, shares = find_share(share, level_rows, banks, share_rows, L)
+    row_of_statistics = level if BATCH_STATISTICS else bank
     lanes = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     mean, scale, beta, invstd = load_affine(
-        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row, bank, cols, eps, C
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, row_of_statistics, bank, cols, eps, C
     )
     mean_dz = tl.zeros((BLOCK_C,), tl.float32)
     slope = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH_STATISTICS:
-        mean_dz = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / total
+        mean_dz = tl.load(sums_ptr + level * C + cols, mask=inside, other=0.0) / count
         slope = tl.load(sums_ptr + (L + level) * C + cols, mask=inside, other=0.0)
-        slope *= invstd / total
+        slope *= invstd / count
     offsets = lanes * C + cols[None, :]
-    x_ptrs = x_ptr + first * C + offsets
-    dy_ptrs = dy_ptr + first * C + offsets
-    dx_ptrs = dx_ptr + first * C + offsets
-    mask_ptrs, bytes_inside, residual_ptrs = dy_ptrs, True, dy_ptrs
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + first * C + offsets
-    if HAS_RESIDUAL or HAS_MASK:
-        dresidual_ptrs = dresidual_ptr + first * C + offsets
-    if HAS_MASK:
-        mask_ptrs, bytes_inside = mask_tile(mask_ptr, first, lanes, C, BLOCK_C)
-    for start in range(0, count, BLOCK_M):
-        rows_inside = start + lanes < count
+    tiles = tl.cdiv(count, BLOCK_M)
+    for step in tl.range(place, tiles, shares, num_stages=3):
+        # From the last tile to the first: the reduction read those last, they are still cached.
+        row = (tiles - 1 - step) * BLOCK_M
+        rows_inside = row + lanes < count
         mask = rows_inside & inside[None, :]
-        x_centered = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        start = (first + row) * C
+        mask_ptrs, bytes_inside, residual_ptrs = dy_ptr, True, dy_ptr
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + start + offsets
+        if HAS_MASK:
+            mask_ptrs, bytes_inside = mask_tile(mask_ptr, first + row, lanes, C, BLOCK_C)
+        x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        x_centered = x - mean[None, :]
         dz = _load_dz(
-            dy_ptrs,
+            dy_ptr + start + offsets,
             residual_ptrs,
             mask_ptrs,
             mask,
@@ -253,17 +252,10 @@ def _bn_bwd_apply_kernel(
             BLOCK_C,
         )
         if HAS_RESIDUAL or HAS_MASK:
+            dresidual_ptrs = dresidual_ptr + start + offsets
             tl.store(dresidual_ptrs, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
-            dresidual_ptrs += BLOCK_M * C
         dx = scale[None, :] * (dz - mean_dz[None, :] - x_centered * slope[None, :])
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        x_ptrs += BLOCK_M * C
-        dy_ptrs += BLOCK_M * C
-        dx_ptrs += BLOCK_M * C
-        if HAS_RESIDUAL:
-            residual_ptrs += BLOCK_M * C
-        if HAS_MASK:
-            mask_ptrs += BLOCK_M * ((C + 7) // 8)
+        tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def backward(
@@ -287,39 +279,39 @@ def backward(
     `join` makes the sums of each level, [2, L, C], those of all ranks before dx is computed.
     """
     num_channels = x.shape[1]
-    chunks = share_out(levels, num_channels)
-    partial = x.new_empty(2, chunks.total, num_channels, dtype=torch.float32)
-    sizes = {**chunks.sizes, "BATCH_STATISTICS": batch_statistics}
+    shares = share_out(levels, num_channels, BACKWARD_PROGRAMS)
+    partial = x.new_empty(2, shares.total, num_channels, dtype=torch.float32)
+    sizes = {**shares.sizes, "BATCH_STATISTICS": batch_statistics}
     streaming = {
         "ACTIVATION": activation,
         "HAS_RESIDUAL": residual is not None,
         "HAS_MASK": mask is not None,
-        **chunks.tile,
+        **shares.tile,
         **OPTIONS,
     }
     read = dy, x, residual, mask, *affine
     with on_device_of(x):
-        _bn_bwd_reduce_kernel[chunks.grid](
-            *read, partial, *chunks.levels, eps, **sizes, **streaming
+        _bn_bwd_reduce_kernel[shares.grid](
+            *read, partial, *shares.levels, eps, **sizes, **streaming
         )
-        sums, dweight, dbias = finalize_sums(partial, affine, chunks, eps, batch_statistics)
+        sums, dweight, dbias = finalize_sums(partial, affine, shares, eps, batch_statistics)
         if join is not None:
             join(sums)
-        _bn_bwd_apply_kernel[chunks.grid](
-            *read, sums, dx, dresidual, *chunks.levels, eps, **sizes, **streaming
+        _bn_bwd_apply_kernel[shares.grid](
+            *read, sums, dx, dresidual, *shares.levels, eps, **sizes, **streaming
         )
     return dweight, dbias
 
 
 def finalize_sums(
-    partial: Tensor, affine: Affine, chunks: Chunks, eps: float, batch_statistics: bool
+    partial: Tensor, affine: Affine, shares: Shares, eps: float, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dbias and dweight of each level [2, L, C], and dweight and dbias [B, C]. One launch.
 
-    `partial` [2, chunks, C] has the sums of dz and of dz * (x - mean) of each chunk.
+    `partial` [2, shares, C] has the sums of dz and of dz * (x - mean) of each share.
     """
     num_channels = partial.shape[2]
-    sums = partial.new_empty(2, chunks.sizes["L"], num_channels)
+    sums = partial.new_empty(2, shares.sizes["L"], num_channels)
     dweight, dbias = torch.empty_like(affine.weight), torch.empty_like(affine.bias)
     final = finalize_tile(num_channels)
     with on_device_of(partial):
@@ -330,9 +322,9 @@ def finalize_sums(
             dweight,
             dbias,
             partial.stride(0),
-            *chunks.levels,
+            *shares.levels,
             eps,
-            **chunks.sizes,
+            **shares.sizes,
             BATCH_STATISTICS=batch_statistics,
             **final,
             **FINALIZE_OPTIONS,

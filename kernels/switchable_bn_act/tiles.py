@@ -8,7 +8,9 @@ import triton.language as tl
 from rsfast.kernels.common.launch import OPTIONS
 
 __all__ = [
+    "BACKWARD_PROGRAMS",
     "FINALIZE_OPTIONS",
+    "FORWARD_PROGRAMS",
     "activate",
     "finalize_tile",
     "gradient_before",
@@ -17,18 +19,22 @@ __all__ = [
     "load_invstd",
     "load_origin",
     "mask_tile",
-    "merge_chunks",
     "merge_lanes",
+    "merge_shares",
 ]
+
+# Of the kernels that stream, programs that fit on a multiprocessor, by registers: those of the
+# backward read up to three tensors.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 3
 
 # Left alone, ptxas spills to fit more programs onto a multiprocessor; here there are few.
 FINALIZE_OPTIONS = {**OPTIONS, "maxnreg": 255}
 
 
 def finalize_tile(num_channels: int) -> dict[str, int]:
-    """BLOCK_K chunks and BLOCK_C channels of the kernels that add up partial results.
+    """BLOCK_K shares and BLOCK_C channels of the kernels that add up partial results.
 
-    Few channels come with many chunks, and need narrow tiles to occupy more than a few programs.
+    Few channels come with many shares, and need narrow tiles to occupy more than a few programs.
     """
     block_k, block_c = (64, 16) if num_channels < 512 else (16, 64)
     return {"BLOCK_K": block_k, "BLOCK_C": block_c}
@@ -70,29 +76,33 @@ def merge_lanes(
 
 
 @triton.jit
-def merge_chunks(
-    partial_ptr,  # [2, chunks, C] float32: mean and m2, chunks of all levels
-    stride_partial,  # chunks * C
-    first_chunk,
-    rows,
-    chunk_rows,
+def merge_shares(
+    partial_ptr,  # [2, shares, C] float32: mean and m2, shares of all levels
+    stride_partial,  # shares * C
+    first_share,  # of a level
+    rows,  # of the level
+    share_rows,
     cols,
     C: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # chunks
+    BLOCK_M: tl.constexpr,  # rows of the tiles that the shares consist of
+    BLOCK_K: tl.constexpr,  # shares
     BLOCK_C: tl.constexpr,
 ):
-    """(mean, m2) [BLOCK_C] of so many rows from a chunk on."""
+    """(mean, m2) [BLOCK_C] of the level."""
     lanes = tl.arange(0, BLOCK_K)[:, None]
-    chunks = tl.cdiv(rows, chunk_rows)
+    shares = tl.cdiv(rows, share_rows)
+    tiles = tl.cdiv(rows, BLOCK_M)
     mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_K, 1), tl.float32)
-    for start in range(0, chunks, BLOCK_K):
+    for start in range(0, shares, BLOCK_K):
         index = start + lanes
-        mask = (index < chunks) & (cols < C)[None, :]
-        ptrs = partial_ptr + (first_chunk + index).to(tl.int64) * C + cols[None, :]
-        new_count = tl.minimum(rows - index * chunk_rows, chunk_rows)
-        new_count = tl.maximum(new_count, 0).to(tl.float32)
+        mask = (index < shares) & (cols < C)[None, :]
+        ptrs = partial_ptr + (first_share + index).to(tl.int64) * C + cols[None, :]
+        new_count = tl.cdiv(tiles - index, shares) * BLOCK_M
+        # The last tile may lack rows.
+        new_count -= tl.where(index == (tiles - 1) % shares, tiles * BLOCK_M - rows, 0)
+        new_count = tl.where(index < shares, new_count, 0).to(tl.float32)
         delta = tl.load(ptrs, mask=mask, other=0.0)
         delta = tl.where(mask, delta - mean, 0.0)
         share = new_count / tl.maximum(count + new_count, 1.0)

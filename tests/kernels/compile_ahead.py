@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -25,6 +26,7 @@ from rsfast.kernels.bn_act_max_pool import backward as max_pool_backward
 from rsfast.kernels.bn_act_max_pool import forward as max_pool_forward
 from rsfast.kernels.bn_act_max_pool import tiles as max_pool_tiles
 from rsfast.kernels.common.launch import OPTIONS
+from rsfast.kernels.common.tiles import TILE_ELEMENTS
 from rsfast.kernels.common.tiles import tile as bn_tile
 from rsfast.kernels.distillation_loss import forward as loss
 from rsfast.kernels.distillation_loss.op import teacher_range
@@ -40,6 +42,7 @@ from rsfast.kernels.switchable_bn_act import forward as bn_forward
 from rsfast.kernels.switchable_bn_act import tiles as bn_tiles
 
 NUM_LEVELS = 5
+TORCH_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Case(NamedTuple):
@@ -50,6 +53,7 @@ class Case(NamedTuple):
     types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any]
+    programs: int | None = None  # that are to fit on a multiprocessor
 
 
 def distillation_loss() -> Iterator[Case]:
@@ -145,28 +149,33 @@ def subsample() -> Iterator[Case]:
 
 def bn_act_max_pool() -> Iterator[Case]:
     names = ("level_rows", "banks", "heights", "widths")
-    levels = dict.fromkeys(names, ("i32",) * NUM_LEVELS) | {"chunk_rows": "i32", "eps": "fp32"}
+    levels = dict.fromkeys(names, ("i32",) * NUM_LEVELS) | {"share_rows": "i32", "eps": "fp32"}
     affine = dict.fromkeys(["mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"], "*fp32")
-    shapes = [(64, "bf16", "relu"), (64, "fp16", "relu"), (64, "fp32", "relu")]
-    shapes += [(64, "bf16", None), (65, "bf16", "relu6")]
-    for (channels, dtype, activation), batch in itertools.product(shapes, (True, False)):
+    forward = max_pool_forward._bn_act_max_pool_fwd_kernel
+    backward = max_pool_backward._bn_act_max_pool_bwd_kernel
+    launch = max_pool_tiles.OPTIONS, max_pool_tiles.PROGRAMS
+    shapes = {(64, "bf16"): (None, "relu"), (64, "fp16"): ("relu",), (64, "fp32"): ("relu",)}
+    shapes |= {(65, "bf16"): ("relu6",)}
+    for ((channels, dtype), activations), batch in itertools.product(shapes.items(), (True, False)):
         rows = "*" + dtype
-        block_m, block_c = bn_tile(channels, max_pool_tiles.TILE_ELEMENTS)
-        constants = {"L": NUM_LEVELS, "C": channels, "ACTIVATION": activation}
+        block_m, block_c = bn_tile(channels, max_pool_tiles.tile_elements(TORCH_TYPES[dtype]))
+        constants = {"L": NUM_LEVELS, "C": channels, "BATCH_STATISTICS": batch}
         constants |= {"BLOCK_M": block_m, "BLOCK_C": block_c}
-        constants |= {"BATCH_STATISTICS": batch}
-        label = f"C={channels} {dtype} {activation} {batch=}"
+        label = f"C={channels} {dtype} {batch=}"
         types = {"x_ptr": rows, "largest_ptr": "*u8", "num_images": "i32", **affine, **levels}
-        kernel = max_pool_forward._bn_act_max_pool_fwd_kernel
-        yield Case(
-            f"{kernel.__name__} {label}", kernel, {**types, "y_ptr": rows}, constants, OPTIONS
-        )
-        kernel = max_pool_backward._bn_act_max_pool_bwd_kernel
+        for activation in activations:
+            yield Case(
+                f"{forward.__name__} {label} {activation}",
+                forward,
+                {**types, "y_ptr": rows},
+                {**constants, "ACTIVATION": activation},
+                *launch,
+            )
         types |= {"dy_ptr": rows}
         for more in ({"partial_ptr": "*fp32"}, {"sums_ptr": "*fp32", "dx_ptr": rows}):
             writes = {"WRITE_DX": "dx_ptr" in more}
-            name = f"{kernel.__name__} {label} {writes}"
-            yield Case(name, kernel, {**types, **more}, {**constants, **writes}, OPTIONS)
+            name = f"{backward.__name__} {label} {writes}"
+            yield Case(name, backward, {**types, **more}, {**constants, **writes}, *launch)
 
 
 class Variant(NamedTuple):
@@ -221,12 +230,12 @@ class BnTypes(NamedTuple):
     tile: dict[str, int]
 
 
-def _bn_types(channels: int, num_levels: int) -> BnTypes:
+def _bn_types(channels: int, num_levels: int, elements: int = TILE_ELEMENTS) -> BnTypes:
     levels = {"level_rows": ("i32",) * num_levels, "banks": ("i32",) * num_levels}
-    block_m, block_c = bn_tile(channels)
+    block_m, block_c = bn_tile(channels, elements)
     sizes = {"L": num_levels, "C": channels}
     tile = {**sizes, "BLOCK_M": block_m, "BLOCK_C": block_c}
-    return BnTypes(sizes, levels | {"chunk_rows": "i32"}, tile)
+    return BnTypes(sizes, levels | {"share_rows": "i32"}, tile)
 
 
 def _pointers(*names: str) -> dict[str, str]:
@@ -236,16 +245,19 @@ def _pointers(*names: str) -> dict[str, str]:
 def _statistics_and_finalize(
     channels: int, dtype: str, num_levels: int, batches: Sequence[bool]
 ) -> Iterator[Case]:
-    common = _bn_types(channels, num_levels)
+    elements = bn_forward.statistics_elements(TORCH_TYPES[dtype])
+    common = _bn_types(channels, num_levels, elements)
     rows, label = "*" + dtype, f"L={num_levels} C={channels} {dtype}"
     final = {**common.sizes, **bn_tiles.finalize_tile(channels)}
     types = {"x_ptr": rows, "partial_ptr": "*fp32", **common.levels}
     kernel = bn_forward._bn_statistics_kernel
-    yield Case(f"{kernel.__name__} {label}", kernel, types, common.tile, OPTIONS)
+    options, programs = bn_forward.OPTIONS, bn_tiles.FORWARD_PROGRAMS
+    yield Case(f"{kernel.__name__} {label}", kernel, types, common.tile, options, programs)
     types |= _pointers("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr")
     types |= {"num_batches_ptr": "*i64", "stride_partial": "i32", "momentum": "fp32"}
     options, kernel = bn_tiles.FINALIZE_OPTIONS, bn_forward._bn_finalize_kernel
-    yield Case(f"{kernel.__name__} {label}", kernel, types, final, options)
+    constants = {**common.tile, **final}
+    yield Case(f"{kernel.__name__} {label}", kernel, types, constants, options)
     types = {"partial_ptr": "*fp32", **common.levels, "stride_partial": "i32", "eps": "fp32"}
     types |= _pointers("var_ptr", "sums_ptr", "dgamma_ptr", "dbeta_ptr")
     kernel = bn_backward._bn_bwd_finalize_kernel
@@ -265,7 +277,11 @@ def _of_variants(
         label += "" if backward else " no gradient"
 
         def case(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> Case:
-            return Case(f"{kernel.__name__} {label}", kernel, types, constants, OPTIONS)  # noqa: B023
+            forward = kernel is bn_forward._bn_apply_kernel
+            options = bn_forward.OPTIONS if forward else bn_backward.OPTIONS
+            programs = bn_tiles.FORWARD_PROGRAMS if forward else bn_tiles.BACKWARD_PROGRAMS
+            name = f"{kernel.__name__} {label}"  # noqa: B023
+            return Case(name, kernel, types, constants, options, programs)
 
         has_mask = residual and activation in CUTTING and backward
         keeps_residual = residual and activation not in (None, *CUTTING)
@@ -308,8 +324,7 @@ def compile_case(case: Case, capability: int) -> Any:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if (name == "chunk_rows" and name not in case.kernel.do_not_specialize)
-        or str(signature[name]).startswith("*")
+        if str(signature[name]).startswith("*")
     }
     return triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),

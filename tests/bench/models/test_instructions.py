@@ -32,10 +32,10 @@ def test_loops_are_counted_and_what_follows_the_end_is_not() -> None:
 
 
 def test_a_program_has_the_registers_and_the_shared_memory_of_a_multiprocessor() -> None:
-    assert instructions._programs(128, 0, 8) == 2
-    assert instructions._programs(129, 0, 8) == 1
-    assert instructions._programs(32, 100 * 1024, 4) == 2
-    assert instructions._programs(32, 0, 4) == 16
+    assert instructions.programs_that_fit(128, 0, 8) == 2
+    assert instructions.programs_that_fit(129, 0, 8) == 1
+    assert instructions.programs_that_fit(32, 100 * 1024, 4) == 2
+    assert instructions.programs_that_fit(32, 0, 4) == 16
 
 
 def run_command(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -37,6 +37,25 @@ def test_three_launches_each_way_are_eight_passes_and_two_for_a_residual() -> No
     assert sum(traffic.by_kind(endless).values()) == pytest.approx(passes)
 
 
+def test_a_cache_without_end_saves_every_second_read() -> None:
+    sizes = traffic.by_kind(traffic.elements)
+    endless = traffic.by_kind(functools.partial(traffic.cached, batch=256, l2=1e18))
+    passes = traffic.by_kind(traffic.rsfast)
+    for kind in ("bn1", "bn2", "bn3", "shortcut"):
+        assert endless[kind] == pytest.approx(passes[kind] - 3 * sizes[kind])
+    assert endless["stem"] == pytest.approx(passes["stem"] - 2.375 * sizes["stem"])
+    never = functools.partial(traffic.cached, batch=256, l2=0)
+    assert traffic.by_kind(never) == pytest.approx(passes)
+
+
+def test_a_cache_holds_what_two_tensors_used_last() -> None:
+    layer = next(n for n in batch_norm_layers("resnet50") if not n.pooled and not n.residual)
+    moved = 2 * traffic.rsfast(layer)
+    # x and y forward; x, dy and dx backward, of which two are read again.
+    saved = 6e5 / 2 + 2 * 6e5 / 3
+    assert 2 * traffic.cached(layer, batch=1, l2=6e5) == pytest.approx(moved - saved)
+
+
 def test_a_residual_without_an_activation_has_the_gradient_of_its_sum() -> None:
     (layer,) = (n for n in batch_norm_layers("resnet50") if n.residual and n.sizes[0] == (7, 7))
     assert traffic.passes(layer) == (4, 6)

@@ -96,6 +96,20 @@ def test_output_gradients_and_state_match_pytorch(
 
 
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
+def test_programs_with_several_tiles_match_pytorch(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = pytest.importorskip("rsfast.kernels.common.tiles", reason="Triton is not installed")
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 2)
+    maps = (((33, 30), (9, 7)), 2, (2, 0))
+    inputs, options = make(maps, 3, device, torch.float32), {"training": True}
+    exact = run(bn_act_max_pool_reference, to_float64(inputs), maps, **options)
+    ours = run(bn_act_max_pool, inputs, maps, **options, backend="triton")
+    for name in ("y", "dx", "dweight", "dbias"):
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 def test_statistics_are_tracked_as_without_the_pooling(device: str) -> None:
     sizes, num_images, banks = MAPS[0]
     inputs = make(MAPS[0], 5, device, torch.float32)
@@ -164,15 +178,16 @@ def test_operators_pass_opcheck(batch: bool, device: str) -> None:
     inputs = make(maps, 5, device, torch.float32)
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
     settings = {"heights": heights, "widths": widths, "num_images": num_images, "banks": banks}
-    settings |= {"activation": "relu", "batch_statistics": batch, "eps": EPS}
+    settings |= {"batch_statistics": batch, "eps": EPS}
+    forward_settings = {**settings, "activation": "relu"}
     names = ("x", "running_mean", "running_var", "weight", "bias")
     x, *affine = (inputs[name] for name in names)
     ops = torch.ops.rsfast
-    y, largest = ops.bn_act_max_pool_fwd(x, *affine, **settings)
+    y, largest = ops.bn_act_max_pool_fwd(x, *affine, **forward_settings)
     torch.library.opcheck(ops.bn_act_max_pool_bwd.default, (y, largest, x, *affine), settings)
     for name in ("x", "weight", "bias"):
         inputs[name].requires_grad_()
-    torch.library.opcheck(ops.bn_act_max_pool_fwd.default, (x, *affine), settings)
+    torch.library.opcheck(ops.bn_act_max_pool_fwd.default, (x, *affine), forward_settings)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ FWD = torch.ops.rsfast.switchable_bn_act_fwd
 BWD = torch.ops.rsfast.switchable_bn_act_bwd
 
 # Rows of each level, their sets, channels: odd channel counts, one row, one set for all levels,
-# sets out of order and unused, more chunks than the finalising kernels read at once.
+# sets out of order and unused, more shares than the finalising kernels read at once.
 SHAPES = [
     pytest.param((70, 33, 1), (2, 0, 1), 65, id="70+33+1-C65"),
     pytest.param((31,), (0,), 3, id="31-C3"),
@@ -67,12 +67,12 @@ LARGE = {
 MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval")]
 
 
-@pytest.fixture(params=[8, None], ids=["long-chunks", "short-chunks"])
-def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[1, None], ids=["long-shares", "short-shares"])
+def _shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, each with several tiles, or many with one tile."""
     tiles = pytest.importorskip("rsfast.kernels.common.tiles", reason="Triton is not installed")
     if request.param:
-        monkeypatch.setattr(tiles, "PROGRAMS", request.param)
+        monkeypatch.setattr(tiles, "MULTIPROCESSORS", request.param)
 
 
 @pairwise(
@@ -99,20 +99,20 @@ def test_output_gradients_and_state_match_the_float64_reference(
     assert_as_good_as_pytorch(inputs, level_rows=level_rows, banks=banks, **options)
 
 
-@pytest.mark.usefixtures("_chunks")
+@pytest.mark.usefixtures("_shares")
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 @pytest.mark.parametrize(("activation", "residual"), all_variants("plain", "add-relu", "add-silu"))
 def test_any_share_of_rows_matches_the_float64_reference(
     activation: str | None, residual: bool, device: str
 ) -> None:
-    inputs = make_bn_inputs((150, 66), 32, 2, residual=residual, device=device)
+    inputs = make_bn_inputs((290, 66), 32, 2, residual=residual, device=device)
     options = {"activation": activation, "training": True}
-    assert_as_good_as_pytorch(inputs, level_rows=(150, 66), banks=(0, 1), **options)
+    assert_as_good_as_pytorch(inputs, level_rows=(290, 66), banks=(0, 1), **options)
 
 
 @pytest.mark.parametrize("place", PLACES_OF_LONG, indirect=True)
 @pytest.mark.parametrize(("level_rows", "banks", "channels"), LONG)
-def test_many_chunks_and_channels_match_the_float64_reference(
+def test_many_shares_and_channels_match_the_float64_reference(
     level_rows: tuple[int, ...],
     banks: tuple[int, ...],
     channels: int,
@@ -141,13 +141,13 @@ def test_smooth_activations_far_from_zero_are_those_of_their_limits(
     assert torch.isfinite(ours["dx"]).all()
 
 
-@pytest.mark.usefixtures("_chunks")
+@pytest.mark.usefixtures("_shares")
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 @pytest.mark.parametrize(
     "kind", ["far-mean", "tiny", "constant", "outlier-first", "outlier-last", "ramp"]
 )
 def test_difficult_rows_match_the_float64_reference(kind: str, device: str) -> None:
-    level_rows, banks = (200, 40), (0, 1)
+    level_rows, banks = (600, 40), (0, 1)
     inputs = make_bn_inputs(level_rows, 16, 2, device=device)
     x = inputs["x"]
     if kind == "far-mean":
@@ -157,7 +157,7 @@ def test_difficult_rows_match_the_float64_reference(kind: str, device: str) -> N
     elif kind == "constant":
         x[:, ::2] = torch.linspace(-1e4, 1e4, 8, device=device)
     elif kind == "ramp":
-        x += torch.linspace(-1e3, 1e3, 240, device=device)[:, None]
+        x += torch.linspace(-1e3, 1e3, 640, device=device)[:, None]
     else:
         x[0 if kind == "outlier-first" else -1] = 1e4
     assert_as_good_as_pytorch(
