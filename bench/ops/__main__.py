@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "normalize" in args.ops:
         session.normalization()
     if any(arch.startswith("res") for arch in args.archs):  # ResNets and ResNeXts
-        for module, op in ((stem, "stem"), (max_pool, "bn_act_max_pool")):
-            if op in args.ops:
-                session.stem(module, op)
+        session.stem(args.ops)
     for arch in args.archs:
         if "global_avg_pool" in args.ops:
             session.pooling(arch)
@@ -112,11 +110,14 @@ class Session:
                 moved = pixels.moved_bytes(dtype, channels)
                 self._add(f"normalize/C{channels}/{short_name(dtype)}/forward", times, moved)
 
-    def stem(self, module: Any, op: str) -> None:
-        """The first convolution of a ResNet, or what follows it: the same in all of them."""
-        for dtype in module.DTYPES:
-            for direction in module.PASSES:
-                self._layer(module, op, module.STEM, dtype, direction)
+    def stem(self, ops: Sequence[str] = _OPS) -> None:
+        """The first convolution of a ResNet and what follows it: the same in all of them."""
+        for module, op in ((stem, "stem"), (max_pool, "bn_act_max_pool")):
+            if op not in ops:
+                continue
+            for dtype in module.DTYPES:
+                for direction in module.PASSES:
+                    self._layer(module, op, module.STEM, dtype, direction)
 
     def pooling(self, arch: str) -> None:
         """Pooling of one network."""
