@@ -1,0 +1,117 @@
+"""What would make the host wait for a GPU, seen on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["HostWaits"]
+
+# The host needs something from the device to go on: a value, or how many there are.
+_READS = {
+    *("_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero"),
+    *("_unique2", "unique_consecutive", "unique_dim", "repeat_interleave.Tensor"),
+}
+# A tensor made of numbers of the host is a copy to the device, which a CUDA graph refuses.
+_FROM_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# On a CPU these come to no operation.
+_READING_METHODS = {Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__}
+# Labels are looked at on a CPU only; a batch comes from the host, on a stream of its own.
+_HARMLESS = ("rsfast.kernels.distillation_loss.op._check,", "rsfast.data.")
+
+
+class HostWaits(contextlib.ExitStack):
+    """Records what makes the host wait in its block, also within operators of rsfast.
+
+    Attributes:
+        found: name of each such operation, and where in rsfast it was called.
+        seen: names of all operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.seen: set[str] = set()
+
+    def __enter__(self) -> HostWaits:
+        self.enter_context(_Methods(self))
+        self.enter_context(_Operations(self))
+        return self
+
+    def record(self, name: str) -> None:
+        """Adds what is being called, unless it does no harm."""
+        place = place_in_rsfast()
+        if not place.startswith(_HARMLESS):
+            self.found.add((name, place))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, watch: HostWaits) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.watch.seen.add(str(func))
+        if waits(func.__name__, (args, kwargs)):
+            self.watch.record(str(func))
+        if func.namespace == "rsfast":
+            with self:  # what is in it: a mode does not see what it calls itself
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, watch: HostWaits) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _READING_METHODS and not in_triton():
+            self.watch.record(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def waits(name: str, arguments: Any) -> bool:
+    """Whether an operation of PyTorch, `name.overload`, makes the host wait."""
+    packet = name.split(".")[0]
+    if packet in _INDEXING:  # by a mask: how many are chosen?
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        return any(tensor.dtype == torch.bool for tensor in tensors[1:])
+    return not {name, packet}.isdisjoint(_READS | _FROM_HOST)
+
+
+def in_triton() -> bool:
+    """Whether Triton's interpreter is at work, which computes on the host."""
+    return any(name.startswith("triton.") for name, _ in calls())
+
+
+def place_in_rsfast() -> str:
+    """The innermost function of rsfast that is being run."""
+    for module, place in calls():
+        if module.startswith("rsfast."):
+            return f"{module}.{place}"
+    return "not in rsfast"
+
+
+def calls() -> Iterator[tuple[str, str]]:
+    """Module, and function and line in it, of what is being run, from within outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame:
+        yield frame.f_globals["__name__"], f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
+        frame = frame.f_back
