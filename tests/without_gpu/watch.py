@@ -1,4 +1,4 @@
-"""What would make the host wait for a GPU, seen on a CPU."""
+"""What a GPU would mind, seen on a CPU: hosts that wait for it, tensors that fused SGD refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["HostWaits"]
+__all__ = ["FusedSgd", "HostWaits"]
 
 # The host needs something from the device to go on: a value, or how many there are.
 _READS = {
@@ -115,3 +115,53 @@ def calls() -> Iterator[tuple[str, str]]:
     while frame:
         yield frame.f_globals["__name__"], f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
         frame = frame.f_back
+
+
+class FusedSgd(TorchDispatchMode):
+    """Notes what PyTorch's fused SGD on a GPU would refuse; on a CPU it takes everything.
+
+    Attributes:
+        faults: what was wrong, in words.
+        tensors: how many parameters were moved, with as many gradients and momenta.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: set[str] = set()
+        self.tensors = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.startswith("_fused_sgd_"):
+            self._check(*args[:3], kwargs)
+            if args[0][0].device.type == "cuda":  # a pretended one
+                return None
+        return func(*args, **kwargs)
+
+    def _check(
+        self, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], options: Any
+    ) -> None:
+        for name in ("lr", "found_inf", "grad_scale"):
+            value = options.get(name)
+            if isinstance(value, Tensor) and kind_of(value) != ("float32", params[0].device):
+                self.faults.add(f"{name} is {kind_of(value)}")
+        for param, grad, momentum in zip(params, grads, momenta, strict=True):
+            self.tensors += 1
+            for name, tensor in (("gradient", grad), ("momentum", momentum)):
+                if layout_of(tensor) != layout_of(param):
+                    self.faults.add(f"{name} is {layout_of(tensor)}, weight {layout_of(param)}")
+
+
+def kind_of(tensor: Tensor) -> tuple[str, torch.device]:
+    return str(tensor.dtype).removeprefix("torch."), tensor.device
+
+
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What has to be the same: strides matter where there is more than one."""
+    shape = tuple(tensor.shape)
+    strides = [
+        stride if size > 1 else 0 for size, stride in zip(shape, tensor.stride(), strict=True)
+    ]
+    return *kind_of(tensor), shape, strides
