@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +25,7 @@ _READS = {
 }
 # A tensor made of numbers of the host is a copy to the device, which a CUDA graph refuses.
 _FROM_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
+_COPIES = {"_to_copy", "copy", "copy_", "_foreach_copy_", "_foreach_copy"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # On a CPU these come to no operation.
 _READING_METHODS = {Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__}
@@ -66,12 +68,14 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.watch.seen.add(str(func))
-        if waits(func.__name__, (args, kwargs)):
-            self.watch.record(str(func))
-        if func.namespace == "rsfast":
+        given = tensors_in((args, kwargs))
+        if func.namespace == "rsfast" and not any(isinstance(t, FakeTensor) for t in given):
             with self:  # what is in it: a mode does not see what it calls itself
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if waits(func.__name__, given) or between_devices(func, given, tensors_in(result)):
+            self.watch.record(str(func))
+        return result
 
 
 class _Methods(TorchFunctionMode):
@@ -87,13 +91,23 @@ class _Methods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits(name: str, arguments: Any) -> bool:
+def waits(name: str, given: list[Tensor]) -> bool:
     """Whether an operation of PyTorch, `name.overload`, makes the host wait."""
     packet = name.split(".")[0]
     if packet in _INDEXING:  # by a mask: how many are chosen?
-        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        return any(tensor.dtype == torch.bool for tensor in tensors[1:])
+        return any(tensor.dtype == torch.bool for tensor in given[1:])
     return not {name, packet}.isdisjoint(_READS | _FROM_HOST)
+
+
+def between_devices(func: Any, given: list[Tensor], result: list[Tensor]) -> bool:
+    """Whether an operation copies from the host or to it."""
+    if func.__name__.split(".")[0] not in _COPIES:  # kernels take the host's scalars as numbers
+        given = [tensor for tensor in given if tensor.dim()]
+    return len({tensor.device.type for tensor in (*given, *result)}) > 1
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def in_triton() -> bool:
