@@ -9,6 +9,8 @@ device that answers for one: `make memory` has both.
 from __future__ import annotations
 
 import argparse
+import itertools
+import textwrap
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +36,13 @@ _VARIANTS = [
     ("cuda", "bf16"),
     *(("torch", precision) for precision in ("bf16", "fp32")),
 ]
+
+_ABOUT = """GiB in use at the peak of a step with images of {sizes} pixels and {classes} classes,
+modelled with torch {version} and made by `make memory`: the step runs on tensors without content,
+and their sizes and lifetimes are added up. No GPU has measured it. A GPU needs more: CUDA itself
+takes about half a GiB, the allocator leaves gaps, cuDNN has workspaces, operators have temporary
+tensors of their own, and DALI decodes there. A captured step also holds a second batch of images,
+and a copy of weights and momenta while it is captured."""
 
 
 class Case(NamedTuple):
@@ -141,9 +150,10 @@ def rows_of_doc(text: str) -> dict[tuple[str, ...], list[float]]:
     rows = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        words = tuple(cell for cell in cells if not _is_number(cell))
-        if line.startswith("|") and 0 < len(words) < len(cells):
-            rows[words] = [float(cell) for cell in cells[len(words) :]]
+        words = tuple(itertools.takewhile(lambda cell: not _is_number(cell), cells))
+        numbers = cells[len(words) :]
+        if line.startswith("|") and numbers and all(map(_is_number, numbers)):
+            rows[words] = [float(number) for number in numbers]
     return rows
 
 
@@ -157,25 +167,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/memory.md"))
     args = parser.parse_args(argv)
     sizes = ", ".join(map(str, RESOLUTIONS))
+    version = torch.__version__.partition("+")[0]
     lines = [
         "# Memory of a training step",
         "",
-        f"GiB in use at the peak of a step with images of {sizes} pixels and {_CLASSES} classes, "
-        f"modelled with torch {torch.__version__.partition('+')[0]} and made by `make memory`: "
-        "the step runs on tensors without content, and their sizes and lifetimes are added up. No "
-        "GPU has measured it. A GPU needs more: CUDA itself takes about half a GiB, the allocator "
-        "leaves gaps, cuDNN has workspaces, operators have temporary tensors of their own, and "
-        "DALI decodes there. A captured step also holds a second batch of images, and a copy of "
-        "weights and momenta while it is captured.",
+        textwrap.fill(_ABOUT.format(sizes=sizes, classes=_CLASSES, version=version), 100),
         "",
-        "With `--precision bf16` and `--kernels triton`, by batch size; the last column is what "
-        "one more image takes, in MiB:",
+        "With `--precision bf16` and `--kernels triton`, by batch size; last, what one more image",
+        "takes, in MiB:",
         "",
         f"| network | {' | '.join(map(str, _BATCHES))} | one image |",
         f"|---|{'---|' * (len(_BATCHES) + 1)}",
         *network_rows(),
         "",
-        f"ResNet-50 with batches of {_BATCHES[-1]}; before a step lie weights, momenta, statistics "
+        f"ResNet-50 with batches of {_BATCHES[-1]}; before a step there are weights, momenta, "
+        "statistics",
         "and images:",
         "",
         "| kernels | precision | before a step | peak |",

@@ -83,7 +83,9 @@ def _build(folder: str) -> str:
 
 def main(argv: list[str]) -> int:
     """The command."""
-    if is_cuda_build() and not _is_loaded():
+    if not is_cuda_build():
+        raise SystemExit(f"needs a PyTorch that is built with CUDA, {torch.__version__} is not")
+    if not _is_loaded():
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, "LD_PRELOAD": _build(folder)}
             command = [sys.executable, *sys.argv]

@@ -52,8 +52,9 @@ def test_another_device_does_not_count() -> None:
 
 
 def test_rows_are_read_by_their_words() -> None:
-    text = "| kernels | precision | peak |\n|---|---|---|\n| torch | bf16 | 1.50 |\n| a | 1 | 2 |\n"
-    assert rows_of_doc(text) == {("torch", "bf16"): [1.5], ("a",): [1.0, 2.0]}
+    lines = ["| a | 32 | b |", "|---|---|---|", "| torch | bf16 | 1.50 |", "| net | 1 | 2 |", "5"]
+    rows = rows_of_doc("\n".join(lines))
+    assert rows == {("torch", "bf16"): [1.5], ("net",): [1.0, 2.0]}
 
 
 @pytest.mark.skipif(not is_cuda_build(), reason="needs a CUDA build: make test-cuda-build")
