@@ -92,7 +92,8 @@ $(EXTENSION_STAMP): $(CUDA_BUILD_STAMP) $(wildcard csrc/*)
 test-cuda-build: $(EXTENSION_STAMP)
 	$(PRETENDED) pytest tests/without_gpu tests/bench/models/test_memory.py
 	$(CUDA_BUILD_BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow" \
-	    tests/csrc tests/engine tests/kernels tests/models tests/pyramid
+	    tests/csrc tests/engine tests/kernels tests/models tests/pyramid \
+	    tests/test_backends.py tests/test_golden.py tests/test_import.py tests/test_losses.py
 
 # docs/memory.md: what a training step of each network keeps in memory, modelled.
 memory: $(CUDA_BUILD_STAMP)
