@@ -24,29 +24,33 @@ import pytest
 import torch
 from torch.cuda.amp import common as amp_common
 
-__all__ = ["is_cuda_build", "pretended_gpu"]
+__all__ = ["BACKWARDS", "FORWARDS", "pretended_gpu"]
 
 _CUDA, _META = 1, 14  # of c10::DeviceType
 _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 _TORCH = Path(torch.__file__).parent
 
 
-def is_cuda_build() -> bool:
-    """Whether this PyTorch is built with CUDA."""
-    return torch.version.cuda is not None
+def has_driver() -> bool:
+    """Whether the pretended driver is loaded."""
+    return hasattr(ctypes.CDLL(None), "pretended_guard")
+
+
+_IS_CUDA_BUILD = torch.version.cuda is not None
+_REASON = "needs a CUDA build of PyTorch with the pretended driver: make test-cuda-build"
+# Marks of tests that run them on a pretended GPU. A CUDA build has a guard of its own, which asks
+# the driver.
+FORWARDS = pytest.mark.skipif(_IS_CUDA_BUILD and not has_driver(), reason=_REASON)
+BACKWARDS = pytest.mark.skipif(not has_driver(), reason=_REASON)
 
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Lets tensors of a fake mode lie on "cuda" within the block.
-
-    Raises:
-        RuntimeError: with a CUDA build, unless the process was started by this file's command.
-    """
+    """Lets tensors of a fake mode lie on "cuda" within the block."""
     library = ctypes.CDLL(str(_TORCH / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, _REGISTRY)
     before = guards[_CUDA]
-    guards[_CUDA] = _own_guard() if is_cuda_build() else guards[_META]
+    guards[_CUDA] = _own_guard() if has_driver() else guards[_META]
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(amp_common, "amp_definitely_not_available", lambda: False)
@@ -59,15 +63,9 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def _own_guard() -> int:
-    if not _is_loaded():
-        raise RuntimeError("needs the pretended driver: make test-cuda-build")
     function = ctypes.CDLL(None).pretended_guard
     function.restype = ctypes.c_void_p
     return function()
-
-
-def _is_loaded() -> bool:
-    return hasattr(ctypes.CDLL(None), "pretended_guard")
 
 
 def _build(folder: str) -> str:
@@ -83,9 +81,9 @@ def _build(folder: str) -> str:
 
 def main(argv: list[str]) -> int:
     """The command."""
-    if not is_cuda_build():
+    if not _IS_CUDA_BUILD:
         raise SystemExit(f"needs a PyTorch that is built with CUDA, {torch.__version__} is not")
-    if not _is_loaded():
+    if not has_driver():
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, "LD_PRELOAD": _build(folder)}
             command = [sys.executable, *sys.argv]

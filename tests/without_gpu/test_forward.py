@@ -13,9 +13,10 @@ import torch
 from bench.support.hollow import hollow, hollow_batch, hollow_network
 from rsfast.engine import PRECISIONS
 from rsfast.models.registry import ARCHITECTURES
-from without_gpu.pretended import pretended_gpu
+from without_gpu.pretended import FORWARDS, pretended_gpu
 from without_gpu.watch import HostWaits
 
+pytestmark = FORWARDS
 RESOLUTIONS = (224, 160)
 
 

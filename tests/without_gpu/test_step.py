@@ -18,12 +18,10 @@ from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer
 from rsfast.losses import LossTerms
-from without_gpu.pretended import is_cuda_build, pretended_gpu
+from without_gpu.pretended import BACKWARDS, pretended_gpu
 from without_gpu.watch import FusedSgd, HostWaits
 
-pytestmark = pytest.mark.skipif(
-    not is_cuda_build(), reason="a backward needs a CUDA build of PyTorch: make test-cuda-build"
-)
+pytestmark = BACKWARDS
 RESOLUTIONS = (224, 160)
 KINDS = ("resnet18", "resnet50", "resnext50_32x4d", "mobilenetv2")
 CASES = [

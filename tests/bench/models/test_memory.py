@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.models.memory import RESOLUTIONS, Allocations, Case, memory_of, rows_of_doc
-from without_gpu.pretended import is_cuda_build, pretended_gpu
+from without_gpu.pretended import BACKWARDS, pretended_gpu
 
 DOC = Path(__file__).parents[3] / "docs" / "memory.md"
 KIB = 256  # float32 numbers
@@ -57,7 +57,7 @@ def test_rows_are_read_by_their_words() -> None:
     assert rows == {("torch", "bf16"): [1.5], ("net",): [1.0, 2.0]}
 
 
-@pytest.mark.skipif(not is_cuda_build(), reason="needs a CUDA build: make test-cuda-build")
+@BACKWARDS
 @pytest.mark.parametrize("arch", ["resnet50", "mobilenetv2"])
 def test_the_docs_hold_what_is_modelled(arch: str) -> None:
     peaks = rows_of_doc(DOC.read_text())[(arch,)]
@@ -66,7 +66,7 @@ def test_the_docs_hold_what_is_modelled(arch: str) -> None:
     assert found == pytest.approx(peaks[2], rel=0.02), "make memory"
 
 
-@pytest.mark.skipif(not is_cuda_build(), reason="needs a CUDA build: make test-cuda-build")
+@BACKWARDS
 def test_memory_grows_with_the_batch_by_its_tensors() -> None:
     with pretended_gpu():
         small, large = (memory_of(Case("resnet18", batch), RESOLUTIONS[-2:]) for batch in (4, 8))
