@@ -108,4 +108,4 @@ networks: $(CUDA_BUILD_STAMP)
 	$(CUDA_BUILD_BIN)/python -m bench.models.networks --output docs/networks.md
 
 clean:
-	rm -rf $(VENV) $(CUDA_BUILD_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CUDA_BUILD_VENV) rsfast/_C*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
