@@ -5,17 +5,22 @@ VENV ?= .venv
 EXTRAS ?= dali-cuda13,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torchvision has no build for the PyTorch that the tests use.
-NETWORKS_VENV ?= .venv-networks
-NETWORKS_BIN := $(NETWORKS_VENV)/bin
-NETWORKS_STAMP := $(NETWORKS_VENV)/.installed
+# Another PyTorch, built with CUDA, which needs no GPU to be installed; torchvision fits it.
+CUDA_BUILD_VENV ?= .venv-cuda-build
+CUDA_BUILD_BIN := $(CUDA_BUILD_VENV)/bin
+CUDA_BUILD_STAMP := $(CUDA_BUILD_VENV)/.installed
+# Not from an index of CPU builds, which the first environment may have been made with.
+CUDA_BUILD_PIP := env --unset=PIP_EXTRA_INDEX_URL $(CUDA_BUILD_BIN)/pip install --quiet \
+	--constraint constraints-cuda-build.txt
+EXTENSION_STAMP := $(CUDA_BUILD_VENV)/.extension
+PRETENDED := $(CUDA_BUILD_BIN)/python tests/without_gpu/pretended.py
 
-.PHONY: setup demo test test-all soak test-gpu check format bench profile figures networks \
-	check-networks clean
+.PHONY: setup demo test test-all test-cuda-build soak test-gpu check format bench profile figures \
+	networks check-networks memory clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt constraints-common.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
@@ -72,19 +77,35 @@ figures: setup
 	    $(BIN)/python -m bench.support.plots $$(dirname $$picture) || exit 1; \
 	done
 
-$(NETWORKS_STAMP): pyproject.toml setup.py constraints-networks.txt
-	$(PYTHON) -m venv $(NETWORKS_VENV)
-	$(NETWORKS_BIN)/pip install --quiet --constraint constraints-networks.txt \
-	    --editable . torchvision timm pytest
+$(CUDA_BUILD_STAMP): pyproject.toml setup.py constraints-cuda-build.txt constraints-common.txt
+	$(PYTHON) -m venv $(CUDA_BUILD_VENV)
+	$(CUDA_BUILD_PIP) 'setuptools>=77' wheel torch torchvision timm pytest pytest-xdist hypothesis
+	RSFAST_BUILD_CUDA=0 $(CUDA_BUILD_PIP) --no-build-isolation --editable .
 	touch $@
 
+$(EXTENSION_STAMP): $(CUDA_BUILD_STAMP) $(wildcard csrc/*)
+	RSFAST_BUILD_CUDA=1 $(CUDA_BUILD_PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+# What depends on PyTorch's version or build: steps on a pretended GPU, the extension, and the tests
+# of kernels, pyramids and the step. Needs nvcc and g++, and no GPU.
+test-cuda-build: $(EXTENSION_STAMP)
+	$(PRETENDED) pytest tests/without_gpu tests/bench/models/test_memory.py
+	$(CUDA_BUILD_BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow" \
+	    tests/csrc tests/engine tests/kernels tests/models tests/pyramid \
+	    tests/test_backends.py tests/test_golden.py tests/test_import.py tests/test_losses.py
+
+# docs/memory.md: what a training step of each network keeps in memory, modelled.
+memory: $(CUDA_BUILD_STAMP)
+	$(PRETENDED) bench.models.memory --output docs/memory.md
+
 # Some twenty networks of torchvision and timm, converted, against copies for each resolution.
-check-networks: $(NETWORKS_STAMP)
-	$(NETWORKS_BIN)/python -m pytest tests/networks
+check-networks: $(CUDA_BUILD_STAMP)
+	$(CUDA_BUILD_BIN)/python -m pytest tests/networks
 
 # docs/networks.md: every network of torchvision and timm that converts, and why others do not.
-networks: $(NETWORKS_STAMP)
-	$(NETWORKS_BIN)/python -m bench.models.networks --output docs/networks.md
+networks: $(CUDA_BUILD_STAMP)
+	$(CUDA_BUILD_BIN)/python -m bench.models.networks --output docs/networks.md
 
 clean:
-	rm -rf $(VENV) $(NETWORKS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CUDA_BUILD_VENV) rsfast/_C*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

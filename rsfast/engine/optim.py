@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,7 +108,7 @@ def build_optimizer(
 
 
 def _as_float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return float(np.float32(value))
 
 
 def _apex_sgd() -> type[torch.optim.Optimizer]:
