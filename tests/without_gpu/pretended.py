@@ -57,9 +57,24 @@ def pretended_gpu() -> Iterator[None]:
             patch.setattr(torch.cuda, "is_available", lambda: False)  # for what looks for a GPU
             patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
             patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+            patch.setattr(torch.cuda, "current_stream", lambda *_: None)
+            patch.setattr(torch.cuda, "Event", _Event)
             yield
     finally:
         guards[_CUDA] = before
+
+
+class _Event:
+    """Is over as soon as it is recorded."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 def _own_guard() -> int:
