@@ -79,9 +79,9 @@ def switchable_bn_act_levels(
         outputs = [_as_image(rows) for rows in normed]
     else:
         # One operation each, whose gradient is one, too; indexing has one for every level.
-        affine = list(zip(norm.weight.unbind(), norm.bias.unbind(), strict=True))
+        rows_of = [Norm(*rows) for rows in zip(*(part.unbind() for part in norm), strict=True)]
         outputs = [
-            _batch_norm(image, *affine[bank], norm, bank, training, momentum, eps)
+            _batch_norm(image, rows_of[bank], training, momentum, eps)
             for image, bank in zip(images, banks, strict=True)
         ]
     for index, own in enumerate(residual or ()):
@@ -166,27 +166,19 @@ def _as_image(rows: Tensor) -> Tensor:
     return rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
 
 
-def _batch_norm(
-    image: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm: Norm,
-    bank: int,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    mean, var = norm.running_mean[bank], norm.running_var[bank]
-    if training:
-        # levels may share a bank: batch_norm keeps what it is given for the backward, so each
-        # level works on copies of its own.
-        mean, var = mean.clone(), var.clone()
-    # Not cuDNN: its statistics are not those of the native kernels.
-    y = torch.batch_norm(image, weight, bias, mean, var, training, momentum, eps, False)
-    if training:
-        norm.running_mean[bank] = mean
-        # Of a single row there is no unbiased variance (PyTorch divides by m - 1 = 0).
-        several = image.shape[2] > 1
-        norm.running_var[bank] = var if several else (1.0 - momentum) * norm.running_var[bank]
-        norm.num_batches_tracked[bank] += 1
+def _batch_norm(image: Tensor, bank: Norm, training: bool, momentum: float, eps: float) -> Tensor:
+    """Of one level, by one bank: `bank` has the [C] rows that are views of all banks."""
+    var = bank.running_var
+    if not training:
+        # Not cuDNN: its statistics are not those of the native kernels.
+        return torch.batch_norm(image, *bank[:4], False, momentum, eps, False)
+    if image.shape[2] == 1:  # of a single row there is no unbiased variance: PyTorch divides by 0
+        var = var.clone()
+    y = torch.batch_norm(
+        image, bank.weight, bank.bias, bank.running_mean, var, True, momentum, eps, False
+    )
+    if var is not bank.running_var:
+        # As data: autograd has saved the rows of all banks, although no gradient depends on them.
+        bank.running_var.data.mul_(1.0 - momentum)
+    bank.num_batches_tracked.add_(1)
     return y
