@@ -44,9 +44,10 @@ def _module(name: str, *flags: str) -> Callable[[Path], list[list[str]]]:
 
 def _tests(*selection: str) -> Callable[[Path], list[list[str]]]:
     """Those of a selection, all of them whatever fails."""
-    return lambda folder: [
-        [_PYTHON, "-m", "pytest", "-q", f"--junitxml={folder}/tests.xml", *selection]
-    ]
+    # Most of their time kernels are compiled, by one core for each process.
+    processes = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    pytest = [_PYTHON, "-m", "pytest", "-q", *processes]
+    return lambda folder: [[*pytest, f"--junitxml={folder}/tests.xml", *selection]]
 
 
 def _gpu() -> str | None:
@@ -109,47 +110,47 @@ STAGES = (
         name="training",
         about="50 steps of a small network: the loss falls, eager and graph lose the same",
         commands=_module("bench.first_day.training"),
-        minutes=4,
+        minutes=3,
     ),
     Stage(
         name="tests_step",
         about="the step, its graph and its precisions on the GPU",
         commands=_tests("-m", "gpu", "-k", "not dali", _GPU_TESTS),
-        minutes=8,
+        minutes=5,
         lacks=_gpu,
     ),
     Stage(
         name="tests_batch_norm",
         about="batch norm against float64",
         commands=_tests("-m", "gpu", *_BATCH_NORM),
-        minutes=8,
+        minutes=4,
         lacks=_gpu,
     ),
     Stage(
         name="tests_kernels",
         about="all other kernels against float64",
         commands=_tests("-m", "gpu", *_OTHER_KERNELS),
-        minutes=8,
+        minutes=3,
         lacks=_gpu,
     ),
     Stage(
         name="tests_dali",
         about="DALI on the GPU against Pillow",
         commands=_tests("-m", "gpu", "-k", "dali", _GPU_TESTS),
-        minutes=4,
+        minutes=2,
         lacks=_dali,
     ),
     Stage(
         name="race_large",
         about="the step against the authors' way, eager and compiled, at batch 256",
         commands=_race(256, 4),
-        minutes=8,
+        minutes=6,
     ),
     Stage(
         name="race_small",
         about="the same at batch 32",
         commands=_race(32, 2),
-        minutes=6,
+        minutes=4,
     ),
     Stage(
         name="kernels",
@@ -160,13 +161,13 @@ STAGES = (
             *"--ops switchable_bn_act bn_act_max_pool distillation_loss".split(),
             *"global_avg_pool subsample".split(),
         ),
-        minutes=8,
+        minutes=5,
     ),
     Stage(
         name="loaders",
         about="JPEG files to pyramids with few and many threads",
         commands=_module("bench.step.loaders"),
-        minutes=6,
+        minutes=4,
     ),
     Stage(
         name="end_to_end",
@@ -176,7 +177,7 @@ STAGES = (
             *f"--archs {_ARCH} --parts end_to_end --rounds {5 if ON_GPU else 1}".split(),
             *([] if ON_GPU else "--batches 4 --resolutions 32 16 --precision fp32".split()),
         ),
-        minutes=5,
+        minutes=4,
     ),
     Stage(
         name="budget",
@@ -186,7 +187,7 @@ STAGES = (
             *f"--arch {_ARCH} --rounds {5 if ON_GPU else 1}".split(),
             *(["--batch", "256"] if ON_GPU else "--batch 4 --precision fp32".split()),
         ),
-        minutes=6,
+        minutes=4,
     ),
     Stage(
         name="demo",
