@@ -243,7 +243,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
     add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
     add("--batch-size", type=int, default=64, help="images per process (default 64)")
-    add("--workers", type=int, help="loader threads or processes (default: all cores, at most 32)")
+    add("--workers", type=int, help="as in rsfast.train")
     add("--hw-decoder-load", type=float, metavar="SHARE", help="as in rsfast.train")
     add("--dont-use-mmap", action="store_true", help="as in rsfast.train")
     add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")

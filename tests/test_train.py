@@ -254,7 +254,7 @@ def test_a_missing_dali_is_named_with_the_install_command(
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali.fn", None)
     monkeypatch.delitem(__import__("sys").modules, "rsfast.data.dali", raising=False)
     assert run(folder, tmp_path / "run", "--epochs", "1", "--loader", "dali") == 2
-    assert "pip install 'rsfast[dali-cuda13]'" in capsys.readouterr().err
+    assert "pip install -e '.[dali-cuda13]'" in capsys.readouterr().err
 
 
 def test_copies_train_one_network_at_one_resolution(folder: Path, tmp_path: Path) -> None:

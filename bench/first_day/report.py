@@ -16,7 +16,12 @@ _TAIL = 12  # lines of a failed stage's log
 
 
 def write_report(stages: Sequence[Stage], folder: Path) -> str:
-    """Writes report.md into the folder, and returns it."""
+    """Writes report.md into the folder, and returns it.
+
+    Args:
+        stages: all there are.
+        folder: that they write into.
+    """
     summaries = {
         str(path.relative_to(folder).parent): json.loads(path.read_text())
         for path in sorted(folder.rglob("summary.json"))
@@ -28,9 +33,20 @@ def write_report(stages: Sequence[Stage], folder: Path) -> str:
     facts = [
         f"{k} {about[k]}" for k in ("gpu", "driver", "torch", "triton", "commit") if about.get(k)
     ]
-    lines = ["# First day", "", ", ".join(facts) or "Nothing is known of the machine yet.", ""]
-    lines += ["| stage | what became of it | s | |", "|---|---|---|---|"]
     found = outcomes(stages, folder)
+    lines = ["# First day", "", f"In {folder}. {', '.join(facts)}", ""]
+    if any(outcome.device == "cpu" for outcome in found):
+        lines += ["**Some of it ran without a GPU, at toy size: its times mean nothing.**", ""]
+    limits = {stage.name: stage.minutes for stage in stages}
+    rest = [o.name for o in found if o.status in ("not run", "cut off")]
+    if rest:
+        limit = sum(limits[name] for name in rest)
+        lines += [
+            f"Not run yet: {', '.join(rest)}, at most {limit:.0f} minutes. To go on: "
+            f"`python -m bench.first_day --output {folder}`",
+            "",
+        ]
+    lines += ["| stage | what became of it | s | |", "|---|---|---|---|"]
     abouts = {stage.name: stage.about for stage in stages}
     for outcome in found:
         why = outcome.why or abouts[outcome.name]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from bench.first_day.stages import Stage
+from bench.support.timing import DEVICE
+from rsfast.runtime.environment import describe
 
 __all__ = ["Outcome", "outcomes", "run_stages"]
 
@@ -27,29 +30,34 @@ class Outcome:
 
     Attributes:
         name: of the stage.
-        status: "passed", "failed", "out of time", "left out" or "not reached".
+        status: "passed", "failed", "out of time", "left out", "cut off" or "not run".
         why: in words, where it did not pass.
         seconds: that it took.
+        device: that it ran on.
+        commit: that it ran.
     """
 
     name: str
     status: str
     why: str = ""
     seconds: float = 0.0
+    device: str = ""
+    commit: str = ""
 
 
 def outcomes(stages: Sequence[Stage], folder: Path) -> list[Outcome]:
     """Of all stages, as they stand."""
     return [
-        _load(folder / stage.name) or Outcome(name=stage.name, status="not reached")
-        for stage in stages
+        _load(folder / stage.name) or Outcome(name=stage.name, status="not run") for stage in stages
     ]
 
 
 def run_stages(
     stages: Sequence[Stage], folder: Path, minutes: float, after_each: Callable[[], object]
 ) -> None:
-    """Each stage that has not passed yet, as long as there is time.
+    """Each stage that has not passed on this device yet, as long as there is time.
+
+    Those that were run before and did not pass come last: they may take their time again.
 
     Args:
         stages: in their order.
@@ -58,24 +66,38 @@ def run_stages(
         after_each: is called when a stage is over.
     """
     end = time.monotonic() + 60 * minutes
-    for stage in stages:
-        place = folder / stage.name
-        before = _load(place)
-        if before is not None and before.status == "passed":
+    facts = describe(DEVICE)
+    here = {"device": str(facts.get("gpu", "cpu")), "commit": str(facts["commit"])}
+    before = {stage.name: _load(folder / stage.name) for stage in stages}
+
+    def has_run(stage: Stage) -> bool:
+        outcome = before[stage.name]
+        return outcome is not None and outcome.status in ("failed", "out of time")
+
+    for stage in sorted(stages, key=has_run):
+        earlier = before[stage.name]
+        if earlier and (earlier.status, earlier.device) == ("passed", here["device"]):
             continue
         left = end - time.monotonic()
         if left <= 0:
             return
-        place.mkdir(parents=True, exist_ok=True)
+        place = folder / stage.name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        _keep(Outcome(name=stage.name, status="cut off", **here), place)
         lacking = stage.lacks()
         print(f"{stage.name}: {stage.about}", flush=True)
         if lacking is None:
             outcome = _run(stage, place, min(60 * stage.minutes, left))
         else:
             outcome = Outcome(name=stage.name, status="left out", why=f"needs {lacking}")
-        (place / _FILE).write_text(json.dumps(asdict(outcome), indent=1) + "\n")
+        _keep(replace(outcome, **here), place)
         print(f"    {outcome.status} after {outcome.seconds:.0f} s {outcome.why}", flush=True)
         after_each()
+
+
+def _keep(outcome: Outcome, place: Path) -> None:
+    (place / _FILE).write_text(json.dumps(asdict(outcome), indent=1) + "\n")
 
 
 def _load(place: Path) -> Outcome | None:

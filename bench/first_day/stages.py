@@ -191,7 +191,7 @@ STAGES = (
     ),
     Stage(
         name="demo",
-        about="`make demo`: trained on generated photographs, evaluated at nine resolutions",
+        about="`make demo`: trained on generated JPEGs, evaluated at other resolutions, too",
         commands=_demo,
         minutes=6,
     ),

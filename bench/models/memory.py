@@ -42,7 +42,8 @@ modelled with torch {version} and made by `make memory`: the step runs on tensor
 and their sizes and lifetimes are added up. No GPU has measured it. A GPU needs more: CUDA itself
 takes about half a GiB, the allocator leaves gaps, cuDNN has workspaces, operators have temporary
 tensors of their own, and DALI decodes there. A captured step also holds a second batch of images,
-and a copy of weights and momenta while it is captured."""
+and a copy of weights and momenta while it is captured. Numbers are for one GPU: take the batch that
+leaves it a tenth and two GiB. A step that does not fit ends with the batch that does."""
 
 
 class Case(NamedTuple):
@@ -166,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.models.memory", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/memory.md"))
     args = parser.parse_args(argv)
+    if torch.version.cuda is None:
+        parser.error(f"needs a PyTorch with CUDA, {torch.__version__} is without: make memory")
     sizes = ", ".join(map(str, RESOLUTIONS))
     version = torch.__version__.partition("+")[0]
     lines = [

@@ -27,11 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="bench.step.loaders", description=__doc__)
     threads = sorted({min(4, loader.CORES), min(8, loader.CORES), loader.CORES})
-    parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--threads", type=int, nargs="+", default=threads)
-    parser.add_argument("--hw-decoder-load", type=float, nargs="+", default=[0.0, 0.65, 0.9])
+    parser.add_argument("--output", type=Path, help="folder (a new one in bench/results)")
+    add = parser.add_argument
+    add("--threads", type=int, nargs="+", default=threads, help=f"of DALI {threads}; Pillow: most")
+    loads = [0.0, 0.65, 0.9]
+    add("--hw-decoder-load", type=float, nargs="+", default=loads, help=f"on a GPU {loads}")
     parser.add_argument("--rounds", type=int, default=3, help="of each (3)")
     args = parser.parse_args(argv)
+    if min(args.threads) < 1 or args.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    if not all(0 <= load <= 1 for load in args.hw_decoder_load):
+        parser.error("--hw-decoder-load must be in [0, 1]")
     results = Results(args.output, "loaders", DEVICE)
     for name, backend, device, options in _cases(args.threads, args.hw_decoder_load):
         run = loader.make_run(backend, device, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from rsfast.config.rules import check, cut, is_count, setting
+from rsfast.data.decoding import TOO_MANY_WORKERS
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
@@ -130,7 +131,7 @@ class TrainConfig:
     """data loader; synthetic repeats one random batch"""
     strict: bool = setting(False, on_resume="freely")
     """refuse a data set with unreadable images instead of leaving them out"""
-    workers: int | None = setting(None, at_least=0, on_resume="freely")
+    workers: int | None = setting(None, at_least=0, below=TOO_MANY_WORKERS, on_resume="freely")
     """loader threads (dali) or processes (pil) per rank; by default its share of the cores that it
     may run on, at most 32"""
     hw_decoder_load: float | None = setting(None, check=_check_share, on_resume="freely")

@@ -23,7 +23,7 @@ from rsfast.data.pil import decode
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
-_INSTALL = "pip install 'rsfast[dali-cuda13]' (or dali-cuda12), or use --loader pil"
+_INSTALL = "pip install -e '.[dali-cuda13]' (or dali-cuda12) in the clone, or use --loader pil"
 
 try:
     import nvidia.dali as dali

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-__all__ = ["Decoding", "decoding", "default_workers"]
+__all__ = ["TOO_MANY_WORKERS", "Decoding", "decoding", "default_workers"]
 
-_MOST_WORKERS = 32  # by default: each thread of DALI keeps 16 MB of GPU memory
+TOO_MANY_WORKERS = 1025  # where a system has no more threads, DALI ends the process
+_MOST_BY_DEFAULT = 32  # by default: each thread of DALI keeps 16 MB of GPU memory
 _FEW_WORKERS = 8  # with fewer threads the GPU's own JPEG decoder takes nearly all images
 
 
@@ -35,8 +36,8 @@ def decoding(
     """
     if workers is None:
         workers = default_workers()
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
+    if not 0 <= workers < TOO_MANY_WORKERS:
+        raise ValueError(f"workers must be in [0, {TOO_MANY_WORKERS}), got {workers}")
     if hw_decoder_load is None:
         # 0.65 is DALI's default. NVIDIA found 0.9 to be 1.8 % faster from end to end, and the
         # slowest batches to take more than twice as long (DALI's pull request 6366). Nothing of it
@@ -54,4 +55,4 @@ def default_workers() -> int:
     this machine. Where torchrun binds each of them to cores of its own, that is too few.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(_MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    return min(_MOST_BY_DEFAULT, max(1, len(os.sched_getaffinity(0)) // local_ranks))

@@ -62,7 +62,7 @@ def _of_nvidia_smi(device: torch.device) -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]  # of a clone
     if not (folder / ".git").exists():
         return None
     return _first_line("git", "-C", str(folder), "rev-parse", "HEAD")

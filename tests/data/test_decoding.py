@@ -51,7 +51,7 @@ def test_what_is_given_is_taken() -> None:
 @pytest.mark.parametrize(
     ("argument", "value", "rule"),
     [
-        ("workers", -1, r"workers must be at least 0, got -1"),
+        ("workers", -1, r"workers must be in \[0, 1025\), got -1"),
         ("hw_decoder_load", 1.5, r"hw_decoder_load must be in \[0, 1\], got 1\.5"),
         ("hw_decoder_load", -0.1, r"hw_decoder_load must be in \[0, 1\], got -0\.1"),
         ("hw_decoder_load", float("nan"), r"hw_decoder_load must be in \[0, 1\], got nan"),

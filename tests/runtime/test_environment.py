@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     return commands
+
+
+def test_the_commit_is_that_of_the_clone() -> None:
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    expected = found if (root / ".git").exists() else None
+    assert environment.describe(torch.device("cpu"))["commit"] == expected
 
 
 @pytest.mark.parametrize("prefix", ["", "GPU-"])

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+import torch
 
 from bench.first_day import __main__ as command
 from bench.first_day.report import write_report
@@ -48,29 +53,82 @@ def test_each_stage_runs_whatever_became_of_the_others(tmp_path: Path) -> None:
     assert not (tmp_path / "broken" / "runs").exists(), "a failed command ends its stage"
     assert (tmp_path / "good" / "runs").read_text() == "xx"
     assert len(pages) == 4
-    assert "| good | not reached |" in pages[2]
+    assert "| good | not run |" in pages[2]
+    assert "Not run yet: good, at most 1 minutes" in pages[2]
     assert "the reason" in pages[0]
 
 
 def test_the_same_command_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    fixed = tmp_path / "fixed"
+    fixed, order = tmp_path / "fixed", tmp_path / "order"
+    log = "import sys, pathlib; name = pathlib.Path(sys.argv[1]).name"
+    log += f"; open({str(order)!r}, 'a').write(name + ' ')"
     stages = [
-        stage("good", COUNT),
-        stage("bad", COUNT + f"; raise SystemExit(not pathlib.Path({str(fixed)!r}).exists())"),
-        stage("last", COUNT),
+        stage("good", log),
+        stage("bad", f"{log}; raise SystemExit(not pathlib.Path({str(fixed)!r}).exists())"),
+        stage("last", log),
     ]
     run_stages(stages[:2], tmp_path, 1, lambda: None)  # cut off before the last one
     fixed.touch()
     run_stages(stages, tmp_path, 1, lambda: None)
-    runs = [(tmp_path / s.name / "runs").read_text() for s in stages]
-    assert runs == ["x", "xx", "x"]
+    assert order.read_text() == "good bad last bad ", "what has run already comes last"
     assert {outcome.status for outcome in outcomes(stages, tmp_path)} == {"passed"}
+
+
+def test_a_stage_finds_nothing_of_an_earlier_try(tmp_path: Path) -> None:
+    once = (
+        "import sys, pathlib; p = pathlib.Path(sys.argv[1]) / 'run'; p.mkdir(); raise SystemExit(1)"
+    )
+    for _ in range(2):
+        run_stages([stage("bad", once)], tmp_path, 1, lambda: None)
+        assert "FileExistsError" not in (tmp_path / "bad" / "log.txt").read_text()
+
+
+def test_what_passed_on_another_device_runs_again(tmp_path: Path) -> None:
+    run_stages([stage("good", COUNT)], tmp_path, 1, lambda: None)
+    path = tmp_path / "good" / "stage.json"
+    outcome = json.loads(path.read_text())
+    assert outcome["device"] == "cpu" or torch.cuda.is_available()
+    path.write_text(json.dumps({**outcome, "device": "another"}))
+    run_stages([stage("good", COUNT)], tmp_path, 1, lambda: None)
+    assert json.loads(path.read_text())["device"] == outcome["device"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_stage_too_and_is_said_in_a_sentence(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    words = [sys.executable, "-m", "bench.first_day", "--output", str(tmp_path / "day")]
+    process = subprocess.Popen(
+        [*words, "--stages", "training"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "day" / "training" / "log.txt"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.rstrip().endswith("the same command goes on")
+    assert "| training | cut off |" in (tmp_path / "day" / "report.md").read_text()
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert f"--output {tmp_path}/day/training" not in running
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--minutes 0", "--minutes must be"), ("--output {file}", "is a file")]
+)
+def test_bad_flags_are_refused(tmp_path: Path, flags: str, words: str, capsys) -> None:
+    (tmp_path / "file").touch()
+    given = ["--output", str(tmp_path), *flags.format(file=tmp_path / "file").split()]
+    with pytest.raises(SystemExit, match="2"):
+        command.main(given)
+    assert words in capsys.readouterr().err
 
 
 def test_what_there_is_no_time_for_is_not_begun(tmp_path: Path) -> None:
     stages = [stage("long", SLEEP), stage("late", COUNT)]
     run_stages(stages, tmp_path, 0.02, lambda: None)
-    assert [o.status for o in outcomes(stages, tmp_path)] == ["out of time", "not reached"]
+    assert [o.status for o in outcomes(stages, tmp_path)] == ["out of time", "not run"]
 
 
 def test_a_command_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
