@@ -39,7 +39,8 @@ def toolkit(nvcc: str) -> Path | None:
     if not found:
         return None
     home = Path(found[1]).resolve()
-    return home if (home / "include" / "cuda_runtime_api.h").exists() else None
+    parts = "include/cuda_runtime_api.h", "bin/nvcc"
+    return home if all((home / part).exists() for part in parts) else None
 
 
 def missing() -> str | None:
@@ -92,7 +93,7 @@ def build_options() -> dict[str, Any]:
         SOURCES,
         extra_compile_args={"cxx": flags, "nvcc": flags + nvcc_flags},
         py_limited_api=True,
-        optional=choice == "",  # where nobody asked for it, a compiler's error ends nothing
+        optional=choice == "",  # where nobody asked for it, its errors end nothing
     )
     return {
         "ext_modules": [extension],
@@ -107,6 +108,14 @@ def build_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except (RuntimeError, OSError) as error:  # compilers that do not go together
+                if not all(extension.optional for extension in self.extensions):
+                    raise
+                self.warn(f"rsfast._C is not built: {error}")
+
         def build_extension(self, ext: Any) -> None:
             try:
                 super().build_extension(ext)

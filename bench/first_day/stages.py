@@ -199,7 +199,15 @@ STAGES = (
         name="extension",
         about="the CUDA C++ batch norm: built, against float64, raced",
         commands=lambda folder: [
-            [_PYTHON, "setup.py", "build_ext", "--inplace"],
+            [
+                "env",
+                "RSFAST_BUILD_CUDA=1",
+                _PYTHON,
+                "setup.py",
+                "build_ext",
+                "--inplace",
+                "--force",
+            ],
             *_tests("-m", "gpu", "tests/kernels/switchable_bn_act/test_extension.py")(folder),
             *_module(
                 "bench.step",

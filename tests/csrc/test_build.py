@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import shutil
@@ -115,6 +116,7 @@ def test_a_wrapped_compiler_tells_the_folder_of_its_toolkit(tmp_path: Path) -> N
     nvcc = write_nvcc(tmp_path, f"#$ TOP={home}/bin/..")
     assert load_setup().toolkit(nvcc) is None, "a toolkit without headers is none"
     (home / "include" / "cuda_runtime_api.h").touch()
+    (home / "bin" / "nvcc").touch()
     assert load_setup().toolkit(nvcc) == home
     assert load_setup().toolkit(write_nvcc(tmp_path, "#$ OTHER=x")) is None
 
@@ -147,6 +149,20 @@ def test_an_error_of_the_compiler_ends_no_install_that_did_not_ask(
         command._filter_build_errors(asked_for),
     ):
         command.build_extension(asked_for)
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_compilers_that_do_not_go_together_end_an_install_that_asked(
+    asked_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("The current installed version of g++ is greater than ...")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.BuildExtension.build_extensions", fail)
+    command = load_setup().build_command()(Distribution())
+    command.extensions = [Extension("rsfast._C", [], optional=not asked_for)]
+    with pytest.raises(RuntimeError, match="g\\+\\+") if asked_for else contextlib.nullcontext():
+        command.build_extensions()
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in PATH")
