@@ -391,7 +391,7 @@ def test_without_dali_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "rsfast.data.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ImportError, match=r"pip install 'rsfast\[dali-cuda13\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[dali-cuda13\]'"):
         training(image_root, "dali")
 
 
