@@ -37,19 +37,18 @@ def write_report(stages: Sequence[Stage], folder: Path) -> str:
     lines = ["# First day", "", f"In {folder}. {', '.join(facts)}", ""]
     if any(outcome.device == "cpu" for outcome in found):
         lines += ["**Some of it ran without a GPU, at toy size: its times mean nothing.**", ""]
-    limits = {stage.name: stage.minutes for stage in stages}
-    rest = [o.name for o in found if o.status in ("not run", "cut off")]
+    each = list(zip(stages, found, strict=True))
+    rest = [stage for stage, outcome in each if outcome.status in ("not run", "cut off")]
     if rest:
-        limit = sum(limits[name] for name in rest)
+        limit = sum(stage.minutes for stage in rest)
         lines += [
-            f"Not run yet: {', '.join(rest)}, at most {limit:.0f} minutes. To go on: "
-            f"`python -m bench.first_day --output {folder}`",
+            f"Not run yet: {', '.join(stage.name for stage in rest)}, at most {limit:.0f} minutes. "
+            f"To go on: `python -m bench.first_day --output {folder}`",
             "",
         ]
     lines += ["| stage | what became of it | s | |", "|---|---|---|---|"]
-    abouts = {stage.name: stage.about for stage in stages}
-    for outcome in found:
-        why = outcome.why or abouts[outcome.name]
+    for stage, outcome in each:
+        why = outcome.why or stage.about
         lines.append(f"| {outcome.name} | {outcome.status} | {outcome.seconds:.0f} | {why} |")
     for outcome in found:
         log = folder / outcome.name / "log.txt"

@@ -10,7 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from rsfast.config.rules import check, cut, is_count, setting
-from rsfast.data.decoding import TOO_MANY_WORKERS
+from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
@@ -60,11 +60,6 @@ def checkpoint_interval(text: str | None) -> tuple[int, float]:
 def _check_area(area: tuple[float, ...]) -> None:
     if len(area) != 2 or not 0.0 < area[0] <= area[1] <= 1.0:
         raise ValueError(f"crop_area must be a range within (0, 1], got {area}")
-
-
-def _check_share(share: float | None) -> None:
-    if share is not None and not 0.0 <= share <= 1.0:
-        raise ValueError(f"hw_decoder_load must be in [0, 1], got {share}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +129,7 @@ class TrainConfig:
     workers: int | None = setting(None, at_least=0, below=TOO_MANY_WORKERS, on_resume="freely")
     """loader threads (dali) or processes (pil) per rank; by default its share of the cores that it
     may run on, at most 32"""
-    hw_decoder_load: float | None = setting(None, check=_check_share, on_resume="freely")
+    hw_decoder_load: float | None = setting(None, check=check_decoder_load, on_resume="freely")
     """share of the JPEG images that the GPU's own JPEG decoder takes (dali); by default 0.65, or
     0.9 with fewer than 8 workers"""
     dont_use_mmap: bool = setting(False, on_resume="freely")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-__all__ = ["TOO_MANY_WORKERS", "Decoding", "decoding", "default_workers"]
+__all__ = ["TOO_MANY_WORKERS", "Decoding", "check_decoder_load", "decoding", "default_workers"]
 
 TOO_MANY_WORKERS = 1025  # where a system has no more threads, DALI ends the process
 _MOST_BY_DEFAULT = 32  # by default: each thread of DALI keeps 16 MB of GPU memory
@@ -43,9 +43,18 @@ def decoding(
         # slowest batches to take more than twice as long (DALI's pull request 6366). Nothing of it
         # was timed here.
         hw_decoder_load = 0.9 if workers < _FEW_WORKERS else 0.65
-    if not 0.0 <= hw_decoder_load <= 1.0:
-        raise ValueError(f"hw_decoder_load must be in [0, 1], got {hw_decoder_load}")
+    check_decoder_load(hw_decoder_load)
     return Decoding(workers, hw_decoder_load, dont_use_mmap)
+
+
+def check_decoder_load(share: float | None) -> None:
+    """Refuses what is no share; None is left to :func:`decoding`.
+
+    Raises:
+        ValueError: unless it is in [0, 1].
+    """
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ValueError(f"hw_decoder_load must be in [0, 1], got {share}")
 
 
 def default_workers() -> int:
