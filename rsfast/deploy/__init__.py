@@ -1,0 +1,1 @@
+"""Running an exported network, without PyTorch."""

@@ -1,0 +1,1 @@
+"""One file for every resolution: a checkpoint exported to ONNX, and checked."""
