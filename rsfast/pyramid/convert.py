@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rsfast.pyramid.batchnorm import SwitchableBatchNorm2d
 
-__all__ = ["BETWEEN", "bn_mixture", "to_single", "to_switchable"]
+__all__ = ["BETWEEN", "bn_mixture", "replace_norms", "to_single", "to_switchable"]
 
 BETWEEN = ("interpolate", "nearest")
 
@@ -52,13 +52,25 @@ def to_single(network: nn.Module, mixture: Sequence[tuple[int, float]]) -> nn.Mo
         network: that :func:`to_switchable` made.
         mixture: (bank, weight) pairs; the weights add up to 1.
     """
+    return replace_norms(network, lambda norm: norm.single(mixture))
+
+
+def replace_norms(
+    network: nn.Module, make: Callable[[SwitchableBatchNorm2d], nn.Module]
+) -> nn.Module:
+    """A copy with other layers in the place of switchable batch norms.
+
+    Args:
+        network: that :func:`to_switchable` made.
+        make: the layer for each of them, in the order of the modules.
+    """
     made: dict[int, nn.Module] = {}
 
     def swap(path: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, SwitchableBatchNorm2d):
             return None
         if id(module) not in made:
-            made[id(module)] = module.single(mixture)
+            made[id(module)] = make(module)
         return made[id(module)]
 
     return _swap(copy.deepcopy(network), swap)
