@@ -10,7 +10,6 @@ network of that size.
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,7 +69,8 @@ class FromShape(nn.Module):
             self.network = replace_norms(model.network, make)
             self.shares = _Shares(model.resolutions, norms, banks)
         # The exporter writes strides that are not row-major as operators of their own.
-        self.network.to(memory_format=torch.contiguous_format)
+        for param in self.network.parameters():
+            param.data = param.data.contiguous()
         self.preprocess = preprocess
         self.register_buffer("mean", _per_channel(model.input_mean))
         self.register_buffer("std", _per_channel(model.input_std))
@@ -189,7 +189,7 @@ def to_onnx(model: RSNet, preprocess: bool = False) -> Any:
         ValueError: in one sentence, if PyTorch cannot export the network for every size.
         ImportError: if a package of the extra `export` is absent.
     """
-    onnx = import_onnx()
+    import_onnx()
     smallest, largest = sizes_of(model.resolutions)
     size = torch.export.Dim("size", min=smallest, max=largest)
     shapes = {INPUT: {0: torch.export.Dim("batch"), 2: size, 3: size}}
@@ -213,9 +213,7 @@ def to_onnx(model: RSNet, preprocess: bool = False) -> Any:
             f"network cannot be exported for inputs of {smallest} to {largest} pixels: {reason}"
         ) from error
     assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    graph = onnx.load_from_string(buffer.getvalue())
+    graph = program.model_proto
     _forget_sources(graph)
     return graph
 
