@@ -26,7 +26,7 @@ from bench.step import bench_train_step as race
 from bench.support.results_file import Results
 from bench.support.shapes import ARCHITECTURES, PAPER_ARCHITECTURES
 from bench.support.timing import DEVICE, ON_GPU, time_steps
-from rsfast.data.prefetch import prefetch
+from rsfast.data.prefetching import prefetch
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import choose_backend
 

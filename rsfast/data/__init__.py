@@ -1,26 +1,42 @@
-"""From folders of images to batches of pyramids."""
+"""From folders of images to batches of pyramids.
 
-from rsfast.data.decoding import default_workers
-from rsfast.data.folder import FolderIndex, index_folder
-from rsfast.data.loader import (
-    BACKENDS,
-    NORMALIZATIONS,
-    Batch,
-    Loader,
-    train_loader,
-    val_loader,
-)
-from rsfast.data.prefetch import prefetch
+Names load on first use: what needs no PyTorch (an index of images) does not load it.
+"""
 
-__all__ = [
-    "BACKENDS",
-    "NORMALIZATIONS",
-    "Batch",
-    "FolderIndex",
-    "Loader",
-    "default_workers",
-    "index_folder",
-    "prefetch",
-    "train_loader",
-    "val_loader",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsfast.data.decoding import default_workers as default_workers
+    from rsfast.data.folder import FolderIndex as FolderIndex
+    from rsfast.data.folder import index_folder as index_folder
+    from rsfast.data.loader import BACKENDS as BACKENDS
+    from rsfast.data.loader import NORMALIZATIONS as NORMALIZATIONS
+    from rsfast.data.loader import Batch as Batch
+    from rsfast.data.loader import Loader as Loader
+    from rsfast.data.loader import train_loader as train_loader
+    from rsfast.data.loader import val_loader as val_loader
+    from rsfast.data.prefetching import prefetch as prefetch
+
+_SOURCES = {
+    "BACKENDS": "loader",
+    "NORMALIZATIONS": "loader",
+    "Batch": "loader",
+    "FolderIndex": "folder",
+    "Loader": "loader",
+    "default_workers": "decoding",
+    "index_folder": "folder",
+    "prefetch": "prefetching",
+    "train_loader": "loader",
+    "val_loader": "loader",
+}
+
+__all__ = [*_SOURCES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SOURCES:
+        return getattr(importlib.import_module(f"rsfast.data.{_SOURCES[name]}"), name)
+    raise AttributeError(f"module 'rsfast.data' has no attribute {name!r}")
