@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from rsfast.data.folder import FolderIndex, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.files.pictures import BILINEAR, as_rgb, cut
 from rsfast.runtime.interrupt import ignore_in_worker
 
 __all__ = ["PillowDecoder", "decode", "render"]
 
-_BILINEAR = Image.Resampling.BILINEAR
 _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 
 
@@ -59,19 +59,12 @@ def decode(index: FolderIndex, position: int) -> Image.Image:
     path = index.path(position)
     try:
         with Image.open(path) as file:
-            return _as_rgb(file)
+            return as_rgb(file)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
             f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
             f"{exclude_command(index.root, index.paths[position])}"
         ) from error
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _train_levels(
@@ -82,7 +75,7 @@ def _train_levels(
         if crop is None or not batch.shared_window:
             top, left, height, width = batch.windows[level, n].tolist()
             crop = image.crop((left, top, left + width, top + height))
-        picture = crop.resize((r, r), _BILINEAR)
+        picture = crop.resize((r, r), BILINEAR)
         yield picture.transpose(_FLIP) if batch.flips[level, n] else picture
 
 
@@ -90,9 +83,7 @@ def _val_levels(
     image: Image.Image, batch: ValBatch, n: int, resolutions: Sequence[int]
 ) -> Iterator[Image.Image]:
     for level, r in enumerate(resolutions):
-        height, width = batch.resized[level, n].tolist()
-        top, left = batch.corners[level, n].tolist()
-        yield image.resize((width, height), _BILINEAR).crop((left, top, left + r, top + r))
+        yield cut(image, batch.resized[level, n], batch.corners[level, n], r)
 
 
 class _Batches(Dataset):

@@ -15,13 +15,12 @@ from functools import lru_cache
 import numpy as np
 
 from rsfast.data.folder import FolderIndex
+from rsfast.files.pictures import VAL_CROPS, val_geometry
 
 __all__ = ["TrainBatch", "TrainPlan", "ValBatch", "ValPlan", "random_windows"]
 
 CROP_MODES = ("single", "multi")
 FLIP_MODES = ("shared", "independent", "none")
-VAL_CROPS = ("center", "none")
-VAL_SCALE = 0.875  # share of the shorter side that the centre crop keeps
 _TRIES = 10
 DRAWS = 2 * _TRIES + 2  # random numbers per window: area and ratio of each try, top and left
 
@@ -209,7 +208,7 @@ class ValPlan:
         """This rank's images of one step and where they are cut."""
         images = self.images(epoch, step)
         sizes = self.index.sizes[images].astype(np.int64)
-        levels = [_val_geometry(sizes, r, self.crop) for r in self.resolutions]
+        levels = [val_geometry(sizes, r, self.crop) for r in self.resolutions]
         resized, corners = (np.stack(part).astype(np.int32) for part in zip(*levels, strict=True))
         return ValBatch(images, resized, corners)
 
@@ -221,15 +220,6 @@ def _check_share(batch_size: int, rank: int, world_size: int) -> None:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-
-
-def _val_geometry(sizes: np.ndarray, resolution: int, crop: str) -> tuple[np.ndarray, np.ndarray]:
-    """[n, 2] resized (height, width) and [n, 2] crop corner, as the authors' pipeline has them."""
-    if crop == "none":
-        return np.full_like(sizes, resolution), np.zeros_like(sizes)
-    shorter = int(resolution / VAL_SCALE)
-    resized = shorter * sizes // sizes.min(axis=1, keepdims=True)
-    return resized, np.rint((resized - resolution) / 2).astype(np.int64)
 
 
 @lru_cache(maxsize=2)
