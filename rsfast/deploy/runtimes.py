@@ -1,0 +1,145 @@
+"""The runtimes that an exported file runs in, behind one function; nothing else imports them.
+
+Runtimes fold the arithmetic of shapes, and with it the choice of batch norm, into constants only
+if all dimensions of the input are known. A session is therefore either pinned to one batch and
+size, or takes any.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["MODES", "PRECISIONS", "RUNTIMES", "Pin", "Session", "library", "open_session", "refuse"]
+
+RUNTIMES = {"onnxruntime": "export", "openvino": "openvino"}  # package, rsfast's extra
+MODES = ("fast", "small")
+PRECISIONS = ("fp32", "int8", "bf16")
+_FIRST_ONNXRUNTIME = (
+    1,
+    31,
+    1,
+)  # those before add int8 biases that are computed at run time wrongly
+_OPENVINO_TYPES = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}  # of what is not int8 already
+
+Session = Callable[[np.ndarray], np.ndarray]  # images [N, 3, r, r] -> logits [N, K] float32
+
+
+class Pin(NamedTuple):
+    """The one shape [batch, 3, size, size] that a session takes."""
+
+    batch: int
+    size: int
+
+
+def refuse(runtime: str, mode: str, precision: str) -> None:
+    """Raises ValueError if there is no such combination."""
+    for name, value, known in (
+        ("runtime", runtime, tuple(RUNTIMES)),
+        ("mode", mode, MODES),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    if precision == "bf16" and runtime != "openvino":
+        raise ValueError(f"precision bf16 needs runtime openvino, got {runtime}")
+    if (runtime, precision, mode) == ("openvino", "int8", "small"):
+        raise ValueError(
+            "runtime openvino takes the int8 file only with all dimensions pinned: mode must be "
+            "fast, got small"
+        )
+
+
+def library(runtime: str) -> ModuleType:
+    """The package of a runtime.
+
+    Raises:
+        ImportError: if it is absent or too old, with the command that installs it.
+    """
+    install = f"pip install 'rsfast[{RUNTIMES[runtime]}]'"
+    try:
+        package = importlib.import_module(runtime)
+    except ImportError as error:
+        raise ImportError(f"runtime {runtime} is not installed: {install}") from error
+    if runtime == "onnxruntime":
+        version = package.__version__
+        if tuple(int(part) for part in version.split(".")[:3]) < _FIRST_ONNXRUNTIME:
+            wanted = ".".join(map(str, _FIRST_ONNXRUNTIME))
+            raise ImportError(
+                f"onnxruntime must be of version {wanted} or later, got {version}: {install}"
+            )
+    return package
+
+
+def open_session(
+    path: Path, runtime: str, pin: Pin | None, *, threads: int, precision: str
+) -> Session:
+    """Opens a file.
+
+    Args:
+        path: of the ONNX file, in that precision or, for "bf16", in fp32.
+        runtime: a key of RUNTIMES.
+        pin: the only shape to take; None for any.
+        threads: to compute with.
+        precision: of PRECISIONS.
+
+    Returns:
+        What computes logits; not to be called from several threads at once.
+
+    Raises:
+        ImportError: if the runtime is absent or too old.
+        ValueError: if this CPU has no such arithmetic.
+    """
+    package = library(runtime)
+    if runtime == "onnxruntime":
+        return _open_onnxruntime(package, path, pin, threads)
+    return _open_openvino(package, path, pin, threads, precision)
+
+
+def _open_onnxruntime(package: ModuleType, path: Path, pin: Pin | None, threads: int) -> Session:
+    options = package.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    # Threads that wait by spinning take the cores from the session of the next size.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if pin is None:
+        options.enable_mem_pattern = False  # it would keep a plan per shape that was seen
+    else:
+        for name, value in pin._asdict().items():
+            options.add_free_dimension_override_by_name(name, value)
+    session = package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images})[0]
+
+
+def _open_openvino(
+    package: ModuleType, path: Path, pin: Pin | None, threads: int, precision: str
+) -> Session:
+    core = package.Core()
+    if precision == "bf16":
+        found = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in found:
+            raise ValueError(
+                f"precision bf16 needs a CPU that computes in it, OpenVINO finds {found} here"
+            )
+    if precision == "int8":
+        assert pin is not None
+        from rsfast.deploy.qdq import pinned_qdq  # needs another package, which fp32 does without
+
+        model = core.read_model(pinned_qdq(path, pin.batch, pin.size))
+    else:
+        model = core.read_model(path)
+    if pin is not None:
+        model.reshape([pin.batch, 3, pin.size, pin.size])
+    settings = {
+        "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+    return lambda images: compiled(images)[0]
