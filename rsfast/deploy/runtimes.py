@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["MODES", "PRECISIONS", "RUNTIMES", "Pin", "Session", "library", "open_session", "refuse"]
+__all__ = [
+    "MODES",
+    "PRECISIONS",
+    "RUNTIMES",
+    "Pin",
+    "Session",
+    "library",
+    "open_session",
+    "refuse",
+    "save_optimized",
+]
 
 RUNTIMES = {"onnxruntime": "export", "openvino": "openvino"}  # package, rsfast's extra
 MODES = ("fast", "small")
@@ -143,3 +153,24 @@ def _open_openvino(
     }
     compiled = core.compile_model(model, "CPU", settings)
     return lambda images: compiled(images)[0]
+
+
+def save_optimized(path: Path, pin: Pin, output: Path) -> None:
+    """Writes an ONNX file as ONNX Runtime simplifies it for one shape, with standard operators.
+
+    Args:
+        path: of the file.
+        pin: the shape.
+        output: the file to write, with its weights inside.
+
+    Raises:
+        ImportError: if the runtime is absent or too old.
+    """
+    package = library("onnxruntime")
+    options = package.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(output)
+    for name, value in pin._asdict().items():
+        options.add_free_dimension_override_by_name(name, value)
+    package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

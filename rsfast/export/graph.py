@@ -28,8 +28,10 @@ from rsfast.pyramid.convert import replace_norms, to_single
 __all__ = ["INPUT", "OUTPUT", "FromShape", "import_onnx", "sizes_of", "to_onnx"]
 
 INPUT, OUTPUT = "images", "logits"
+BATCH, SIZE = "batch", "size"  # symbolic dimensions
 OPSET = 18  # the oldest that PyTorch's exporter writes, for the most runtimes
 _BEYOND = 2  # the graph takes images up to so many times the largest trained size
+_SMALL = 2**20  # elements: constants up to this size are looked at for being there twice
 _FAR = 1e9  # pixels: the neighbour that the outermost resolutions do not have
 
 
@@ -77,6 +79,7 @@ class FromShape(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
+        torch._check(images.shape[2] == images.shape[3])
         if self.shares is not None:
             self.shares(images.shape[2])
         if self.preprocess:
@@ -190,30 +193,32 @@ def to_onnx(model: RSNet, preprocess: bool = False) -> Any:
         ImportError: if a package of the extra `export` is absent.
     """
     import_onnx()
-    smallest, largest = sizes_of(model.resolutions)
-    size = torch.export.Dim("size", min=smallest, max=largest)
-    shapes = {INPUT: {0: torch.export.Dim("batch"), 2: size, 3: size}}
+    from onnx_ir.passes.common import DeduplicateInitializersPass
+
+    # AUTO: PyTorch's own limits are not wanted. It finds conditions on how memory is laid out where
+    # a map has one pixel, which no operator of the graph has.
+    size = torch.export.Dim.AUTO
+    shapes = ({0: torch.export.Dim("batch"), 2: size, 3: size},)
     images = torch.zeros(2, 3, model.resolutions[0], model.resolutions[0])  # of 1 would be fixed
+    images = images.to(torch.uint8 if preprocess else torch.float32)
     network = FromShape(model, preprocess)
     try:
         with torch.no_grad(), _quiet():
+            traced = torch.export.export(network, (images,), dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(
-                network,
-                (images.to(torch.uint8) if preprocess else images,),
+                traced,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=shapes,
                 verbose=False,
             )
     except Exception as error:  # what the exporter raises is not documented
-        reason = _innermost(error)
-        raise ValueError(
-            f"network cannot be exported for inputs of {smallest} to {largest} pixels: {reason}"
-        ) from error
+        raise ValueError(f"network cannot be exported: {_reason(error)}") from error
     assert program is not None
+    DeduplicateInitializersPass(size_limit=_SMALL)(program.model)
     graph = program.model_proto
+    _name_dimensions(graph, model.resolutions[0])
     _forget_sources(graph)
     return graph
 
@@ -232,12 +237,27 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _innermost(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of the error that began it."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _name_dimensions(graph: Any, traced: int) -> None:
+    """Calls the dimensions of the input by names, by which runtimes pin them."""
+    del graph.graph.value_info[:]  # which has the exporter's names
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    if not all(dims[axis].dim_param for axis in (0, 2, 3)):
+        shape = [dim.dim_param or dim.dim_value for dim in dims]
+        raise ValueError(
+            f"network cannot be exported for other sizes than {traced} pixels: something in it "
+            f"depends on the size, and PyTorch fixes its input to {shape}"
+        )
+    for axis, name in ((0, BATCH), (2, SIZE), (3, SIZE)):
+        dims[axis].dim_param = name
+    graph.graph.output[0].type.tensor_type.shape.dim[0].dim_param = BATCH
 
 
 def _forget_sources(graph: Any) -> None:

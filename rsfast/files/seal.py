@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["is_sealed", "seal_zip", "sync_folder", "write_whole"]
+__all__ = ["is_sealed", "link_or_copy", "seal_zip", "sync_folder", "write_whole"]
 
 _MAGIC = b"rsfast-sha256:"
 _SEAL_LENGTH = len(_MAGIC) + 2 * hashlib.sha256().digest_size
@@ -77,3 +78,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Another name for the same bytes, put in place at once: a hard link where there are some.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

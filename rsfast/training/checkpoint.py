@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from rsfast.files.seal import is_sealed, seal_zip, sync_folder, write_whole
+from rsfast.files.seal import is_sealed, link_or_copy, seal_zip, sync_folder, write_whole
 from rsfast.files.unpickle import load_dict
 from rsfast.losses import scores_of_resolutions
 from rsfast.models import RSNet, create_model, official
@@ -77,7 +76,7 @@ def save_with_predecessors(payload: dict[str, Any], folder: Path, keep: int, *al
             older = _predecessors(folder)
             for number in sorted((n for n in older if n < keep - 1), reverse=True):
                 os.replace(older[number], folder / f"last-{number + 1}.pt")
-            _copy(last, folder / "last-1.pt")
+            link_or_copy(last, folder / "last-1.pt")
         os.replace(coming, last)
     except BaseException:
         coming.unlink(missing_ok=True)
@@ -317,18 +316,3 @@ def _fault(path: Path) -> str | None:
     if sealed is None:
         reason = "it has no checksum at its end, as files of rsfast have"
     return f"checkpoint {path} is damaged: {reason}"
-
-
-def _copy(source: Path, path: Path) -> None:
-    """Another name for the same bytes, put in place at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

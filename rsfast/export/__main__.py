@@ -1,0 +1,154 @@
+"""`python -m rsfast.export CHECKPOINT --output DIR`, and `python -m rsfast.export check DIR`.
+
+The folder is made beside its place, checked, and put there only if it passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rsfast.deploy.manifest import INT8_FILE, MANIFEST_FILE
+from rsfast.export import check
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 2 bad input, 1 the export failed its check."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["check"]:
+        return check.main(arguments[1:])
+    args = _parse(arguments)
+    try:
+        _refuse_early(args)
+        with tempfile.TemporaryDirectory(
+            dir=_parent(args.output), prefix=f".{args.output.name}."
+        ) as scratch:
+            folder = Path(scratch) / args.output.name
+            folder.mkdir()
+            _export(args, folder)
+            lines = check.check(folder, args.runtime, args.data, args.max_loss)
+            if not check.report(lines):
+                print(f"rsfast.export: error: {args.output} is not written", file=sys.stderr)
+                return 1
+            _put(folder, args.output)
+    except (ValueError, ImportError) as error:
+        print(f"rsfast.export: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"rsfast.export: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"rsfast.export: error: {args.output} cannot be written: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {', '.join(str(path) for path in sorted(args.output.iterdir()))}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rsfast.export",
+        description="Writes a network as one ONNX file for every resolution, and checks it; "
+        "`rsfast.export check DIR` checks again.",
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="of rsfast (model_best.pt, last.pt) or of the authors' code")
+    add("--output", type=Path, required=True, help="folder to write")
+    add("--arch", help="what the checkpoint is of; needed for MODULE:FUNCTION, which is then run")
+    add(
+        "--trained-resolutions",
+        type=int,
+        nargs="+",
+        metavar="R",
+        help="of an authors' checkpoint not at 224..96",
+    )
+    add("--preprocess", action="store_true", help="put normalisation into the graph: uint8 in")
+    add("--int8", action="store_true", help="write model.int8.onnx, too; needs --data")
+    add("--data", help="folder with train/, to calibrate int8 on, and val/, to measure its loss")
+    add("--calibration-images", type=int, default=512, help="of train/ (default 512)")
+    add(
+        "--max-loss",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="of top-1 that int8 may lose at any resolution (default 1)",
+    )
+    add("--accuracy", type=Path, help="accuracy.csv of rsfast.evaluate, for the model card")
+    add("--triton", action="store_true", help="write a model of Triton Inference Server, too")
+    add(
+        "--runtime",
+        nargs="+",
+        choices=check.RUNTIMES,
+        default=["onnxruntime"],
+        help="to check it with (default onnxruntime)",
+    )
+    return parser.parse_args(argv)
+
+
+def _refuse_early(args: argparse.Namespace) -> None:
+    """Before any work."""
+    if args.int8 and args.data is None:
+        raise ValueError("--int8 needs --data, a folder with train/ and val/, to calibrate on")
+    if args.calibration_images < 1:
+        raise ValueError(f"--calibration-images must be at least 1, got {args.calibration_images}")
+    if args.output.exists() and not _is_ours(args.output):
+        raise ValueError(
+            f"--output {args.output} must be a folder that is not there, an empty one, or one of "
+            f"an earlier export, which is then replaced"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST_FILE).exists())
+
+
+def _parent(folder: Path) -> Path:
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def _export(args: argparse.Namespace, folder: Path) -> None:
+    """All files but validation.json."""
+    from rsfast.export import graph, images, package, reference
+    from rsfast.files.tables import read_rows
+    from rsfast.training.checkpoint import load_model
+
+    graph.import_onnx()
+    model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch)
+    manifest = package.describe(model, args.checkpoint, args.preprocess)
+    if args.int8:
+        count, batches = images.calibration(args.data, manifest, args.calibration_images)
+        manifest = replace(manifest, calibration_images=count)
+    accuracy = read_rows(args.accuracy) if args.accuracy else None
+    manifest.write(folder)
+    package.write_labels(manifest, folder)
+    reference.compute(model, manifest).write(folder)
+    path = package.write_graph(graph.to_onnx(model, args.preprocess), manifest, folder)
+    if args.int8:
+        from rsfast.export.quantize import quantize
+
+        quantize(path, folder / INT8_FILE, manifest, batches)
+    if args.triton:
+        package.write_triton(manifest, folder)
+    package.write_card(manifest, folder, accuracy)
+
+
+def _put(folder: Path, output: Path) -> None:
+    """In the place of what is there, which is removed last."""
+    old = folder.with_name("old")
+    if output.exists():
+        os.replace(output, old)
+    os.replace(folder, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

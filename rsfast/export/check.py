@@ -1,0 +1,224 @@
+"""`python -m rsfast.export check DIR`: whether an exported network is what it says, and no other.
+
+Needs no PyTorch: what PyTorch computed is in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from rsfast.deploy.manifest import FP32_FILE, INT8_FILE, MANIFEST_FILE, Manifest
+from rsfast.deploy.reference import Reference
+from rsfast.export import structure
+from rsfast.export.accuracy import top1_losses
+from rsfast.files.seal import write_whole
+
+__all__ = ["Line", "check", "main", "report"]
+
+RUNTIMES = ("onnxruntime", "openvino")
+VALIDATION_FILE = "validation.json"
+_TOLERANCE = 1e-4  # of float32 logits, relative to the largest
+_TELLS_APART = 10 * _TOLERANCE  # two banks whose logits differ by less could be mistaken
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: None if it could not be looked at.
+        found: in words, with the value and the limit.
+    """
+
+    name: str
+    passed: bool | None
+    found: str
+
+
+def check(
+    folder: Path,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    data: str | None = None,
+    max_loss: float = 1.0,
+) -> list[Line]:
+    """Looks at an exported network from all sides, and writes validation.json into its folder.
+
+    Args:
+        folder: of rsfast.export.
+        runtimes: to run it with, each in a process of its own without PyTorch.
+        data: folder with val/, for the accuracy of the int8 file on real images.
+        max_loss: points of top-1 that int8 may lose at any resolution.
+
+    Raises:
+        ValueError: if the folder is not one of rsfast.export, or the data set is another one.
+        ImportError: if a package is absent.
+    """
+    manifest = Manifest.read(folder)
+    reference = Reference.read(folder)
+    has_int8 = (folder / INT8_FILE).is_file()
+    lines = []
+    for name in (FP32_FILE, *([INT8_FILE] if has_int8 else [])):
+        lines += [Line(*line) for line in structure.look_at(folder / name, manifest)]
+    lines.append(_banks_differ(reference, manifest))
+    for runtime in runtimes:
+        for mode in ("fast", "small"):
+            lines.append(_float32(folder, runtime, mode, reference))
+            if has_int8 and not (runtime == "openvino" and mode == "small"):
+                lines.append(_int8(folder, runtime, mode, reference, manifest))
+    if has_int8:
+        lines += _losses(folder, manifest, data, max_loss)
+    write_whole(folder / VALIDATION_FILE, [_as_json(lines, runtimes).encode()])
+    return lines
+
+
+def report(lines: Sequence[Line]) -> bool:
+    """Prints the lines; returns whether none has failed."""
+    words = {True: "ok", False: "FAILED", None: "not looked at"}
+    for line in lines:
+        print(f"{words[line.passed]:>13}  {line.name}: {line.found}")
+    return all(line.passed is not False for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 all is well, 2 bad input, 1 the network is not what it says."""
+    parser = argparse.ArgumentParser(
+        prog="rsfast.export check", description="Checks an exported network."
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="of rsfast.export")
+    add("--runtime", nargs="+", choices=RUNTIMES, default=["onnxruntime"])
+    add("--data", help="folder with val/: int8's accuracy is measured on it")
+    add(
+        "--max-loss",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="of top-1 that int8 may lose at any resolution (default 1)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        passed = report(check(args.folder, args.runtime, args.data, args.max_loss))
+    except (ValueError, ImportError) as error:
+        print(f"rsfast.export check: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"rsfast.export check: error: {error}", file=sys.stderr)
+        return 1
+    return 0 if passed else 1
+
+
+def _banks_differ(reference: Reference, manifest: Manifest) -> Line:
+    """A file with a bank in the wrong place must not pass: do the references tell banks apart?"""
+    name = "banks can be told apart"
+    if not reference.by_bank:
+        return Line(name, None, "there is one bank for all resolutions")
+    closest, pair = np.inf, (0, 0)
+    for resolution, logits in reference.by_bank.items():
+        own = manifest.resolutions.index(resolution)
+        for bank, trained in enumerate(manifest.resolutions):
+            if bank != own and (error := _error(logits[bank], logits[own])) < closest:
+                closest, pair = error, (resolution, trained)
+    found = f"at {pair[0]} px the bank of {pair[1]} is {closest:.1e} away, at least"
+    return Line(name, closest > _TELLS_APART, f"{found} {_TELLS_APART:.0e}")
+
+
+def _float32(folder: Path, runtime: str, mode: str, reference: Reference) -> Line:
+    name = f"{runtime} {mode} float32 equals PyTorch"
+    outputs = _replay(folder, runtime, mode, "fp32")
+    if isinstance(outputs, str):
+        return Line(name, False, outputs)
+    errors = {
+        key: _error(logits, reference.logits[size][: len(logits)])
+        for key, (size, logits) in outputs.items()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    sizes = sorted({size for size, _ in outputs.values()}, reverse=True)
+    found = f"relative error {errors[worst]:.1e} ({worst}), at most {_TOLERANCE:.0e}"
+    return Line(name, errors[worst] <= _TOLERANCE, f"{found}; at {', '.join(map(str, sizes))} px")
+
+
+def _int8(folder: Path, runtime: str, mode: str, reference: Reference, manifest: Manifest) -> Line:
+    """Rounding makes logits differ, but those of another bank must differ more."""
+    name = f"{runtime} {mode} int8 has each resolution's own bank"
+    outputs = _replay(folder, runtime, mode, "int8")
+    if isinstance(outputs, str):
+        return Line(name, False, outputs)
+    wrong, errors = [], []
+    for key, (size, logits) in outputs.items():
+        if size not in manifest.resolutions:
+            continue
+        errors.append(_rms(logits, reference.logits[size][: len(logits)]))
+        if size in reference.by_bank:
+            distances = [_rms(logits[0], bank) for bank in reference.by_bank[size]]
+            if int(np.argmin(distances)) != manifest.resolutions.index(size):
+                wrong.append(key)
+    found = f"rms difference from float32 {max(errors):.3f} of the rms at most, on patterns"
+    if wrong:
+        found += f"; nearer to another bank: {', '.join(wrong)}"
+    return Line(name, not wrong, found)
+
+
+def _replay(
+    folder: Path, runtime: str, mode: str, precision: str
+) -> dict[str, tuple[int, np.ndarray]] | str:
+    """What was run -> size and logits; or why there are none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "logits.npz"
+        command = [sys.executable, "-m", "rsfast.deploy.replay", str(folder)]
+        command += ["--runtime", runtime, "--mode", mode, "--precision", precision]
+        done = subprocess.run(
+            [*command, "--output", str(output)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            return last[0]
+        found = {}
+        with np.load(output) as file:
+            for key in file.files:
+                size, batch = key.split("_")
+                found[f"{batch} of {size} px"] = (int(size), file[key])
+    return found
+
+
+def _losses(folder: Path, manifest: Manifest, data: str | None, max_loss: float) -> Iterator[Line]:
+    if data is None:
+        yield Line("int8 accuracy", None, "give --data to measure it on real images")
+        return
+    for resolution, (float32, int8, count) in top1_losses(folder, manifest, data).items():
+        loss = float32 - int8
+        found = (
+            f"top-1 {int8:.2f} against {float32:.2f} on {count} images, at most {max_loss:g} less"
+        )
+        yield Line(f"int8 accuracy at {resolution} px", loss <= max_loss, found)
+
+
+def _error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Relative to the largest logit; infinite if there is no number."""
+    error = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    return error if np.isfinite(error) else np.inf
+
+
+def _rms(found: np.ndarray, wanted: np.ndarray) -> float:
+    ratio = float(np.sqrt(((found - wanted) ** 2).mean() / (wanted**2).mean()))
+    return ratio if np.isfinite(ratio) else np.inf
+
+
+def _as_json(lines: Sequence[Line], runtimes: Sequence[str]) -> str:
+    content = {
+        "passed": all(line.passed is not False for line in lines),
+        "runtimes": {name: metadata.version(name) for name in runtimes},
+        "manifest": MANIFEST_FILE,
+        "lines": [asdict(line) for line in lines],
+    }
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,80 @@
+"""Real images for an export: those that int8 is calibrated on, and those it is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rsfast.data.folder import FolderIndex, index_folder
+from rsfast.deploy.manifest import Manifest
+from rsfast.deploy.preprocess import preprocess
+
+__all__ = ["batches", "calibration", "index_split"]
+
+_BATCH = 32
+
+
+def index_split(data: str | Path, split: str, manifest: Manifest) -> FolderIndex:
+    """The images of DATA/split.
+
+    Raises:
+        ValueError: if there are none, or they have other classes than the network.
+    """
+    index = index_folder(Path(data) / split)
+    names = index.class_names
+    wrong = manifest.class_names not in (None, names)
+    if len(names) != manifest.num_classes or wrong:
+        raise ValueError(
+            f"data folder {data} must have the {manifest.num_classes} classes of the network, "
+            f"got {len(names)} ({', '.join(names[:3])}, ...)"
+        )
+    return index
+
+
+def batches(
+    index: FolderIndex, positions: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[Image.Image]]]:
+    """Positions and their pictures, some at a time."""
+    for start in range(0, len(positions), _BATCH):
+        part = positions[start : start + _BATCH]
+        yield part, [_open(index.path(int(position))) for position in part]
+
+
+def calibration(
+    data: str | Path, manifest: Manifest, count: int
+) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
+    """Training images, prepared as for validation, spread evenly over the classes.
+
+    Args:
+        data: folder with train/.
+        manifest: of the network.
+        count: of images at most.
+
+    Returns:
+        How many there are, and resolution -> batches [N, 3, r, r] of them.
+
+    Raises:
+        ValueError: if the data set is not the network's.
+    """
+    index = index_split(data, "train", manifest)
+    count = min(count, len(index))
+    positions = np.arange(count) * len(index) // count
+
+    def prepared(resolution: int) -> Iterator[np.ndarray]:
+        for _, pictures in batches(index, positions):
+            yield preprocess(pictures, resolution, manifest)
+
+    return count, prepared
+
+
+def _open(path: str) -> Image.Image:
+    """Raises RuntimeError, naming the file, if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+        raise RuntimeError(f"cannot decode {path}: {error}") from error

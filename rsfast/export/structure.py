@@ -1,0 +1,123 @@
+"""What an exported graph must look like, without running it."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rsfast.deploy.manifest import METADATA_KEY, Manifest
+from rsfast.deploy.runtimes import Pin, save_optimized
+
+__all__ = ["Found", "look_at", "loose_nodes"]
+
+_SMALL = 4096  # bytes: constants below may be there twice
+_FROM_SHAPE = ("Shape", "ArgMin")
+
+
+class Found(NamedTuple):
+    """What was looked at, whether it is as it must be, and what it is."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
+    """All that can be said of one ONNX file.
+
+    Args:
+        path: of the file.
+        manifest: that the folder has.
+
+    Raises:
+        ImportError: if a package of the extra `export` is absent.
+    """
+    import onnx
+
+    name = path.name
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        graph = onnx.load(path)
+    except Exception as error:  # of onnx's C++ code and of protobuf
+        yield Found(f"{name} is valid ONNX", False, str(error).strip().splitlines()[0])
+        return
+    opset = ", ".join(
+        f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in graph.opset_import
+    )
+    yield Found(f"{name} is valid ONNX", True, f"opsets {opset}")
+    yield _metadata(name, graph, manifest)
+    yield _stored_once(name, graph)
+    for resolution in manifest.resolutions:
+        yield _pinned(path, resolution)
+
+
+def _metadata(name: str, graph: Any, manifest: Manifest) -> Found:
+    texts = {entry.key: entry.value for entry in graph.metadata_props}
+    what = f"{name} carries rsfast.json"
+    if METADATA_KEY not in texts:
+        return Found(what, False, f"its metadata has no {METADATA_KEY!r}")
+    same = Manifest.parse(texts[METADATA_KEY], f"metadata of {name}") == manifest
+    return Found(what, same, "the same" if same else "another one than the folder's")
+
+
+def _stored_once(name: str, graph: Any) -> Found:
+    seen: dict[bytes, str] = {}
+    twice, total = [], 0
+    for entry in graph.graph.initializer:
+        size = entry.ByteSize()
+        total += size
+        content = hashlib.sha256(entry.raw_data or entry.SerializeToString()).digest()
+        if size > _SMALL and content in seen:
+            twice.append(f"{entry.name} = {seen[content]}")
+        seen[content] = entry.name
+    found = f"{total / 2**20:.1f} MiB of constants"
+    if twice:
+        found += f", the same again in {', '.join(twice[:3])}"
+    return Found(f"{name} has every weight once", not twice, found)
+
+
+def _pinned(path: Path, resolution: int) -> Found:
+    """Where the input's shape is known, nothing may be left of the choice of a bank."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        pinned = Path(scratch) / "pinned.onnx"
+        save_optimized(path, Pin(1, resolution), pinned)
+        nodes = loose_nodes(onnx.load(pinned).graph)
+    kinds = Counter(nodes)
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
+    return Found(
+        f"{path.name} pinned to {resolution} px is a plain network",
+        not nodes,
+        f"{found} left of the choice of a bank",
+    )
+
+
+def loose_nodes(graph: Any) -> list[str]:
+    """Operators that a plain network of one resolution does not have.
+
+    Those that read a shape, and batch norms or per-channel products and sums behind a convolution
+    whose output nothing else reads: a runtime makes them part of the convolution.
+    """
+    made_by = {output: node for node in graph.node for output in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    constants = {entry.name: tuple(entry.dims) for entry in graph.initializer}
+    loose = [node.op_type for node in graph.node if node.op_type in _FROM_SHAPE]
+    for node in graph.node:
+        if node.op_type not in ("BatchNormalization", "Mul", "Add"):
+            continue
+        maker = made_by.get(node.input[0])
+        if maker is None or maker.op_type != "Conv" or readers[node.input[0]] > 1:
+            continue
+        if node.op_type == "BatchNormalization" or _per_channel(constants.get(node.input[1])):
+            loose.append(node.op_type)
+    return loose
+
+
+def _per_channel(shape: tuple[int, ...] | None) -> bool:
+    """Of one value for each channel: [C, 1, 1], or with batch in front."""
+    return shape is not None and len(shape) in (3, 4) and shape[-2:] == (1, 1) and shape[-3] > 1
