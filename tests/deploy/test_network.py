@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy_helpers import Exported, pixels
+from deploy_helpers import Exported, export_small, pixels
+from helpers import smooth_image
 from rsfast.deploy import load, network, runtimes
 from rsfast.deploy.runtimes import MODES, RUNTIMES
 
@@ -141,6 +142,19 @@ def test_pictures_go_in_and_logits_come_out(runtime: str, exported: Exported) ->
     logits = net(images)
     assert logits.shape == (2, 5)
     assert relative_error(logits, exported, images) <= 1e-4
+
+
+def test_a_graph_that_normalises_takes_the_stored_values(
+    runtime: str, exported: Exported, tmp_path: Path
+) -> None:
+    export_small(tmp_path, preprocess=True)
+    net, outside = load(tmp_path, runtime), load(exported.folder, runtime)
+    pictures = [smooth_image(70, 90, np.random.default_rng(seed)) for seed in range(2)]
+    for size in (48, BETWEEN):
+        stored = net.preprocess(pictures, size)
+        assert stored.dtype == np.uint8
+        wanted = outside(outside.preprocess(pictures, size))
+        assert np.abs(net(stored) - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 WITHOUT = """
