@@ -16,7 +16,7 @@ from rsfast.deploy.runtimes import Pin, Session, library, open_session, refuse
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Network", "load"]
+__all__ = ["Network", "load", "model_file"]
 
 
 def load(
@@ -49,11 +49,7 @@ def load(
     manifest = Manifest.read(folder)
     check_contract(manifest)
     library(runtime)
-    path = folder / (INT8_FILE if precision == "int8" else FP32_FILE)
-    if not path.is_file():
-        how = "export with --int8" if precision == "int8" else "export anew"
-        raise ValueError(f"precision {precision} needs {path}, which is not there: {how}")
-    network = Network(path, manifest, runtime, mode, threads, precision)
+    network = Network(model_file(folder, precision), manifest, runtime, mode, threads, precision)
     if mode == "fast":
         for batch in batch_sizes:
             for resolution in manifest.resolutions:
@@ -61,6 +57,19 @@ def load(
     else:
         network.open_dynamic()
     return network
+
+
+def model_file(folder: Path, precision: str) -> Path:
+    """The ONNX file that is run in a precision.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    path = folder / (INT8_FILE if precision == "int8" else FP32_FILE)
+    if not path.is_file():
+        how = "export with --int8" if precision == "int8" else "export anew"
+        raise ValueError(f"precision {precision} needs {path}, which is not there: {how}")
+    return path
 
 
 class Network:
