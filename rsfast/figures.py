@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from rsfast.deploy.table import pareto
 from rsfast.files.plots import accuracy_against_multiply_adds, new_figure, write
 from rsfast.files.tables import read_rows
 
@@ -200,6 +201,42 @@ def _multiply_adds(path: Path, rows: Rows) -> None:
     accuracy_against_multiply_adds(path, part)
 
 
+def _latency(path: Path, rows: Rows) -> None:
+    """Top-1 against the time of a call, a panel for each number of threads and batch size."""
+    worth = "top1" if any(row["top1"] for row in rows) else "resolution"
+    rows = [row for row in rows if row[worth]]
+    panels = [
+        (f"{_several(threads, 'thread')}, batch {batch}", part)
+        for threads, some in _grouped(rows, "threads").items()
+        for batch, part in _grouped(some, "batch").items()
+    ]
+    figure, all_axes = new_figure(len(panels), (5.2 * len(panels) + 1.2, 4.2), sharey=True)
+    for axes, (title, part) in zip(all_axes, panels, strict=True):
+        points = [(float(row["p50_ms"]), float(row[worth])) for row in part]
+        best = pareto(*zip(*points, strict=True))
+        chosen = sorted(point for point, keep in zip(points, best, strict=True) if keep)
+        label = "Pareto set"
+        axes.plot(*zip(*chosen, strict=True), "o", mfc="none", color="black", ms=9, label=label)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row, point in zip(part, points, strict=True):
+            name = f"{row['runtime']} {row['precision']} {row['mode']}"
+            lines.setdefault(name, []).append(point)
+        for number, (name, line) in enumerate(lines.items()):
+            axes.plot(*zip(*sorted(line), strict=True), label=name, **_style(number))
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.set_xlabel("median of a call (ms)")
+        axes.legend(frameon=False, fontsize=8)
+    all_axes[0].set_ylabel("top-1 (%)" if worth == "top1" else "resolution (px)")
+    write(figure, path)
+
+
+def _several(count: str, noun: str) -> str:
+    return f"{count} {noun}" if count == "1" else f"{count} {noun}s"
+
+
 def _grouped(rows: Rows, name: str) -> dict[str, Rows]:
     groups: dict[str, Rows] = {}
     for row in rows:
@@ -223,6 +260,7 @@ _FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "shares.png": (("shares.csv",), _shares),
     "dense.png": (("dense.csv",), _dense),
     "multiply_adds.png": (("dense.csv",), _multiply_adds),
+    "latency.png": (("latency.csv",), _latency),
 }
 
 

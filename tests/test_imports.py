@@ -30,8 +30,11 @@ MAY_IMPORT = {
     "config": BUILDING_BLOCKS,
     "training": {*BUILDING_BLOCKS, "tasks", "config"},
     "recipes": set(),
-    "latency": {"deploy", "files"},
-    **{name: {*BUILDING_BLOCKS, *COMMANDS, "tasks", "config", "training"} for name in COMMANDS},
+    "latency": {"deploy", "files", "figures"},
+    **{
+        name: {*BUILDING_BLOCKS, *COMMANDS, "tasks", "config", "training", "deploy"}
+        for name in COMMANDS
+    },
     **{name: {*BUILDING_BLOCKS, "training"} for name in PUBLIC},
 }
 
