@@ -1,0 +1,184 @@
+"""From the fp32 graph to one int8 file for all resolutions.
+
+The graph is pinned to one trained resolution after the other. Its batch norms become constants,
+which ONNX Runtime folds into the convolutions, and its static quantiser makes an ordinary int8
+graph of each: weights int8, per output channel and symmetric; activations uint8, with ranges that
+calibration images span. `merge` makes one graph of them.
+
+The int8 products of a convolution are sums of uint8 times int8. CPUs that have no instruction for
+it (x86 before AVX-VNNI) saturate at 16 bits in between and lose accuracy.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsfast.deploy.manifest import METADATA_KEY, Manifest
+from rsfast.deploy.versions import check_onnxruntime
+from rsfast.export.graph import INPUT, import_onnx
+from rsfast.export.merge import Quantized, merge
+from rsfast.files.seal import write_whole
+
+__all__ = ["quantize", "quantize_at"]
+
+_SPATIAL = 2  # dimensions of the input from here on are the image's height and width
+
+
+def quantize(
+    model_path: Path,
+    output: Path,
+    manifest: Manifest,
+    batches: Callable[[int], Iterable[np.ndarray]],
+) -> None:
+    """Writes the int8 file.
+
+    Args:
+        model_path: the fp32 graph, "images" [batch, 3, size, size] -> "logits" [batch, K].
+        output: the file to write; its input and output are those of the fp32 graph.
+        manifest: of the exported network; goes into the file's metadata.
+        batches: calibration images of a resolution in pixels: arrays [N, 3, r, r] as the graph
+            takes them. Only each activation's smallest and largest value is kept of them.
+
+    Raises:
+        ImportError: if onnx or onnxruntime is absent, or the latter too old.
+        ValueError: if the graph differs between resolutions in more
+            than the scale and shift of its batch norms.
+    """
+    onnx = import_onnx()
+    parts = [quantize_at(model_path, r, batches(r)) for r in manifest.resolutions]
+    model = merge(parts, manifest.resolutions)
+    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.text()})
+    onnx.checker.check_model(model)
+    write_whole(output, [model.SerializeToString()])
+
+
+def quantize_at(model_path: Path, resolution: int, images: Iterable[np.ndarray]) -> Quantized:
+    """The int8 graph of one resolution, of any batch size.
+
+    Args:
+        model_path: as in :func:`quantize`.
+        resolution: in pixels.
+        images: calibration batches [N, 3, r, r].
+
+    Raises:
+        ImportError: if onnx or onnxruntime is absent, or the latter too old.
+    """
+    onnx = import_onnx()
+    with tempfile.TemporaryDirectory(prefix="rsfast-int8-") as name:
+        folded, quantized = Path(name, "folded.onnx"), Path(name, "quantized.onnx")
+        model = _folded(onnx.load(model_path), resolution, folded)
+        _averages_as_pools(model)
+        onnx.save(model, folded)
+        _quantize_static(model, folded, quantized, images)
+        values = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+        return Quantized(onnx.load(quantized), values)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+        import onnxruntime.quantization
+    except ImportError as error:
+        raise ImportError(f"export needs {error.name}: pip install 'rsfast[export]'") from error
+    check_onnxruntime(onnxruntime.__version__)
+    return onnxruntime
+
+
+def _folded(model: Any, resolution: int, path: Path) -> Any:
+    """The graph at one resolution with all that is then constant computed.
+
+    The batch stays open. Runtimes fold the shape of the input only if it is known as a whole, so
+    the reads of its height and width are replaced by hand.
+    """
+    onnx, ort = import_onnx(), _onnxruntime()
+    graph = model.graph
+    for dim in graph.input[0].type.tensor_type.shape.dim[_SPATIAL:]:
+        dim.dim_value = resolution
+    for node in graph.node:
+        if node.op_type != "Shape" or node.input[0] != graph.input[0].name:
+            continue
+        ends = {a.name: a.i for a in node.attribute}
+        count = len(range(4)[ends.get("start", 0) : ends.get("end", None)])
+        if ends.get("start", 0) >= _SPATIAL:
+            value = onnx.numpy_helper.from_array(np.full(count, resolution, np.int64))
+            constant = onnx.helper.make_node("Constant", [], node.output, node.name, value=value)
+            node.CopyFrom(constant)
+    del graph.value_info[:]
+    onnx.save(model, path)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 3  # it warns that the file may be specific to this machine
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.shape_inference.infer_shapes(onnx.load(path))
+
+
+def _averages_as_pools(model: Any) -> None:
+    """Makes means over an image's pixels global average pools, which the quantiser knows."""
+    onnx = import_onnx()
+    values = {i.name: i for i in model.graph.initializer}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in model.graph.value_info}
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in values:
+            continue
+        axes = {int(axis) % 4 for axis in onnx.numpy_helper.to_array(values[node.input[1]])}
+        keeps = all(a.i == 1 for a in node.attribute if a.name == "keepdims")
+        if ranks.get(node.input[0]) == 4 and axes == {2, 3} and keeps:
+            pool = onnx.helper.make_node(
+                "GlobalAveragePool", [node.input[0]], node.output, node.name
+            )
+            node.CopyFrom(pool)
+
+
+def _quantize_static(model: Any, path: Path, output: Path, images: Iterable[np.ndarray]) -> None:
+    quantization = _onnxruntime().quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self, batches: Iterator[np.ndarray]) -> None:
+            self.batches = batches
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it recommends what was done already
+    try:
+        quantization.quantize_static(
+            path,
+            output,
+            Reader(iter(images)),
+            quant_format=quantization.QuantFormat.QOperator,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=_to_keep_in_float(model),
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+        )
+    finally:
+        logger.setLevel(level)
+
+
+def _to_keep_in_float(model: Any) -> list[str]:
+    """Names of nodes that the quantiser would make inexact.
+
+    Those are products and sums with constants (a batch norm that stands before its convolution:
+    one scale for all of its channels is too coarse), and activations whose argument is read by
+    others, too: the quantiser drops an activation and relies on the range of what comes before.
+    """
+    constants = {i.name for i in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    return [
+        node.name
+        for node in model.graph.node
+        if (node.op_type in ("Mul", "Add") and not constants.isdisjoint(node.input))
+        or (node.op_type in ("Relu", "Clip") and readers[node.input[0]] > 1)
+    ]
