@@ -11,6 +11,7 @@ it (x86 before AVX-VNNI) saturate at 16 bits in between and lose accuracy.
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections import Counter
@@ -125,16 +126,23 @@ def _averages_as_pools(model: Any) -> None:
     onnx = import_onnx()
     values = {i.name: i for i in model.graph.initializer}
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in model.graph.value_info}
+    nodes = []
     for node in model.graph.node:
+        nodes.append(node)
         if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in values:
             continue
         axes = {int(axis) % 4 for axis in onnx.numpy_helper.to_array(values[node.input[1]])}
+        if ranks.get(node.input[0]) != 4 or axes != {2, 3}:
+            continue
         keeps = all(a.i == 1 for a in node.attribute if a.name == "keepdims")
-        if ranks.get(node.input[0]) == 4 and axes == {2, 3} and keeps:
-            pool = onnx.helper.make_node(
-                "GlobalAveragePool", [node.input[0]], node.output, node.name
-            )
-            node.CopyFrom(pool)
+        mean, out = node.output[0], node.output[0] if keeps else f"{node.output[0]}.4d"
+        make = onnx.helper.make_node
+        nodes[-1] = make("GlobalAveragePool", [node.input[0]], [out], node.name)
+        if not keeps:
+            nodes.append(make("Flatten", [out], [mean], f"{node.name}.flat", axis=1))
+    nodes = [copy.deepcopy(node) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _quantize_static(model: Any, path: Path, output: Path, images: Iterable[np.ndarray]) -> None:
