@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rsfast.deploy.qdq import INDEX, RESOLUTIONS
 from rsfast.export.graph import INPUT, import_onnx
 
-__all__ = ["INDEX", "RESOLUTIONS", "Quantized", "merge"]
+__all__ = ["Quantized", "merge"]
 
-INDEX, RESOLUTIONS = "rsfast.index", "rsfast.resolutions"
 _STACKED = ("float32", "uint8", "int32")
 _LARGEST_BIAS = 2.0**30  # half of int32's range, the other half is for the sum of products
 _SMALLEST_RATIO = 2.0**-24  # of a channel's steps: next to it, a channel adds nothing that counts
