@@ -25,6 +25,7 @@ __all__ = [
     "manifest",
     "pixels",
     "small_network",
+    "unlike_banks",
 ]
 
 RESOLUTIONS = (64, 48, 32)
@@ -40,13 +41,18 @@ class Exported(NamedTuple):
 def small_network(seed: int = 0) -> RSNet:
     """Whose banks differ so much that a wrong one shows."""
     torch.manual_seed(seed)
-    model = rsfast.create_model("tiny:network", RESOLUTIONS, num_classes=5)
+    model = unlike_banks(rsfast.create_model("tiny:network", RESOLUTIONS, num_classes=5))
+    model.input_mean, model.input_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return model
+
+
+def unlike_banks(model: RSNet) -> RSNet:
+    """Gives every bank its own values, and returns the network in eval mode."""
     for norm in model.batch_norms():
         for part in (norm.weight, norm.running_var):
             nn.init.uniform_(part, 0.5, 2.0)
         for part in (norm.bias, norm.running_mean):
             nn.init.normal_(part, 0.0, 0.5)
-    model.input_mean, model.input_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return model.eval()
 
 

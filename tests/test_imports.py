@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "config": BUILDING_BLOCKS,
     "training": {*BUILDING_BLOCKS, "tasks", "config"},
     "recipes": set(),
+    "export": {"deploy", "files", "data", "models", "pyramid", "training", "rsfast"},
     "latency": {"deploy", "files", "figures"},
     **{
         name: {*BUILDING_BLOCKS, *COMMANDS, "tasks", "config", "training", "deploy"}

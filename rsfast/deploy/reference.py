@@ -7,6 +7,7 @@ in the file.
 from __future__ import annotations
 
 import io
+import itertools
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def reference_sizes(resolutions: Sequence[int], sizes: tuple[int, int]) -> list[
         resolutions: trained, descending, in pixels.
         sizes: the smallest and largest that the network takes.
     """
-    between = {(a + b) // 2 for a, b in zip(resolutions, resolutions[1:], strict=False)}
+    between = {(a + b) // 2 for a, b in itertools.pairwise(resolutions)}
     outside = {min(resolutions[0] * 5 // 4, sizes[1]), max(resolutions[-1] * 3 // 4, sizes[0])}
     return sorted({*resolutions, *between, *outside}, reverse=True)
 

@@ -122,12 +122,15 @@ def _export(args: argparse.Namespace, folder: Path) -> None:
     from rsfast.training.checkpoint import load_model
 
     graph.import_onnx()
+    try:
+        accuracy = read_rows(args.accuracy) if args.accuracy else None
+    except OSError as error:
+        raise ValueError(f"--accuracy {args.accuracy} cannot be read: {error}") from error
     model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch)
     manifest = package.describe(model, args.checkpoint, args.preprocess)
     if args.int8:
         count, batches = images.calibration(args.data, manifest, args.calibration_images)
         manifest = replace(manifest, calibration_images=count)
-    accuracy = read_rows(args.accuracy) if args.accuracy else None
     manifest.write(folder)
     package.write_labels(manifest, folder)
     reference.compute(model, manifest).write(folder)

@@ -145,7 +145,8 @@ logits = net(images)  # [1, {manifest.num_classes}]
 
 | | |
 |---|---|
-| input `{INPUT}` | [N, 3, r, r] {manifest.input_dtype}, RGB, square, r from {low} to {high} pixels |
+| input `{INPUT}` | [N, 3, r, r] {manifest.input_dtype}, RGB, square |
+| r | from {low} to {high} pixels |
 | output `{OUTPUT}` | [N, {manifest.num_classes}] float32; classes in the order of {LABELS_FILE} |
 | geometry | {_geometry(manifest)}, bilinear with antialiasing |
 | normalisation | {_normalisation(manifest)} |

@@ -108,7 +108,7 @@ def _folded(model: Any, resolution: int, path: Path) -> Any:
         if node.op_type != "Shape" or node.input[0] != graph.input[0].name:
             continue
         ends = {a.name: a.i for a in node.attribute}
-        count = len(range(4)[ends.get("start", 0) : ends.get("end", None)])
+        count = len(range(4)[ends.get("start", 0) : ends.get("end")])
         if ends.get("start", 0) >= _SPATIAL:
             value = onnx.numpy_helper.from_array(np.full(count, resolution, np.int64))
             constant = onnx.helper.make_node("Constant", [], node.output, node.name, value=value)
@@ -150,7 +150,7 @@ def _averages_as_pools(model: Any) -> None:
 def _quantize_static(model: Any, path: Path, output: Path, images: Iterable[np.ndarray]) -> None:
     quantization = _onnxruntime().quantization
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self, batches: Iterator[np.ndarray]) -> None:
             self.batches = batches
 
