@@ -16,7 +16,7 @@ from typing import Any
 from rsfast.deploy.chooser import Chooser
 from rsfast.deploy.table import Row, Table
 
-# ms of ResNet-50 in int8 on one core, as docs/serving.md has them; accuracies only order.
+# ms, about those of a ResNet-50 in int8 on one core; without accuracies the larger is the better.
 TABLE = Table(
     tuple(
         Row(resolution, p50, 1.1 * p50, None)

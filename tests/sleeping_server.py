@@ -16,7 +16,7 @@ from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.server import create_server, make_app
 from rsfast.deploy.table import Row, Table
 
-SLEEPS_MS = {224: 40.0, 160: 20.0, 96: 8.0}
+SLEEPS_MS = {224: 80.0, 160: 40.0, 96: 16.0}
 TABLE = Table(tuple(Row(r, t, 1.05 * t, None) for r, t in SLEEPS_MS.items()))
 MANIFEST = Manifest(
     arch=None,

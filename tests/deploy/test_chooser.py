@@ -135,6 +135,16 @@ def test_requests_from_before_a_switch_move_nothing() -> None:
     assert requests.chooser.status().late == 43
 
 
+def test_requests_at_another_resolution_than_the_one_in_use_move_nothing() -> None:
+    requests = Requests()
+    requests.answered(51, n=3)
+    requests.clock.now += 1
+    for _ in range(20):  # sent after the switch by a caller that has not seen it
+        requests.clock.now += 0.125
+        requests.chooser.observe(224, 60)
+    assert requests.chooser.resolution == 160
+
+
 def test_a_step_that_is_taken_back_waits_twice_as_long_until_one_lasts() -> None:
     requests = Requests()
     requests.answered(51, n=3)

