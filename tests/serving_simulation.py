@@ -166,7 +166,8 @@ def closed_loop(clients: Profile, seconds: float, seed: int, **how: Any) -> Outc
 SCENARIOS: dict[str, Callable[[int], Outcome]] = {
     "open loop, 16, 32, 16 requests/s": lambda seed: open_loop(step(16, 32, 16), 180, seed),
     "open loop, 30, 60, 30 requests/s": lambda seed: open_loop(step(30, 60, 30), 180, seed),
-    "the same, the median within the objective": lambda seed: open_loop(
+    "open loop, 20 requests/s throughout": lambda seed: open_loop(lambda _: 20, 180, seed),
+    "30, 60, 30 requests/s, the median within the objective": lambda seed: open_loop(
         step(30, 60, 30), 180, seed, percentile=50
     ),
     "closed loop, 1, 6, 1 clients": lambda seed: closed_loop(step(1, 6, 1), 180, seed),

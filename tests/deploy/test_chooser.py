@@ -217,7 +217,7 @@ def test_a_closed_loop_is_held_and_returns_to_the_largest(seed: int) -> None:
 def test_a_load_that_stays_is_not_answered_by_oscillation(seed: int) -> None:
     outcome = open_loop(lambda _: 20, 1800, seed)
     assert outcome.within(OBJECTIVE_MS) >= 0.95
-    # Two resolutions are at stake, and neither is tried more than once in 64 s.
+    # Two resolutions are at stake; a trial that fails again and again comes once in 64 s.
     assert outcome.count(900, 1800) <= 2 * 2 * (900 / 64 + 1)
     assert outcome.count(0, 900) <= 2 * 2 * (900 / 64 + 6)
 
