@@ -144,7 +144,7 @@ class _Merge:
         steps = self._all(nodes, kind.scale).astype(np.float64)  # [R, C]
         signs = np.where((rows * base).sum(2) < 0, -1, 1)
         # The quantiser widens steps where a bias would overflow; those rows need not be equal.
-        plain = np.isclose(steps * 127, peaks, rtol=1e-3)
+        plain = np.isclose(steps * 127, peaks, rtol=1e-3, atol=0)
         if np.any(np.abs(rows - signs[..., None] * base)[plain] > 1):
             raise ValueError(
                 f"the weights of {nodes[0].name} must be the same at {tuple(self.resolutions)} "
