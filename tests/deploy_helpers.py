@@ -71,7 +71,7 @@ def manifest(model: RSNet) -> Manifest:
     return Manifest(
         arch=model.arch,
         resolutions=model.resolutions,
-        sizes=sizes_of(model.resolutions),
+        sizes=sizes_of(model),
         between="interpolate",
         num_classes=model.num_classes,
         class_names=None,

@@ -30,14 +30,29 @@ __all__ = ["INPUT", "OUTPUT", "FromShape", "import_onnx", "sizes_of", "to_onnx"]
 INPUT, OUTPUT = "images", "logits"
 BATCH, SIZE = "batch", "size"  # symbolic dimensions
 OPSET = 18  # the oldest that PyTorch's exporter writes, for the most runtimes
-_BEYOND = 2  # the graph takes images up to so many times the largest trained size
+_BEYOND = 2  # the graph takes images so many times as large or small as the trained ones
 _SMALL = 2**20  # elements: constants up to this size are looked at for being there twice
 _FAR = 1e9  # pixels: the neighbour that the outermost resolutions do not have
 
 
-def sizes_of(resolutions: Sequence[int]) -> tuple[int, int]:
-    """The smallest and largest input that an exported network takes, in pixels."""
-    return max(1, resolutions[-1] // _BEYOND), resolutions[0] * _BEYOND
+@torch.no_grad()
+def sizes_of(model: RSNet) -> tuple[int, int]:
+    """The smallest and largest input that an exported network takes, in pixels.
+
+    Half the smallest trained size and twice the largest; the trained ones themselves where the
+    network does not run beyond.
+    """
+    lowest, highest = model.resolutions[-1], model.resolutions[0]
+
+    def runs_at(size: int) -> bool:
+        try:
+            model.at(size)(torch.zeros(1, 3, size, size))
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
+    smaller, larger = max(1, lowest // _BEYOND), highest * _BEYOND
+    return smaller if runs_at(smaller) else lowest, larger if runs_at(larger) else highest
 
 
 class FromShape(nn.Module):
@@ -218,7 +233,7 @@ def to_onnx(model: RSNet, preprocess: bool = False) -> Any:
     assert program is not None
     DeduplicateInitializersPass(size_limit=_SMALL)(program.model)
     graph = program.model_proto
-    _name_dimensions(graph, model.resolutions[0])
+    _name_dimensions(graph)
     _forget_sources(graph)
     return graph
 
@@ -245,16 +260,10 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _name_dimensions(graph: Any, traced: int) -> None:
+def _name_dimensions(graph: Any) -> None:
     """Calls the dimensions of the input by names, by which runtimes pin them."""
     del graph.graph.value_info[:]  # which has the exporter's names
     dims = graph.graph.input[0].type.tensor_type.shape.dim
-    if not all(dims[axis].dim_param for axis in (0, 2, 3)):
-        shape = [dim.dim_param or dim.dim_value for dim in dims]
-        raise ValueError(
-            f"network cannot be exported for other sizes than {traced} pixels: something in it "
-            f"depends on the size, and PyTorch fixes its input to {shape}"
-        )
     for axis, name in ((0, BATCH), (2, SIZE), (3, SIZE)):
         dims[axis].dim_param = name
     graph.graph.output[0].type.tensor_type.shape.dim[0].dim_param = BATCH

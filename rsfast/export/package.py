@@ -38,7 +38,7 @@ def describe(
     return Manifest(
         arch=model.arch,
         resolutions=model.resolutions,
-        sizes=sizes_of(model.resolutions),
+        sizes=sizes_of(model),
         between="shared" if model.bn == "shared" else "interpolate",
         num_classes=model.num_classes,
         class_names=model.class_names,
