@@ -19,6 +19,7 @@ _SOURCES = {
 _MODULES = (
     "checkpoint",
     "data",
+    "deploy",
     "engine",
     "kernels",
     "losses",

@@ -44,10 +44,8 @@ class Configuration:
     batch: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.runtime} {self.precision} {self.mode}, {self.threads} threads, "
-            f"batch {self.batch}"
-        )
+        how = f"{self.runtime} {self.precision} {self.mode}"
+        return f"{how}, threads {self.threads}, batch {self.batch}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class Network:
         self._check_size(resolution)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        pin = Pin(batch_size, resolution)
+        pin = Pin(int(batch_size), int(resolution))
         if pin not in self._pinned:
             self._pinned[pin] = self._open(pin)
 

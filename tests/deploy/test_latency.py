@@ -197,4 +197,4 @@ def test_a_process_that_was_killed_is_an_error(
 ) -> None:
     monkeypatch.setattr(latency, "measure", end_process)
     assert main([str(exported.folder)]) == 1
-    assert "onnxruntime fp32 fast, 1 threads, batch 1 was killed" in capsys.readouterr().err
+    assert "onnxruntime fp32 fast, threads 1, batch 1 was killed" in capsys.readouterr().err

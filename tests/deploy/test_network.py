@@ -135,6 +135,27 @@ def test_a_pinned_session_takes_no_other_shape(runtime: str, exported: Exported)
             session(pixels(*shape))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_of_onnx_runtime_do_not_spin(
+    mode: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the last session would hold the cores that the next one needs."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    opened = []
+
+    def session(*arguments: Any, **settings: Any) -> Any:
+        opened.append(made(*arguments, **settings))
+        return opened[-1]
+
+    made = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    load(exported.folder, mode=mode, threads=2)
+    assert len(opened) == (3 if mode == "fast" else 1)
+    for options in (session.get_session_options() for session in opened):
+        assert options.intra_op_num_threads == 2
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_pictures_go_in_and_logits_come_out(runtime: str, exported: Exported) -> None:
     net = load(exported.folder, runtime)
     pictures = [Image.new("RGB", (90, 60), color) for color in ("red", "blue")]
