@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rsfast.deploy.versions import check_onnxruntime
+
 __all__ = [
     "MODES",
     "PRECISIONS",
@@ -71,18 +73,14 @@ def library(runtime: str) -> ModuleType:
     Raises:
         ImportError: if it is absent or too old, with the command that installs it.
     """
-    install = f"pip install 'rsfast[{RUNTIMES[runtime]}]'"
     try:
         package = importlib.import_module(runtime)
     except ImportError as error:
-        raise ImportError(f"runtime {runtime} is not installed: {install}") from error
+        raise ImportError(
+            f"runtime {runtime} is not installed: pip install 'rsfast[{RUNTIMES[runtime]}]'"
+        ) from error
     if runtime == "onnxruntime":
-        version = package.__version__
-        if tuple(int(part) for part in version.split(".")[:3]) < _FIRST_ONNXRUNTIME:
-            wanted = ".".join(map(str, _FIRST_ONNXRUNTIME))
-            raise ImportError(
-                f"onnxruntime must be of version {wanted} or later, got {version}: {install}"
-            )
+        check_onnxruntime(package.__version__)
     return package
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy_helpers import Exported, export_small, pixels
+from deploy_helpers import RESOLUTIONS, Exported, export_small, pixels
 from helpers import smooth_image
-from rsfast.deploy import load, network, runtimes
+from rsfast.deploy import Manifest, load, network, runtimes
+from rsfast.deploy.manifest import FP32_FILE, INT8_FILE
 from rsfast.deploy.runtimes import MODES, RUNTIMES
+from rsfast.export.quantize import quantize
 
 BETWEEN, OUTSIDE = 57, 96
 
@@ -56,6 +59,36 @@ def test_banks_differ_by_more_than_the_tests_allow(exported: Exported) -> None:
         own, *others = (exported.model.at(r)(images) for r in (48, 64, 32))
     for other in others:
         assert (own - other).abs().max() > 0.01 * own.abs().max()
+
+
+@pytest.fixture(scope="module")
+def with_int8(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = shutil.copytree(exported.folder, tmp_path_factory.mktemp("int8") / "copy")
+    batches = [pixels(8, max(RESOLUTIONS), seed) for seed in range(4)]
+    quantize(
+        folder / FP32_FILE,
+        folder / INT8_FILE,
+        Manifest.read(folder),
+        lambda r: (batch[..., :r, :r] for batch in batches),
+    )
+    return Exported(folder, exported.model)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "mode"), [("onnxruntime", "fast"), ("onnxruntime", "small"), ("openvino", "fast")]
+)
+def test_int8_is_near_at_every_trained_size_and_the_same_everywhere(
+    runtime: str, mode: str, with_int8: Exported
+) -> None:
+    pytest.importorskip(runtime, reason=f"needs {runtime}")
+    net = load(with_int8.folder, runtime, mode, precision="int8", batch_sizes=(1, 3))
+    other = load(with_int8.folder, mode="small", precision="int8")
+    for batch in (1, 3):
+        for size in (*RESOLUTIONS, *RESOLUTIONS):
+            images = pixels(batch, size, seed=9)
+            found = net(images)
+            assert 0 < relative_error(found, with_int8, images) < 0.02, (batch, size)
+            assert np.abs(found - other(images)).max() <= 0.005 * np.abs(found).max()
 
 
 def test_bfloat16_is_near_and_needs_a_cpu_that_has_it(exported: Exported) -> None:
