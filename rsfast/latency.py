@@ -30,7 +30,9 @@ __all__ = ["Configuration", "Row", "main", "measure"]
 
 _STEADY = 4  # inferences of a turn after the first one, which pays for the switch
 _WARM_UP = 2  # per resolution, before anything is timed
+_MOST_WAITING = 0.02  # of the time, above which there is a warning
 _SMAPS = Path("/proc/self/smaps_rollup")
+_SCHEDULE = Path("/proc/self/schedstat")  # some kernels do not have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,15 @@ def measure(folder: Path, configuration: Configuration, rounds: int, seed: int =
         batch_sizes=(configuration.batch,),
     )
     load_ms = _ms_since(start)
+    start, waited = time.perf_counter_ns(), _waited_ns()
     first, steady = _take_turns(net, images, rounds, rng)
+    share = (_waited_ns() - waited) / max(1, time.perf_counter_ns() - start)
+    if share > _MOST_WAITING:
+        print(
+            f"rsfast.latency: warning: {configuration} waited {share:.0%} of the time for a core "
+            "that others had: its latencies are those of a busy machine",
+            file=sys.stderr,
+        )
     memory_mib = _held_mib() - before
     alone = len(images) == 1  # and nothing to switch to
     return [
@@ -153,6 +163,11 @@ def _take_turns(
 
 def _ms_since(start_ns: int) -> float:
     return (time.perf_counter_ns() - start_ns) / 1e6
+
+
+def _waited_ns() -> int:
+    """How long this thread could have run and had no core."""
+    return int(_SCHEDULE.read_text().split()[1]) if _SCHEDULE.exists() else 0
 
 
 def _images(

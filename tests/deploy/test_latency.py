@@ -119,6 +119,10 @@ class Clock:
     def read(self) -> int:
         return self.now_ns
 
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(latency, "load", lambda *_, **__: self)
+        monkeypatch.setattr(latency.time, "perf_counter_ns", self.read)
+
 
 def turns(calls: list[int]) -> Iterator[list[int]]:
     """The calls one after another at one size."""
@@ -140,8 +144,7 @@ def test_turns_are_in_random_order_and_begin_with_a_switch(
     manifest = latency.Manifest.read(folder)
     dataclasses.replace(manifest, resolutions=resolutions).write(folder)
     net = Clock()
-    monkeypatch.setattr(latency, "load", lambda *_, **__: net)
-    monkeypatch.setattr(latency.time, "perf_counter_ns", net.read)
+    net.use(monkeypatch)
     rows = measure(folder, Configuration("onnxruntime", "fp32", "small", 1, 1), rounds=20)
     assert [row.resolution for row in rows] == list(resolutions)
     for row in rows:
@@ -156,6 +159,22 @@ def test_turns_are_in_random_order_and_begin_with_a_switch(
         sizes = [turn[0] for turn in order]
         rounds = {tuple(sizes[n : n + 3]) for n in range(0, len(sizes), 3)}
         assert len(rounds) > 3, "orders differ"
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.01, False), (0.4, True)])
+def test_a_busy_machine_is_warned_of(
+    share: float,
+    warned: bool,
+    exported: Exported,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Clock()
+    net.use(monkeypatch)
+    monkeypatch.setattr(latency, "_waited_ns", lambda: int(share * net.now_ns))
+    measure(exported.folder, Configuration("onnxruntime", "fp32", "small", 1, 1), rounds=2)
+    message = "threads 1, batch 1 waited 40% of the time for a core that others had"
+    assert (message in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize(
