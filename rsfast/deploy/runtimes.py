@@ -152,6 +152,9 @@ def _open_openvino(
         "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        # By default on Linux threads, also the caller's, are bound to the first cores, and with
+        # them those of every other process that does so.
+        "ENABLE_CPU_PINNING": False,
     }
     compiled = core.compile_model(model, "CPU", settings)
     return lambda images: compiled(images)[0]

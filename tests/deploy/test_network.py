@@ -189,6 +189,26 @@ def test_threads_of_onnx_runtime_do_not_spin(
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
+def test_openvino_binds_no_threads_to_cores(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks in several processes would all be bound to the first cores."""
+    openvino = pytest.importorskip("openvino", reason="needs openvino")
+    opened = []
+
+    def compile_model(*arguments: Any) -> Any:
+        opened.append(compiled(*arguments))
+        return opened[-1]
+
+    compiled = openvino.Core.compile_model
+    monkeypatch.setattr(openvino.Core, "compile_model", compile_model)
+    load(exported.folder, "openvino", "small", threads=2)
+    (model,) = opened
+    assert model.get_property("ENABLE_CPU_PINNING") is False
+    assert model.get_property("INFERENCE_NUM_THREADS") == 2
+    assert model.get_property("NUM_STREAMS") == 1
+
+
 def test_pictures_go_in_and_logits_come_out(runtime: str, exported: Exported) -> None:
     net = load(exported.folder, runtime)
     pictures = [Image.new("RGB", (90, 60), color) for color in ("red", "blue")]
