@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rsfast
+from rsfast.deploy.manifest import Manifest
 from rsfast.models import RSNet
 
-__all__ = ["NETWORKS", "images", "lifelike"]
+__all__ = ["NETWORKS", "calibration", "images", "lifelike", "manifest"]
 
 
 def _conv(c_in: int, c_out: int, k: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -120,6 +122,33 @@ def images(num_images: int, resolution: int, seed: int = 0) -> Tensor:
     assert isinstance(x, Tensor)
     x = F.interpolate(x, size=(resolution, resolution), mode="bilinear", antialias=True)
     return (x / x.std()).contiguous()
+
+
+def calibration(resolution: int) -> list[np.ndarray]:
+    """Batches of images, [16, 3, r, r] each, of other seeds than those of most tests."""
+    return [images(16, resolution, seed).numpy() for seed in range(100, 104)]
+
+
+def manifest(model: RSNet) -> Manifest:
+    """What an exported network says, as far as the int8 file asks."""
+    return Manifest(
+        arch=model.arch,
+        resolutions=model.resolutions,
+        sizes=(16, 128),
+        between="interpolate" if model.bn == "private" else "shared",
+        num_classes=model.num_classes,
+        class_names=None,
+        input_dtype="float32",
+        mean=model.input_mean,
+        std=model.input_std,
+        crop="center",
+        scale=0.875,
+        filter="bilinear",
+        calibration_images=64,
+        checkpoint="model_best.pt",
+        checkpoint_sha256="0" * 64,
+        versions={},
+    )
 
 
 @torch.no_grad()

@@ -32,11 +32,6 @@ __all__ = [
 RUNTIMES = {"onnxruntime": "export", "openvino": "openvino"}  # package, rsfast's extra
 MODES = ("fast", "small")
 PRECISIONS = ("fp32", "int8", "bf16")
-_FIRST_ONNXRUNTIME = (
-    1,
-    31,
-    1,
-)  # those before add int8 biases that are computed at run time wrongly
 _OPENVINO_TYPES = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}  # of what is not int8 already
 
 Session = Callable[[np.ndarray], np.ndarray]  # images [N, 3, r, r] -> logits [N, K] float32

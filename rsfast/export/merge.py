@@ -22,6 +22,7 @@ from rsfast.export.graph import INPUT, import_onnx
 
 __all__ = ["Quantized", "merge"]
 
+_SUFFIX = "_quantized"  # that ONNX Runtime gives what it quantised
 _STACKED = ("float32", "uint8", "int32")
 _LARGEST_BIAS = 2.0**30  # half of int32's range, the other half is for the sum of products
 _SMALLEST_RATIO = 2.0**-24  # of a channel's steps: next to it, a channel adds nothing that counts
@@ -157,9 +158,7 @@ class _Merge:
 
     def _floats(self, nodes: Sequence[Any], position: int) -> np.ndarray:
         """What an int8 or int32 input of an operator was quantised from, [R, ...] float64."""
-        from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX as SUFFIX
-
-        names = [node.input[position].removesuffix(SUFFIX) for node in nodes]
+        names = [node.input[position].removesuffix(_SUFFIX) for node in nodes]
         pairs = zip(self.parts, names, strict=True)
         return np.stack([part.weights[name].astype(np.float64) for part, name in pairs])
 

@@ -5,8 +5,8 @@ which ONNX Runtime folds into the convolutions, and its static quantiser makes a
 graph of each: weights int8, per output channel and symmetric; activations uint8, with ranges that
 calibration images span. `merge` makes one graph of them.
 
-The int8 products of a convolution are sums of uint8 times int8. CPUs that have no instruction for
-it (x86 before AVX-VNNI) saturate at 16 bits in between and lose accuracy.
+A convolution sums products of uint8 and int8. x86 CPUs without an instruction for that (VNNI)
+saturate pairs of products at 16 bits, and lose accuracy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rsfast.deploy.manifest import METADATA_KEY, Manifest
-from rsfast.deploy.versions import check_onnxruntime
+from rsfast.deploy.runtimes import library
 from rsfast.export.graph import INPUT, import_onnx
 from rsfast.export.merge import Quantized, merge
 from rsfast.files.seal import write_whole
@@ -84,23 +84,13 @@ def quantize_at(model_path: Path, resolution: int, images: Iterable[np.ndarray])
         return Quantized(model, values)
 
 
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-        import onnxruntime.quantization
-    except ImportError as error:
-        raise ImportError(f"export needs {error.name}: pip install 'rsfast[export]'") from error
-    check_onnxruntime(onnxruntime.__version__)
-    return onnxruntime
-
-
 def _folded(model: Any, resolution: int, path: Path) -> Any:
     """The graph at one resolution with all that is then constant computed.
 
     The batch stays open. Runtimes fold the shape of the input only if it is known as a whole, so
     the reads of its height and width are replaced by hand.
     """
-    onnx, ort = import_onnx(), _onnxruntime()
+    onnx, ort = import_onnx(), library("onnxruntime")
     graph = model.graph
     for dim in graph.input[0].type.tensor_type.shape.dim[_SPATIAL:]:
         dim.dim_value = resolution
@@ -145,12 +135,14 @@ def _averages_as_pools(model: Any) -> None:
     nodes = [copy.deepcopy(node) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    _drop_unused(model.graph)
 
 
 def _quantize_static(model: Any, path: Path, output: Path, images: Iterable[np.ndarray]) -> None:
-    quantization = _onnxruntime().quantization
+    library("onnxruntime")
+    from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self, batches: Iterator[np.ndarray]) -> None:
             self.batches = batches
 
@@ -200,6 +192,14 @@ def _logits_in_float(graph: Any) -> None:
     last = makers[graph.output[0].name]
     if last.op_type == "DequantizeLinear" and makers[last.input[0]].op_type == "QGemm":
         gemm = makers[last.input[0]]
-        del gemm.input[-2:]  # scale and zero point of the output
+        del gemm.input[-2:]  # step and zero point of the output
         gemm.output[0] = last.output[0]
         graph.node.remove(last)
+        _drop_unused(graph)
+
+
+def _drop_unused(graph: Any) -> None:
+    """ONNX Runtime warns of constants that nothing reads."""
+    used = {name for node in graph.node for name in node.input}
+    for value in [value for value in graph.initializer if value.name not in used]:
+        graph.initializer.remove(value)
