@@ -12,7 +12,7 @@ from rsfast.deploy.manifest import Manifest
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_contract", "preprocess"]
+__all__ = ["check_contract", "normalised", "preprocess"]
 
 _KNOWN = {
     "crop": ("center", "none"),
@@ -54,7 +54,19 @@ def preprocess(images: Sequence[Image.Image], resolution: int, manifest: Manifes
     geometry = pictures.val_geometry(sizes, resolution, manifest.crop, manifest.scale)
     for n, (image, resized, corner) in enumerate(zip(images, *geometry, strict=True)):
         pixels[n] = np.asarray(pictures.cut(pictures.as_rgb(image), resized, corner, resolution))
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # [N, 3, r, r]
+    return normalised(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), manifest)
+
+
+def normalised(planes: np.ndarray, manifest: Manifest) -> np.ndarray:
+    """Pixels as the graph takes them.
+
+    Args:
+        planes: [N, 3, r, r] uint8.
+        manifest: of the network: normalisation, dtype.
+
+    Returns:
+        [N, 3, r, r] float32, (value / 255 - mean) / std, or the planes where the graph does that.
+    """
     if manifest.input_dtype == "uint8":
         return planes
     # One product and one sum, as rsfast.kernels.normalize has it: the same float32 numbers.

@@ -15,32 +15,39 @@ from pathlib import Path
 
 import numpy as np
 
+from rsfast.deploy.manifest import Manifest
+from rsfast.deploy.preprocess import normalised
 from rsfast.files.seal import write_whole
 
 __all__ = ["BATCH", "REFERENCE_FILE", "Reference", "patterns", "reference_sizes"]
 
 REFERENCE_FILE = "reference.npz"
 BATCH = 3  # images of each size
-_WAVES = 8  # per colour
+_WAVES = 16  # per colour
+_CONTRAST = 50  # standard deviation of a pixel's value
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Logits by PyTorch in float32.
+    """Logits of :func:`patterns`, by PyTorch in float32 if nothing else is said.
 
     Attributes:
-        logits: size -> [BATCH, K] of :func:`patterns` of that size.
+        logits: size -> [BATCH, K] of the patterns of that size.
         by_bank: trained resolution -> [R, K], of the first image, by each bank in turn: what a
-            wrong bank would say.
+            wrong bank would say. None where all resolutions share one.
+        int8: the same of int8 networks that were quantised for one resolution each; none where
+            nothing was.
     """
 
     logits: dict[int, np.ndarray]
     by_bank: dict[int, np.ndarray]
+    int8: dict[int, np.ndarray]
 
     def write(self, folder: Path) -> None:
         """Writes reference.npz."""
         arrays = {f"logits_{size}": values for size, values in self.logits.items()}
         arrays |= {f"by_bank_{size}": values for size, values in self.by_bank.items()}
+        arrays |= {f"int8_{size}": values for size, values in self.int8.items()}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_whole(folder / REFERENCE_FILE, [buffer.getvalue()])
@@ -53,16 +60,15 @@ class Reference:
             ValueError: if the file is missing or damaged.
         """
         path = folder / REFERENCE_FILE
-        logits: dict[int, np.ndarray] = {}
-        by_bank: dict[int, np.ndarray] = {}
+        found: dict[str, dict[int, np.ndarray]] = {"logits": {}, "by_bank": {}, "int8": {}}
         try:
             with np.load(path) as file:
                 for name in file.files:
                     kind, _, size = name.rpartition("_")
-                    {"logits": logits, "by_bank": by_bank}[kind][int(size)] = file[name]
+                    found[kind][int(size)] = file[name]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is missing or damaged: {error}") from error
-        return cls(logits, by_bank)
+        return cls(**found)
 
 
 def reference_sizes(resolutions: Sequence[int], sizes: tuple[int, int]) -> list[int]:
@@ -77,28 +83,29 @@ def reference_sizes(resolutions: Sequence[int], sizes: tuple[int, int]) -> list[
     return sorted({*resolutions, *between, *outside}, reverse=True)
 
 
-def patterns(size: int, dtype: str = "float32") -> np.ndarray:
-    """Images of smooth waves: each pixel is like its neighbours, as in photographs.
+def patterns(size: int, manifest: Manifest) -> np.ndarray:
+    """Images as a network takes them, of waves that are weaker the finer, as in photographs.
 
     Args:
         size: r, in pixels.
-        dtype: "float32" of about mean 0 and deviation 1, or "uint8".
+        manifest: of the network.
 
     Returns:
-        [BATCH, 3, r, r]; the same everywhere but for the rounding of sines.
+        [BATCH, 3, r, r] of the manifest's dtype; the same everywhere but for rounding.
     """
     # Numbers without a generator, whose stream a library may change: multiples of the golden mean.
-    index = np.arange(BATCH * 3 * _WAVES * 4, dtype=np.float64) + 1.0
-    numbers = np.mod(index * 0.6180339887498949, 1.0).reshape(BATCH, 3, _WAVES, 4)
-    across, down, phase, strength = np.moveaxis(numbers, -1, 0)
+    index = np.arange(BATCH * 3 * _WAVES * 3, dtype=np.float64) + 1.0
+    numbers = np.mod(index * 0.6180339887498949, 1.0).reshape(BATCH, 3, _WAVES, 3)
+    across, down, phase = np.moveaxis(numbers, -1, 0)
+    across, down = 16 * across - 8, 16 * down - 8  # waves per image
     place = (np.arange(size) + 0.5) / size
     angle = (
-        np.multiply.outer(16 * across - 8, place)[..., None, :]
-        + np.multiply.outer(16 * down - 8, place)[..., :, None]
+        np.multiply.outer(across, place)[..., None, :]
+        + np.multiply.outer(down, place)[..., :, None]
         + phase[..., None, None]
     )
-    waves = (0.5 + strength)[..., None, None] * np.sin(2 * np.pi * angle)
-    images = waves.sum(axis=2) / np.sqrt(_WAVES / 2)
-    if dtype == "uint8":
-        return np.clip(np.rint(128 + 50 * images), 0, 255).astype(np.uint8)
-    return images.astype(np.float32)
+    strength = 1 / (0.5 + np.hypot(across, down))
+    images = (strength[..., None, None] * np.sin(2 * np.pi * angle)).sum(axis=2)
+    images *= _CONTRAST / images.std(axis=(2, 3), keepdims=True)
+    pixels = np.clip(np.rint(128 + images), 0, 255).astype(np.uint8)
+    return normalised(pixels, manifest)

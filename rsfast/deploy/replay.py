@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         net = load(args.folder, args.runtime, args.mode, precision=args.precision)
         found = {}
         for size in _sizes(net.manifest.resolutions, net.manifest.sizes, args):
-            images = patterns(size, net.manifest.input_dtype)
+            images = patterns(size, net.manifest)
             for batch in batches:
                 if args.mode == "fast":
                     net.prepare(size, batch)

@@ -133,12 +133,14 @@ def _export(args: argparse.Namespace, folder: Path) -> None:
         manifest = replace(manifest, calibration_images=count)
     manifest.write(folder)
     package.write_labels(manifest, folder)
-    reference.compute(model, manifest).write(folder)
+    expected = reference.compute(model, manifest)
     path = package.write_graph(graph.to_onnx(model, args.preprocess), manifest, folder)
     if args.int8:
         from rsfast.export.quantize import quantize
 
-        quantize(path, folder / INT8_FILE, manifest, batches)
+        by_bank = quantize(path, folder / INT8_FILE, manifest, batches)
+        expected = replace(expected, int8=by_bank)
+    expected.write(folder)
     if args.triton:
         package.write_triton(manifest, folder)
     package.write_card(manifest, folder, accuracy)

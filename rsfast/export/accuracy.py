@@ -1,7 +1,8 @@
-"""Top-1 of an exported network on a folder of images, in float32 and in int8."""
+"""Top-1 of an exported network on a folder of images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,33 +10,44 @@ from tqdm import tqdm
 
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.network import Network, load
+from rsfast.deploy.preprocess import preprocess
 from rsfast.export.images import batches, index_split
 
-__all__ = ["top1_losses"]
+__all__ = ["top1"]
 
 
-def top1_losses(
-    folder: Path, manifest: Manifest, data: str | Path
-) -> dict[int, tuple[float, float, int]]:
-    """Each trained resolution -> top-1 in percent in float32 and int8, and the number of images.
+def top1(
+    folder: Path, manifest: Manifest, data: str | Path, precisions: Sequence[str]
+) -> tuple[int, dict[str, dict[int, float]]]:
+    """Accuracy at every trained resolution on DATA/val.
+
+    Args:
+        folder: of an exported network.
+        manifest: of the folder.
+        data: folder with val/.
+        precisions: of `rsfast.deploy.load`.
+
+    Returns:
+        The number of images, and precision -> resolution -> top-1 in percent.
 
     Raises:
         ValueError: if the data set is not the network's.
     """
     index = index_split(data, "val", manifest)
-    nets = [load(folder, precision=precision, mode="small") for precision in ("fp32", "int8")]
-    hits = {resolution: [0, 0] for resolution in manifest.resolutions}
-    bar = tqdm(total=len(index), unit="img", desc="int8 accuracy")
-    for positions, pictures in batches(index, np.arange(len(index))):
-        labels = index.labels[positions]
-        for resolution, counts in hits.items():
-            images = nets[0].preprocess(pictures, resolution)
-            for which, net in enumerate(nets):
-                counts[which] += _hits(net, images, labels)
-        bar.update(len(positions))
-    bar.close()
+    nets = {name: load(folder, precision=name, mode="small") for name in precisions}
+    hits = {name: dict.fromkeys(manifest.resolutions, 0) for name in precisions}
+    with tqdm(total=len(index), unit="img", desc="top-1", leave=False) as bar:
+        for positions, pictures in batches(index, np.arange(len(index))):
+            for resolution in manifest.resolutions:
+                images = preprocess(pictures, resolution, manifest)
+                for name, net in nets.items():
+                    hits[name][resolution] += _hits(net, images, index.labels[positions])
+            bar.update(len(positions))
     share = 100 / len(index)
-    return {r: (share * a, share * b, len(index)) for r, (a, b) in hits.items()}
+    return len(index), {
+        name: {resolution: share * count for resolution, count in counts.items()}
+        for name, counts in hits.items()
+    }
 
 
 def _hits(net: Network, images: np.ndarray, labels: np.ndarray) -> int:

@@ -15,15 +15,16 @@ import copy
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rsfast.deploy.manifest import METADATA_KEY, Manifest
+from rsfast.deploy.reference import patterns
 from rsfast.deploy.runtimes import library
-from rsfast.export.graph import INPUT, import_onnx
+from rsfast.export.graph import INPUT, OUTPUT, import_onnx
 from rsfast.export.merge import Quantized, merge
 from rsfast.files.seal import write_whole
 
@@ -37,7 +38,7 @@ def quantize(
     output: Path,
     manifest: Manifest,
     batches: Callable[[int], Iterable[np.ndarray]],
-) -> None:
+) -> dict[int, np.ndarray]:
     """Writes the int8 file.
 
     Args:
@@ -47,17 +48,41 @@ def quantize(
         batches: calibration images of a resolution in pixels: arrays [N, 3, r, r] as the graph
             takes them. Only each activation's smallest and largest value is kept of them.
 
+    Returns:
+        `Reference.int8`: what the networks of the single resolutions say, which the file must
+        agree with.
+
     Raises:
         ImportError: if onnx or onnxruntime is absent, or the latter too old.
-        ValueError: if the graph differs between resolutions in more
-            than the scale and shift of its batch norms.
+        ValueError: if the graph differs between resolutions in more than the scale and shift of
+            its batch norms.
     """
     onnx = import_onnx()
     parts = [quantize_at(model_path, r, batches(r)) for r in manifest.resolutions]
+    by_bank = _by_bank(parts, manifest)
     model = merge(parts, manifest.resolutions)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.text()})
     onnx.checker.check_model(model)
     write_whole(output, [model.SerializeToString()])
+    return by_bank
+
+
+def _by_bank(parts: Sequence[Quantized], manifest: Manifest) -> dict[int, np.ndarray]:
+    """Trained resolution -> [R, K], the first pattern of that size in the network of each."""
+    images = {r: patterns(r, manifest)[:1] for r in manifest.resolutions}
+    found: dict[int, list[np.ndarray]] = {r: [] for r in images}
+    for part in parts:
+        for dim, name in zip(_dimensions(part.model)[_SPATIAL:], "hw", strict=True):
+            dim.dim_param = name
+        session = library("onnxruntime").InferenceSession(part.model.SerializeToString())
+        for resolution, pattern in images.items():
+            found[resolution] += session.run([OUTPUT], {INPUT: pattern})
+    return {resolution: np.concatenate(logits) for resolution, logits in found.items()}
+
+
+def _dimensions(model: Any) -> Any:
+    """Of the input, [N, 3, H, W]."""
+    return model.graph.input[0].type.tensor_type.shape.dim
 
 
 def quantize_at(model_path: Path, resolution: int, images: Iterable[np.ndarray]) -> Quantized:
@@ -92,7 +117,7 @@ def _folded(model: Any, resolution: int, path: Path) -> Any:
     """
     onnx, ort = import_onnx(), library("onnxruntime")
     graph = model.graph
-    for dim in graph.input[0].type.tensor_type.shape.dim[_SPATIAL:]:
+    for dim in _dimensions(model)[_SPATIAL:]:
         dim.dim_value = resolution
     for node in graph.node:
         if node.op_type != "Shape" or node.input[0] != graph.input[0].name:

@@ -55,6 +55,13 @@ def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
         yield _pinned(path, resolution)
 
 
+def _opsets(graph: Any) -> str:
+    """Those that its operators are of."""
+    versions = {entry.domain: entry.version for entry in graph.opset_import}
+    used = sorted({node.domain for node in graph.graph.node})
+    return "opsets " + ", ".join(f"{domain or 'ai.onnx'} {versions[domain]}" for domain in used)
+
+
 def _metadata(name: str, graph: Any, manifest: Manifest) -> Found:
     texts = {entry.key: entry.value for entry in graph.metadata_props}
     what = f"{name} carries rsfast.json"
