@@ -87,7 +87,8 @@ class FromShape(nn.Module):
             self.shares = _Shares(model.resolutions, norms, banks)
         # The exporter writes strides that are not row-major as operators of their own.
         for param in self.network.parameters():
-            param.data = param.data.contiguous()
+            # `contiguous` leaves a 1x1 kernel as it is.
+            param.data = param.data.clone(memory_format=torch.contiguous_format)
         self.preprocess = preprocess
         self.register_buffer("mean", _per_channel(model.input_mean))
         self.register_buffer("std", _per_channel(model.input_std))

@@ -132,6 +132,15 @@ def test_the_choice_of_a_bank_costs_a_few_nodes_whatever_the_depth() -> None:
     assert nodes[1] - nodes[0] < 15
 
 
+def test_kernels_of_one_pixel_do_not_make_operators_of_their_strides() -> None:
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1)]
+    pooled = [nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
+    network = nn.Sequential(*layers, *pooled, nn.Linear(16, 4))
+    model = rsfast.convert(network.to(memory_format=torch.channels_last), (32, 24))
+    kinds = {node.op_type for node in to_onnx(model.eval()).graph.node}
+    assert not kinds & {"Gather", "GatherND", "Range"}, kinds
+
+
 def test_exporting_leaves_the_network_as_it_was() -> None:
     model = build("tiny:network")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -131,5 +131,5 @@ def test_an_operator_without_a_form_for_openvino_is_named(tmp_path: Path) -> Non
 
 def test_an_older_onnx_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
-    with pytest.raises(ImportError, match=r"1\.31\.1 or later, got 1\.31\.0"):
+    with pytest.raises(ImportError, match=r"1\.31\.1 or later, .*got 1\.31\.0"):
         parts(tmp_path)
