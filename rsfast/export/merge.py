@@ -8,6 +8,10 @@ s_rc / max |s_rc| is the step at r, which may be 0 or negative.
 All that still differs (steps, zero points, biases, batch norms that are not folded) is one table
 [R, T] per type. The height of the input chooses the row, that of the nearest trained resolution,
 the larger of two as near; one Gather and one Split per type hand it to the operators.
+
+A session for any size is slower than one that is pinned, because ONNX Runtime packs the weights of
+a convolution for its fastest kernel only if its bias is constant: by 14 % (ResNet-18, all sizes)
+and 15 to 26 % (ResNet-50, 224 to 96 pixels) on one AVX-512 core, November 2026, ONNX Runtime 1.32.
 """
 
 from __future__ import annotations
