@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import json
 import multiprocessing
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from rsfast.deploy import Manifest, Network, load
+from rsfast.deploy.manifest import VALIDATION_FILE
 from rsfast.deploy.network import model_file
 from rsfast.deploy.runtimes import MODES, PRECISIONS, RUNTIMES, library, refuse
 from rsfast.files.tables import read_rows, write_rows
@@ -209,8 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _SMAPS.exists():
             raise ValueError(f"memory is read from {_SMAPS}, which only Linux has")
         resolutions = Manifest.read(args.folder).resolutions
-        files = {"fp32": args.accuracy, "bf16": args.accuracy, "int8": args.int8_accuracy}
-        known = {name: _accuracies(file, resolutions) for name, file in files.items()}
+        known = _checked(args.folder)
+        known["bf16"] = known["fp32"]
+        if args.accuracy:
+            evaluated = _evaluated(args.accuracy, resolutions)
+            known |= {"fp32": evaluated, "bf16": evaluated}
         rows: list[Row] = []
         for configuration in _configurations(args):
             found = _in_own_process(args.folder, configuration, args.rounds)
@@ -240,8 +245,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", nargs="+", type=int, default=[1], metavar="T")
     add("--batch", nargs="+", type=int, default=[1], metavar="N", help="images of a call")
     add("--rounds", type=int, default=25, help="turns of each resolution, of 5 calls (default 25)")
-    add("--accuracy", type=Path, metavar="CSV", help="accuracy.csv of rsfast.evaluate")
-    add("--int8-accuracy", type=Path, metavar="CSV", help="the same of the int8 file")
+    add(
+        "--accuracy",
+        type=Path,
+        metavar="CSV",
+        help="accuracy.csv of rsfast.evaluate, for fp32 and bf16; by default what `rsfast.export "
+        "check DIR --data` has measured, of int8 always that",
+    )
     add("--output", type=Path, help="folder for latency.csv and latency.png; by default DIR")
     return parser.parse_args(argv)
 
@@ -270,10 +280,8 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
     return kept
 
 
-def _accuracies(file: Path | None, resolutions: Iterable[int]) -> dict[int, float]:
-    """Top-1 by resolution; empty without a file."""
-    if file is None:
-        return {}
+def _evaluated(file: Path, resolutions: Iterable[int]) -> dict[int, float]:
+    """Top-1 by resolution, as rsfast.evaluate writes it."""
     try:
         rows = [row for row in read_rows(file) if row["resolution"] != "ensemble"]
         found = {int(row["resolution"]): float(row["top1"]) for row in rows}
@@ -282,6 +290,22 @@ def _accuracies(file: Path | None, resolutions: Iterable[int]) -> dict[int, floa
     if missing := [r for r in resolutions if r not in found]:
         raise ValueError(f"{file} must have the accuracy at all resolutions, {missing} are missing")
     return found
+
+
+def _checked(folder: Path) -> dict[str, dict[int, float]]:
+    """Precision -> top-1 by resolution, as far as `rsfast.export check` has measured it."""
+    path = folder / VALIDATION_FILE
+    known: dict[str, dict[int, float]] = {precision: {} for precision in PRECISIONS}
+    if path.exists():
+        try:
+            content = json.loads(path.read_text())["top1"]
+            known |= {
+                precision: {int(resolution): float(top1) for resolution, top1 in values.items()}
+                for precision, values in content.items()
+            }
+        except (OSError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    return known
 
 
 def _with_top1(row: Row, known: dict[int, float]) -> Row:

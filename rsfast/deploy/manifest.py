@@ -9,11 +9,19 @@ from typing import Any, get_args, get_type_hints
 
 from rsfast.files.seal import write_whole
 
-__all__ = ["FP32_FILE", "INT8_FILE", "MANIFEST_FILE", "METADATA_KEY", "Manifest"]
+__all__ = [
+    "FP32_FILE",
+    "INT8_FILE",
+    "MANIFEST_FILE",
+    "METADATA_KEY",
+    "VALIDATION_FILE",
+    "Manifest",
+]
 
 FP32_FILE = "model.onnx"
 INT8_FILE = "model.int8.onnx"
 MANIFEST_FILE = "rsfast.json"
+VALIDATION_FILE = "validation.json"  # what `rsfast.export check` has found
 METADATA_KEY = "rsfast"  # of the graph's metadata, whose value is the text of rsfast.json
 _FORMAT = 1
 

@@ -93,9 +93,9 @@ def patterns(size: int, manifest: Manifest) -> np.ndarray:
     Returns:
         [BATCH, 3, r, r] of the manifest's dtype; the same everywhere but for rounding.
     """
-    # Numbers without a generator, whose stream a library may change: multiples of the golden mean.
+    # Numbers without a generator, whose stream a library may change: the golden mean times squares.
     index = np.arange(BATCH * 3 * _WAVES * 3, dtype=np.float64) + 1.0
-    numbers = np.mod(index * 0.6180339887498949, 1.0).reshape(BATCH, 3, _WAVES, 3)
+    numbers = np.mod(index**2 * 0.6180339887498949, 1.0).reshape(BATCH, 3, _WAVES, 3)
     across, down, phase = np.moveaxis(numbers, -1, 0)
     across, down = 16 * across - 8, 16 * down - 8  # waves per image
     place = (np.arange(size) + 0.5) / size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from deploy_helpers import RESOLUTIONS, Exported, end_process
 from rsfast import latency
+from rsfast.deploy.manifest import VALIDATION_FILE
 from rsfast.deploy.table import Table
 from rsfast.files.tables import read_rows, write_rows
 from rsfast.latency import Configuration, Row, main, measure
@@ -90,8 +92,14 @@ def test_int8_has_no_accuracy_but_its_own(
 
     assert main(arguments) == 0
     assert top1() == ["71.0", "69.0", "60.0", "", "", ""]
-    assert main([*arguments, "--int8-accuracy", str(accuracy)]) == 0
-    assert top1() == 2 * ["71.0", "69.0", "60.0"]
+    checked = {name: {"64": 70.5, "48": 68.0, "32": 50.0} for name in ("fp32", "int8")}
+    (folder / VALIDATION_FILE).write_text(json.dumps({"top1": checked}))
+    assert main(arguments) == 0
+    assert top1() == ["71.0", "69.0", "60.0", "70.5", "68.0", "50.0"]
+    assert main(arguments[:4]) == 0
+    assert top1() == 2 * ["70.5", "68.0", "50.0"]
+    (folder / VALIDATION_FILE).write_text("{")
+    assert main(arguments) == 2
 
 
 def test_without_accuracies_the_picture_shows_resolutions(

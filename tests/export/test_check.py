@@ -15,9 +15,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from rsfast.deploy.manifest import FP32_FILE, METADATA_KEY, Manifest
+from rsfast.deploy.manifest import FP32_FILE, METADATA_KEY, VALIDATION_FILE, Manifest
 from rsfast.deploy.reference import REFERENCE_FILE, Reference, patterns, reference_sizes
-from rsfast.export.check import VALIDATION_FILE, check, main
+from rsfast.export.check import check, main
 from rsfast.export.structure import loose_nodes
 
 
