@@ -79,7 +79,8 @@ figures: setup
 
 $(CUDA_BUILD_STAMP): pyproject.toml setup.py constraints-cuda-build.txt constraints-common.txt
 	$(PYTHON) -m venv $(CUDA_BUILD_VENV)
-	$(CUDA_BUILD_PIP) 'setuptools>=77' wheel torch torchvision timm pytest pytest-xdist hypothesis
+	$(CUDA_BUILD_PIP) 'setuptools>=77' wheel torch torchvision timm onnx onnxscript \
+		onnxruntime pytest pytest-xdist hypothesis
 	RSFAST_BUILD_CUDA=0 $(CUDA_BUILD_PIP) --no-build-isolation --editable .
 	touch $@
 
