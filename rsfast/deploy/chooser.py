@@ -120,8 +120,8 @@ class Chooser:
 
     @property
     def fastest_ms(self) -> float:
-        """What the table says of the fastest resolution."""
-        return self._latencies[0]
+        """Of a request at the fastest resolution: the table's, and what is fixed as seen so far."""
+        return self._fixed + self._latencies[0]
 
     def status(self) -> Status:
         """Of this moment."""

@@ -71,7 +71,10 @@ class _RefusalError(Exception):
 
 
 def waiting_places(chooser: Chooser) -> int:
-    """How many requests may wait while one runs, at least 1 and at most 64."""
+    """How many requests may wait while one runs, at least 1 and at most 64.
+
+    It is largest at the start, before decoding and preprocessing have been seen.
+    """
     return min(max(1, int(chooser.objective_ms / chooser.fastest_ms)), _MOST_WAITING)
 
 
@@ -116,7 +119,6 @@ class _Service:
         self._net = net
         self._chooser = chooser
         self._names = net.manifest.class_names
-        self._places = 1 + waiting_places(chooser)
         self._turns = ThreadPoolExecutor(1, "network")
         self._lock = threading.Lock()  # of what follows
         self._inside = 0  # requests that wait or run
@@ -126,7 +128,7 @@ class _Service:
     def classify(self, environ: dict[str, Any], came: float) -> dict[str, Any]:
         """The five most probable classes of the image in the request's body."""
         with self._lock:
-            full = self._inside == self._places
+            full = self._inside > waiting_places(self._chooser)
             self._counts["refused"] += full
             self._inside += not full
         if full:

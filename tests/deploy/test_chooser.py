@@ -248,3 +248,10 @@ def test_more_than_the_fastest_can_do_is_served_at_the_fastest() -> None:
     outcome = simulate(None, clients=lambda _: 12, seconds=20)
     assert outcome.in_use(20) == 96
     assert outcome.count() <= 2
+
+
+def test_a_request_at_the_fastest_resolution_takes_what_is_fixed_as_well() -> None:
+    requests = Requests(objective_ms=100)
+    assert requests.chooser.fastest_ms == 10
+    requests.answered(65, n=40, fixed_ms=25)
+    assert requests.chooser.fastest_ms == pytest.approx(35)
