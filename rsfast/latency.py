@@ -28,7 +28,7 @@ from rsfast.deploy.network import model_file
 from rsfast.deploy.runtimes import MODES, PRECISIONS, RUNTIMES, library, refuse
 from rsfast.files.tables import read_rows, write_rows
 
-__all__ = ["Configuration", "Row", "main", "measure"]
+__all__ = ["Configuration", "Row", "held_mib", "main", "measure", "waited_ns"]
 
 _STEADY = 4  # inferences of a turn after the first one, which pays for the switch
 _WARM_UP = 2  # per resolution, before anything is timed
@@ -99,7 +99,7 @@ def measure(folder: Path, configuration: Configuration, rounds: int, seed: int =
     rng = np.random.default_rng(seed)
     contract = Manifest.read(folder)
     images = {r: _images(contract, configuration.batch, r, rng) for r in contract.resolutions}
-    before = _held_mib()
+    before = held_mib()
     start = time.perf_counter_ns()
     net = load(
         folder,
@@ -110,16 +110,16 @@ def measure(folder: Path, configuration: Configuration, rounds: int, seed: int =
         batch_sizes=(configuration.batch,),
     )
     load_ms = _ms_since(start)
-    start, waited = time.perf_counter_ns(), _waited_ns()
+    start, waited = time.perf_counter_ns(), waited_ns()
     first, steady = _take_turns(net, images, rounds, rng)
-    share = (_waited_ns() - waited) / max(1, time.perf_counter_ns() - start)
+    share = (waited_ns() - waited) / max(1, time.perf_counter_ns() - start)
     if share > _MOST_WAITING:
         print(
             f"rsfast.latency: warning: {configuration} waited {share:.0%} of the time for a core "
             "that others had: its latencies are those of a busy machine",
             file=sys.stderr,
         )
-    memory_mib = _held_mib() - before
+    memory_mib = held_mib() - before
     alone = len(images) == 1  # and nothing to switch to
     return [
         Row(
@@ -167,7 +167,7 @@ def _ms_since(start_ns: int) -> float:
     return (time.perf_counter_ns() - start_ns) / 1e6
 
 
-def _waited_ns() -> int:
+def waited_ns() -> int:
     """How long this thread could have run and had no core."""
     return int(_SCHEDULE.read_text().split()[1]) if _SCHEDULE.exists() else 0
 
@@ -181,7 +181,7 @@ def _images(
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def _held_mib() -> float:
+def held_mib() -> float:
     """Memory of this process that no file backs, after free memory went back to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library has it
     if trim is not None:

@@ -20,6 +20,7 @@ from bench.support.shapes import ARCHITECTURES
 __all__ = ["draw", "main"]
 
 _PRECISIONS = ("bf16", "fp16", "fp32")
+_BY_RESOLUTION = ("accuracy", "latency", "switch")  # rows that name it after the implementation
 _COLUMNS = 3
 _OURS = "rsfast"
 
@@ -53,6 +54,9 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[st
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         kind, *middle, impl = row["name"].split("/")
+        if kind in _BY_RESOLUTION:
+            *middle, impl, resolution = [*middle, impl]
+            middle.append(resolution)
         is_layer = kind == "kernel" and middle[0] in ("conv2d", "switchable_bn_act")
         if kind in ("card", "conv") or (is_layer and middle[1] not in ARCHITECTURES):
             continue

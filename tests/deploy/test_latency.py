@@ -179,7 +179,7 @@ def test_a_busy_machine_is_warned_of(
 ) -> None:
     net = Clock()
     net.use(monkeypatch)
-    monkeypatch.setattr(latency, "_waited_ns", lambda: int(share * net.now_ns))
+    monkeypatch.setattr(latency, "waited_ns", lambda: int(share * net.now_ns))
     measure(exported.folder, Configuration("onnxruntime", "fp32", "small", 1, 1), rounds=2)
     message = "threads 1, batch 1 waited 40% of the time for a core that others had"
     assert (message in capsys.readouterr().err) == warned
