@@ -139,7 +139,7 @@ def race(
             others = [other for other in sizes[name] if other != size] or [size]
             time.sleep(_PAUSE)
             answer = children[name].visit(int(rng.choice(others)), size)
-            first, *steady = (ns / 1e6 for ns in answer["ns"])
+            first, *steady = (round(ns / 1e6, 4) for ns in answer["ns"])
             samples = found[name, size]
             samples.first_ms.append(first)
             samples.steady_ms += steady

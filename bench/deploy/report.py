@@ -28,6 +28,13 @@ PyTorch's before: `error` in summary.json is their distance, by the size of the 
 1024 x 1024 matrices in the same precision, the same number of threads and the same rounds
 (`card/matmul_*`, billions of operations per second). `waited_share` is the part of the time in
 which others had the core; its mean over all is {waited:.2%}."""
+_BUSY = """\
+**A busy machine**: others had the core for more than 2 % of the time: these
+times decide nothing."""
+_MOST_WAITING = 0.02
+_TOP1 = """\
+By the sessions that were timed with one thread, at batch 1. Measured once for all that compute the
+same: `measured_as` in summary.json."""
 
 
 def write_about(
@@ -46,9 +53,11 @@ def write_about(
         threads: that were measured.
         notes: paragraphs on this run.
     """
-    waited = [row["waited_share"] for row in rows if "waited_share" in row]
+    shares = [row["waited_share"] for row in rows if "waited_share" in row]
+    waited = sum(shares) / len(shares)
     parts = [
-        _ABOUT.format(waited=sum(waited) / len(waited)),
+        _ABOUT.format(waited=waited),
+        *([_BUSY] if waited > _MOST_WAITING else []),
         *notes,
         "## Goals\n\nRatios of medians of this run.",
         as_table(judge(rows, arch, resolutions, threads), resolutions),
@@ -58,7 +67,7 @@ def write_about(
         parts += [f"## {_threads(count)}", _table(rows, arch, resolutions, count)]
     accuracies = _accuracies(rows, resolutions)
     if accuracies:
-        parts += ["## Top-1, percent", accuracies]
+        parts += ["## Top-1, percent", _TOP1, accuracies]
     return "\n\n".join([*parts, "## Rows"])
 
 

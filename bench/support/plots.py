@@ -20,7 +20,6 @@ from bench.support.shapes import ARCHITECTURES
 __all__ = ["draw", "main"]
 
 _PRECISIONS = ("bf16", "fp16", "fp32")
-_BY_RESOLUTION = ("accuracy", "latency", "switch")  # rows that name it after the implementation
 _COLUMNS = 3
 _OURS = "rsfast"
 
@@ -54,11 +53,12 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[st
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         kind, *middle, impl = row["name"].split("/")
-        if kind in _BY_RESOLUTION:
-            *middle, impl, resolution = [*middle, impl]
-            middle.append(resolution)
+        if kind == "latency":  # its rows name the resolution last
+            middle, impl = [*middle[:-1], impl], middle[-1]
         is_layer = kind == "kernel" and middle[0] in ("conv2d", "switchable_bn_act")
-        if kind in ("card", "conv") or (is_layer and middle[1] not in ARCHITECTURES):
+        if kind in ("accuracy", "card", "conv", "switch") or (
+            is_layer and middle[1] not in ARCHITECTURES
+        ):
             continue
         label = impl
         if kind == "train_step":  # float32 and 16 bits race each other
