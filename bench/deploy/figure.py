@@ -59,7 +59,7 @@ def draw(panels: Mapping[int, Mapping[str, Points]], label: str, path: Path) -> 
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel(label)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
