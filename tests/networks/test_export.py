@@ -13,6 +13,7 @@ import torch
 from lifelike import images, lifelike
 from rsfast.export.graph import sizes_of, to_onnx
 
+
 @pytest.mark.filterwarnings("default")  # of packages that are not ours
 @torch.inference_mode()
 def test_one_file_equals_the_network_of_each_size() -> None:
