@@ -62,8 +62,12 @@ class Verdict:
     @property
     def met(self) -> bool:
         """Whether the worst ratio is within the limit."""
-        digits = 2 if self.quantity == "disk" else 3
-        return round(self.ratios[self.worst], digits) <= round(self.limit, digits)
+        return round(self.ratios[self.worst], self.digits) <= round(self.limit, self.digits)
+
+    @property
+    def digits(self) -> int:
+        """Decimals that count."""
+        return 2 if self.quantity == "disk" else 3
 
 
 def names(quantity: str, arch: str, threads: int, impl: str, resolution: int) -> str:
@@ -115,9 +119,9 @@ def as_table(verdicts: Sequence[Verdict], resolutions: Sequence[int]) -> str:
         cells = [f"{v.quantity} of {v.ours}", v.rival]
         cells.append("" if v.quantity == "disk" else str(v.threads))
         cells += [f"{v.ratios[r]:.3f}" if by_size else "" for r in resolutions]
-        worst = f"{v.ratios[v.worst]:.3f}"
+        worst = f"{v.ratios[v.worst]:.{v.digits}f}"
         cells.append(f"{worst} at {v.worst} px" if by_size else worst)
-        cells += [f"{v.limit:.3f}", "met" if v.met else "**missed**"]
+        cells += [f"{v.limit:.{v.digits}f}", "met" if v.met else "**missed**"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
