@@ -322,16 +322,28 @@ def _show(configuration: Configuration, rows: Sequence[Row]) -> None:
 
 
 def _write(rows: Sequence[Row], folder: Path) -> None:
-    """latency.csv and latency.png."""
-    from rsfast import figures  # loads a plotting library, which the measured processes do without
-
+    """latency.csv and, where it can be drawn, latency.png."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / "latency.csv", (_texts(row) for row in rows))
-        figures.draw(folder)
+        print(f"written: {folder / 'latency.csv'}")
+        _draw(folder)
     except OSError as error:
         raise ValueError(f"output folder {folder} cannot be written: {error}") from error
-    print(f"written: {folder / 'latency.csv'}, {folder / 'latency.png'}")
+
+
+def _draw(folder: Path) -> None:
+    try:  # loads a plotting library, which the measured processes do without
+        from rsfast import figures
+    except ImportError as error:
+        print(
+            f"rsfast.latency: no picture, {error}: pip install matplotlib, then "
+            f"python -m rsfast.figures {folder}",
+            file=sys.stderr,
+        )
+        return
+    figures.draw(folder)
+    print(f"written: {folder / 'latency.png'}")
 
 
 def _texts(row: Row) -> dict[str, Any]:

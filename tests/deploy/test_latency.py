@@ -37,23 +37,27 @@ def accuracy(tmp_path: Path) -> Path:
     return tmp_path / "accuracy.csv"
 
 
-def test_the_command_writes_a_table_and_a_picture_and_needs_no_torch(
-    exported: Exported, accuracy: Path, tmp_path: Path
-) -> None:
-    broken = tmp_path / "without" / "torch"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('torch must not be imported')\n")
-    path = os.pathsep.join([str(broken.parent), os.environ.get("PYTHONPATH", "")])
-    output = tmp_path / "measured"
-    flags = "--mode fast small --batch 1 2 --rounds 3 --precision fp32 bf16".split()
-    flags += ["--accuracy", str(accuracy), "--output", str(output)]
-    done = subprocess.run(
-        [sys.executable, "-m", "rsfast.latency", str(exported.folder), *flags],
+def run(folder: Path, *flags: str, without: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process that cannot import the package of this path's name."""
+    without.mkdir(parents=True)
+    (without / "__init__.py").write_text(f"raise ImportError('{without.name} is not to be had')\n")
+    path = os.pathsep.join([str(without.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "rsfast.latency", str(folder), *flags],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         cwd=Path(latency.__file__).parents[1],
     )
+
+
+def test_the_command_writes_a_table_and_a_picture_and_needs_no_torch(
+    exported: Exported, accuracy: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "measured"
+    flags = "--mode fast small --batch 1 2 --rounds 3 --precision fp32 bf16".split()
+    flags += ["--accuracy", str(accuracy), "--output", str(output)]
+    done = run(exported.folder, *flags, without=tmp_path / "absent" / "torch")
     assert done.returncode == 0, done.stderr
     assert "left out: precision bf16 needs runtime openvino, got onnxruntime" in done.stdout
     rows = read_rows(output / "latency.csv")
@@ -72,6 +76,17 @@ def test_the_command_writes_a_table_and_a_picture_and_needs_no_torch(
         assert picture.width > picture.height, "two panels, one for each batch size"
     table = Table.read(output / "latency.csv", mode="fast", batch=1)
     assert [row.resolution for row in table.rows] == list(RESOLUTIONS)
+
+
+def test_without_matplotlib_the_table_is_written_all_the_same(
+    exported: Exported, tmp_path: Path
+) -> None:
+    flags = ["--rounds", "1", "--mode", "small", "--output", str(tmp_path / "measured")]
+    done = run(exported.folder, *flags, without=tmp_path / "absent" / "matplotlib")
+    assert done.returncode == 0, done.stderr
+    assert "no picture, matplotlib is not to be had: pip install matplotlib" in done.stderr
+    assert [path.name for path in (tmp_path / "measured").iterdir()] == ["latency.csv"]
+    assert len(read_rows(tmp_path / "measured" / "latency.csv")) == len(RESOLUTIONS)
 
 
 def test_int8_has_no_accuracy_but_its_own(
