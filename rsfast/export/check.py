@@ -20,7 +20,6 @@ import numpy as np
 from rsfast.deploy.manifest import FP32_FILE, INT8_FILE, VALIDATION_FILE, Manifest
 from rsfast.deploy.reference import Reference
 from rsfast.export import structure
-from rsfast.export.accuracy import top1
 from rsfast.files.seal import write_whole
 
 __all__ = ["Line", "check", "main", "report"]
@@ -78,6 +77,8 @@ def check(
                 lines.append(_int8(folder, runtime, mode, reference, manifest))
     accuracy: dict[str, dict[int, float]] = {}
     if data is not None:
+        from rsfast.export.accuracy import top1  # the rest does without Pillow and tqdm
+
         precisions = ("fp32", "int8") if has_int8 else ("fp32",)
         count, accuracy = top1(folder, manifest, data, precisions)
         lines += _accuracies(accuracy, count, max_loss)

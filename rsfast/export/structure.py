@@ -36,7 +36,10 @@ def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
     Raises:
         ImportError: if a package of the extra `export` is absent.
     """
-    import onnx
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError("the check needs onnx: pip install 'rsfast[export]'") from error
 
     name = path.name
     try:

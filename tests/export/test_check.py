@@ -137,13 +137,24 @@ def test_what_a_convolution_should_have_taken_in_is_loose() -> None:
     assert not loose(norm), "in front of its convolution"
 
 
-def test_checking_needs_no_pytorch(exported: Path) -> None:
+def check_without(folder: Path, *packages: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process that cannot import these."""
     code = (
-        "import sys; sys.modules['torch'] = None\n"
-        f"from rsfast.export.__main__ import main; sys.exit(main(['check', {str(exported)!r}]))"
+        f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+        f"from rsfast.export.__main__ import main; sys.exit(main(['check', {str(folder)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_checking_needs_no_pytorch(exported: Path) -> None:
+    done = check_without(exported, "torch", "PIL", "tqdm", "matplotlib")
     assert done.returncode == 0, done.stderr
+
+
+def test_checking_names_the_package_that_it_needs(exported: Path) -> None:
+    done = check_without(exported, "torch", "onnx")
+    assert done.returncode == 2
+    assert done.stderr.endswith("the check needs onnx: pip install 'rsfast[export]'\n")
 
 
 def test_patterns_are_smooth_different_and_possible_pixels(exported: Path) -> None:
