@@ -10,8 +10,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rsfast.deploy.manifest import INT8_FILE, MANIFEST_FILE
@@ -33,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) as scratch:
             folder = Path(scratch) / args.output.name
             folder.mkdir()
-            _export(args, folder)
+            write_card = _export(args, folder)
             lines = check.check(folder, args.runtime, args.data, args.max_loss)
             if not check.report(lines):
                 print(f"rsfast.export: error: {args.output} is not written", file=sys.stderr)
                 return 1
+            write_card()  # which says what the check has measured
             _put(folder, args.output)
     except (ValueError, ImportError) as error:
         print(f"rsfast.export: error: {error}", file=sys.stderr)
@@ -115,8 +117,8 @@ def _parent(folder: Path) -> Path:
     return parent
 
 
-def _export(args: argparse.Namespace, folder: Path) -> None:
-    """All files but validation.json."""
+def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
+    """All files that are checked; returns what writes the card afterwards."""
     from rsfast.export import graph, images, package, reference
     from rsfast.files.tables import read_rows
     from rsfast.training.checkpoint import load_model
@@ -143,7 +145,7 @@ def _export(args: argparse.Namespace, folder: Path) -> None:
     expected.write(folder)
     if args.triton:
         package.write_triton(manifest, folder)
-    package.write_card(manifest, folder, accuracy)
+    return partial(package.write_card, manifest, folder, accuracy)
 
 
 def _put(folder: Path, output: Path) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import rsfast
-from rsfast.deploy.manifest import FP32_FILE, METADATA_KEY, Manifest
+from rsfast.deploy.manifest import (
+    FP32_FILE,
+    INT8_FILE,
+    METADATA_KEY,
+    VALIDATION_FILE,
+    Manifest,
+)
+from rsfast.deploy.reference import REFERENCE_FILE
+from rsfast.deploy.versions import ONNXRUNTIME_AT_LEAST
 from rsfast.export.graph import INPUT, OUTPUT, sizes_of
 from rsfast.files.pictures import VAL_SCALE
 from rsfast.files.seal import link_or_copy, write_whole
@@ -120,17 +129,17 @@ def write_card(
 
     Args:
         manifest: what the network is.
-        folder: of the files that it lists.
+        folder: of the files that it lists, checked.
         accuracy: rows of rsfast.evaluate's accuracy.csv.
     """
     sizes = ", ".join(map(str, manifest.resolutions))
-    low, high = manifest.sizes
+    classes, (low, high) = manifest.num_classes, manifest.sizes
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     text = f"""# {manifest.arch or "A network"} for inputs of {sizes} pixels
 
-An image classifier of {manifest.num_classes} classes whose input resolution is chosen at run time:
-a Resolution Switchable Network (Wang et al., ECCV 2020), trained at {sizes} pixels with
-[rsfast](https://pypi.org/project/rsfast/). One file serves all of them.
+An image classifier of {classes} classes whose input resolution is chosen at run time:
+a Resolution Switchable Network (Wang et al., ECCV 2020), trained with rsfast. One file serves all
+resolutions; a smaller one takes less time.
 
 ## Use
 
@@ -138,33 +147,46 @@ a Resolution Switchable Network (Wang et al., ECCV 2020), trained at {sizes} pix
 from PIL import Image
 from rsfast import deploy  # needs numpy, pillow and onnxruntime, not PyTorch
 
-net = deploy.load(".")
+net = deploy.load("."){_precision(manifest)}
 images = net.preprocess([Image.open("image.jpg")], {manifest.resolutions[0]})
-logits = net(images)  # [1, {manifest.num_classes}]
+logits = net(images)  # [1, {classes}]
+best = logits.argmax(axis=1)  # lines of {LABELS_FILE}, counted from 0
 ```
 
 | | |
 |---|---|
 | input `{INPUT}` | [N, 3, r, r] {manifest.input_dtype}, RGB, square |
-| r | from {low} to {high} pixels |
-| output `{OUTPUT}` | [N, {manifest.num_classes}] float32; classes in the order of {LABELS_FILE} |
-| geometry | {_geometry(manifest)}, bilinear with antialiasing |
+| r | trained at {sizes} pixels; from {low} to {high} it runs, as accurate as you find it to be |
+| output `{OUTPUT}` | [N, {classes}] float32, before softmax, in the order of {LABELS_FILE} |
+| geometry | {_geometry(manifest)}, bilinear with antialiasing; EXIF's orientation is not applied |
 | normalisation | {_normalisation(manifest)} |
 | other r | {_between(manifest)} |
 | weights from | {manifest.checkpoint}, SHA-256 {manifest.checkpoint_sha256} |
 | written by | {versions} |
 
-ONNX Runtime and others run the file without rsfast; they do not refuse an image that is not square
-or a size that is too large, for which the network gives wrong answers.
+Other programs run the files without rsfast. Then it is on you to refuse images that are not square
+or of a size out of range, which get a wrong answer and no error, and to pin both dimensions,
+`batch` and `size`, for the full speed.{_versions(manifest)}
 
 ## Files
 
 {_files(manifest, folder)}
 ## Accuracy
 
-{_accuracy(accuracy)}
+{_accuracy(accuracy, folder)}
 """
     write_whole(folder / "README.md", [text.encode()])
+
+
+def _precision(manifest: Manifest) -> str:
+    return '  # or deploy.load(".", precision="int8")' if manifest.calibration_images else ""
+
+
+def _versions(manifest: Manifest) -> str:
+    if not manifest.calibration_images:
+        return ""
+    oldest = ".".join(map(str, ONNXRUNTIME_AT_LEAST))
+    return f" ONNX Runtime before {oldest} computes\n{INT8_FILE} wrongly, without an error."
 
 
 def _geometry(manifest: Manifest) -> str:
@@ -189,26 +211,38 @@ def _between(manifest: Manifest) -> str:
 def _files(manifest: Manifest, folder: Path) -> str:
     known = {
         FP32_FILE: "the network in float32",
-        "model.int8.onnx": f"in int8, ranges from {manifest.calibration_images} training images",
+        INT8_FILE: f"in int8, for the ranges of {manifest.calibration_images} training images",
         "rsfast.json": "the facts above, for programs; also in the graphs' metadata",
-        LABELS_FILE: "class names",
-        "reference.npz": "PyTorch's logits, which `python -m rsfast.export check .` compares",
-        "validation.json": "what that check has found",
-        "triton": "for the model repository of Triton Inference Server",
+        LABELS_FILE: "a class per line",
+        REFERENCE_FILE: "PyTorch's logits, which `python -m rsfast.export check .` compares",
+        VALIDATION_FILE: "what that check has found",
+        "triton": "a model repository of Triton Inference Server",
     }
     lines = ["| file | what |", "|---|---|"]
     for name, what in known.items():
-        if name == "validation.json" or (folder / name).exists():
+        if (folder / name).exists():
             lines.append(f"| {name} | {what} |")
     return "\n".join(lines) + "\n"
 
 
-def _accuracy(rows: Sequence[Mapping[str, str]] | None) -> str:
-    if not rows:
-        return "Not stated: `rsfast.evaluate` measures it, `rsfast.export --accuracy` puts it here."
-    lines = ["| resolution | top-1 (%) | top-5 (%) | multiply-adds (M) |", "|---|---|---|---|"]
-    for row in rows:
-        cost = int(row["multiply_adds"]) / 1e6
-        top1, top5 = float(row["top1"]), float(row["top5"])
-        lines.append(f"| {row['resolution']} | {top1:.2f} | {top5:.2f} | {cost:.1f} |")
-    return "\n".join(lines)
+def _accuracy(rows: Sequence[Mapping[str, str]] | None, folder: Path) -> str:
+    measured = json.loads((folder / VALIDATION_FILE).read_text())["top1"]
+    lines = []
+    if rows:
+        lines = ["| resolution | top-1 (%) | top-5 (%) | multiply-adds (M) |", "|---|---|---|---|"]
+        for row in rows:
+            cost = int(row["multiply_adds"]) / 1e6
+            top1, top5 = float(row["top1"]), float(row["top5"])
+            lines.append(f"| {row['resolution']} | {top1:.2f} | {top5:.2f} | {cost:.1f} |")
+        lines.append("")
+    if measured:
+        names = list(measured)
+        lines += ["Of these files, top-1 (%):", "", f"| resolution | {' | '.join(names)} |"]
+        lines.append("|---" * (1 + len(names)) + "|")
+        for r in measured[names[0]]:
+            values = " | ".join(f"{measured[name][r]:.2f}" for name in names)
+            lines.append(f"| {r} | {values} |")
+    return "\n".join(lines).strip() or (
+        "Not stated: `rsfast.export --data` measures it, and `--accuracy` takes it from a table of "
+        "`rsfast.evaluate`."
+    )

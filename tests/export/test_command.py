@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from deploy_helpers import unlike_banks
 from rsfast.deploy.manifest import FP32_FILE, METADATA_KEY, Manifest
 from rsfast.export import check
 from rsfast.export.__main__ import main
+from rsfast.export.package import write_card
 from rsfast.models import official
 
 
@@ -68,6 +70,19 @@ def test_the_accuracy_goes_onto_the_card(checkpoint: Path, tmp_path: Path) -> No
     flags = ["--accuracy", str(tmp_path / "accuracy.csv")]
     assert export(checkpoint, tmp_path / "out", *flags) == 0
     assert "| 64 | 71.50 | 90.00 | 2.0 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_says_what_was_measured_of_the_files(exported: Path, tmp_path: Path) -> None:
+    assert "Not stated" in (exported / "README.md").read_text()
+    manifest = replace(Manifest.read(exported), calibration_images=512)
+    top1 = {"fp32": {"64": 54.75, "48": 50.0}, "int8": {"64": 54.875, "48": 49.5}}
+    (tmp_path / "validation.json").write_text(json.dumps({"top1": top1}))
+    write_card(manifest, tmp_path, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "| resolution | fp32 | int8 |\n|---|---|---|\n| 64 | 54.75 | 54.88 |" in card
+    assert 'deploy.load(".", precision="int8")' in card
+    assert "ONNX Runtime before 1.31.1" in card
+    assert "model.onnx" not in card, "files that are not there are not listed"
 
 
 def test_an_earlier_export_is_replaced_whole(checkpoint: Path, tmp_path: Path) -> None:
