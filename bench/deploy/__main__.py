@@ -113,7 +113,9 @@ def _measure(
     rates_of = [m for m in MATMULS if any(i.precision == m.precision for i in impls)]
     hellos, children = _start([*impls, *rates_of], task, args.starts, rng)
     try:
-        exact = {r: model.at(r)(torch.from_numpy(patterns(r)[:1])) for r in task.resolutions}
+        manifest = Manifest.read(Path(task.folder))
+        inputs = {r: torch.from_numpy(patterns(r, manifest)[:1]) for r in task.resolutions}
+        exact = {r: model.at(r)(images) for r, images in inputs.items()}
         logits = {
             impl.name: {int(r): np.array(v) for r, v in hellos[impl.name][0]["logits"].items()}
             for impl in impls

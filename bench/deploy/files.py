@@ -12,7 +12,7 @@ import torch
 
 from bench.deploy.implementations import MATMUL_FILE, MATMUL_SIZE, separate_file
 from rsfast.deploy.manifest import INT8_FILE, Manifest
-from rsfast.deploy.reference import patterns
+from rsfast.deploy.reference import BATCH, patterns
 from rsfast.export import graph, images, package
 from rsfast.export.quantize import quantize, quantize_at
 from rsfast.models import RSNet
@@ -52,7 +52,7 @@ def _calibration(
     data: Path | None, manifest: Manifest
 ) -> tuple[int, Callable[[int], Iterable[np.ndarray]]]:
     if data is None:
-        return len(patterns(manifest.resolutions[-1])), lambda size: [patterns(size)]
+        return BATCH, lambda size: [patterns(size, manifest)]
     return images.calibration(data, manifest, _CALIBRATION)
 
 

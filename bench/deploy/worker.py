@@ -28,6 +28,7 @@ from bench.deploy.implementations import (
     separate_file,
 )
 from rsfast.deploy import load
+from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.reference import patterns
 from rsfast.deploy.runtimes import Pin, Session, library, open_session
 from rsfast.latency import held_mib, waited_ns
@@ -46,7 +47,8 @@ def main() -> int:
     task = json.loads(sys.argv[1])
     impl = Implementation(*task["implementation"])
     folder, threads = Path(task["folder"]), task["threads"]
-    inputs = {r: patterns(r)[:1] for r in task["resolutions"]}
+    manifest = Manifest.read(folder)
+    inputs = {r: patterns(r, manifest)[:1] for r in task["resolutions"]}
     _import_packages(impl, threads)
     before, start = held_mib(), time.perf_counter_ns()
     if impl.family == "matmul":
