@@ -9,7 +9,9 @@ taken, and measures latency, switches, loading, memory and disk. With --data als
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import math
 import statistics
 import sys
 import tempfile
@@ -76,13 +78,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, nargs="+", default=[1, 2], help="one race each (1 2)")
     add("--rounds", type=int, default=30, help="visits of each resolution at most (30)")
     add("--minutes", type=float, default=10.0, help="after which a race ends (10)")
-    add("--starts", type=int, default=3, help="of each process, to measure loading (3)")
+    add("--heats", type=int, default=5, help="of each race, with new processes (5)")
     known = [impl.name for impl in IMPLEMENTATIONS]
     add("--impls", nargs="+", choices=known, metavar="NAME", help=f"of {', '.join(known)} (all)")
     add("--seed", type=int, default=0, help="of the orders (0)")
     args = parser.parse_args(argv)
-    if min(*args.threads, args.rounds, args.starts) < 1:
-        parser.error("--threads, --rounds and --starts must be at least 1")
+    if min(*args.threads, args.rounds, args.heats) < 1:
+        parser.error("--threads, --rounds and --heats must be at least 1")
     return args
 
 
@@ -108,26 +110,32 @@ def _measure(
     args: argparse.Namespace,
     results: Results,
 ) -> None:
-    """One race: rows of every implementation with one number of threads."""
+    """One race: rows of every implementation with one number of threads.
+
+    It is run in heats of new processes: where in memory a process has its weights makes the same
+    graph several percent faster or slower, as long as it lives.
+    """
     rng = np.random.default_rng(args.seed)
     rates_of = [m for m in MATMULS if any(i.precision == m.precision for i in impls)]
-    hellos, children = _start([*impls, *rates_of], task, args.starts, rng)
-    try:
-        manifest = Manifest.read(Path(task.folder))
-        inputs = {r: torch.from_numpy(patterns(r, manifest)[:1]) for r in task.resolutions}
-        exact = {r: model.at(r)(images) for r, images in inputs.items()}
-        logits = {
-            impl.name: {int(r): np.array(v) for r, v in hellos[impl.name][0]["logits"].items()}
-            for impl in impls
-        }
-        errors = accuracy.distances(logits, {r: v.detach()[0].numpy() for r, v in exact.items()})
-        accuracy.check_logits(impls, errors)
-        sizes = {impl.name: task.resolutions for impl in impls}
-        sizes |= {impl.name: (MATMUL_SIZE,) for impl in rates_of}
-        samples = race(children, sizes, args.rounds, args.minutes, rng)
-    finally:
-        for child in children.values():
-            child.close()
+    sizes = {impl.name: task.resolutions for impl in impls}
+    sizes |= {impl.name: (MATMUL_SIZE,) for impl in rates_of}
+    hellos: dict[str, list[dict]] = {name: [] for name in sizes}
+    samples: dict[tuple[str, int], Samples] = {}
+    errors: dict[str, dict[int, float]] = {}
+    for heat in range(args.heats):
+        with contextlib.ExitStack() as ends:
+            children = {}
+            for index in rng.permutation(len(sizes)):
+                child = Child([*impls, *rates_of][index], task)
+                ends.callback(child.close)
+                children[child.name] = child
+                hellos[child.name].append(child.hello)
+            if not heat:
+                errors = _check(impls, model, task, hellos)
+            rounds = math.ceil(args.rounds / args.heats)
+            found = race(children, sizes, rounds, args.minutes / args.heats, rng)
+            for pair, values in found.items():
+                samples.setdefault(pair, Samples()).add(values)
     rates = _add_rates(rates_of, samples, task.threads, results)
     costs = {r: multiply_adds(model.at(r), r) for r in task.resolutions}
     arch = model.arch or "network"
@@ -152,26 +160,20 @@ def _measure(
             results.add(row("switch", resolution=r), switches, "ms")
 
 
-def _start(
-    impls: Sequence[Implementation], task: Task, starts: int, rng: np.random.Generator
-) -> tuple[dict[str, list[dict]], dict[str, Child]]:
-    """What processes say at each start, in turns, and the last ones of each, which stay."""
-    hellos: dict[str, list[dict]] = {impl.name: [] for impl in impls}
-    children: dict[str, Child] = {}
-    try:
-        for number in range(starts):
-            for index in rng.permutation(len(impls)):
-                child = Child(impls[index], task)
-                hellos[child.name].append(child.hello)
-                if number + 1 == starts:
-                    children[child.name] = child
-                else:
-                    child.close()
-    except RuntimeError:
-        for child in children.values():
-            child.close()
-        raise
-    return hellos, children
+def _check(
+    impls: Sequence[Implementation], model: RSNet, task: Task, hellos: Mapping[str, list[dict]]
+) -> dict[str, dict[int, float]]:
+    """How far the logits of each are from PyTorch's; raises where that is too far."""
+    manifest = Manifest.read(task.folder)
+    inputs = {r: torch.from_numpy(patterns(r, manifest)[:1]) for r in task.resolutions}
+    exact = {r: model.at(r)(images).detach()[0].numpy() for r, images in inputs.items()}
+    logits = {
+        impl.name: {int(r): np.array(v) for r, v in hellos[impl.name][0]["logits"].items()}
+        for impl in impls
+    }
+    errors = accuracy.distances(logits, exact)
+    accuracy.check_logits(impls, errors)
+    return errors
 
 
 def _add_rates(

@@ -19,7 +19,7 @@ __all__ = ["Child", "Samples", "Task", "race"]
 
 _STEADY = 4  # calls of a visit after the first one, which pays for the switch
 _PAUSE = 0.005  # seconds before a visit: threads of others that wait by spinning stop by then
-_FEWEST = 3  # rounds, whatever the time
+_FEWEST = 2  # rounds, whatever the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,12 @@ class Samples:
     first_ms: list[float] = field(default_factory=list)
     steady_ms: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
+
+    def add(self, other: Samples) -> None:
+        """Those of another heat."""
+        self.first_ms += other.first_ms
+        self.steady_ms += other.steady_ms
+        self.waited += other.waited
 
 
 class Child:
@@ -124,7 +130,7 @@ def race(
         children: by name.
         sizes: of each name.
         rounds: at most.
-        minutes: after which no new round begins, but for the first three.
+        minutes: after which no new round begins, but for the first two.
         rng: decides the orders, and which size comes before a switch.
     """
     pairs = [(name, size) for name in children for size in sizes[name]]

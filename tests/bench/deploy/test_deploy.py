@@ -99,7 +99,7 @@ def test_command_races_a_network_and_writes_the_page(tmp_path: Path) -> None:
     save_weights(model, torch.zeros(2), checkpoint)
     impls = ["rsfast_ort_fp32_fast", "rsfast_ort_int8_small", "separate_ort_fp32", "pytorch_fp32"]
     arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
-    arguments += ["--threads", "1", "--rounds", "3", "--starts", "2", "--impls", *impls]
+    arguments += ["--threads", "1", "--rounds", "3", "--heats", "2", "--impls", *impls]
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     by_name = {row["name"]: row for row in rows}
