@@ -34,7 +34,7 @@ _STEADY = 4  # inferences of a turn after the first one, which pays for the swit
 _WARM_UP = 2  # per resolution, before anything is timed
 _MOST_WAITING = 0.02  # of the time, above which there is a warning
 _SMAPS = Path("/proc/self/smaps_rollup")
-_SCHEDULE = Path("/proc/self/schedstat")  # some kernels do not have it
+_TASKS = Path("/proc/self/task")  # schedstat in it, which some kernels do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ def measure(folder: Path, configuration: Configuration, rounds: int, seed: int =
     load_ms = _ms_since(start)
     start, waited = time.perf_counter_ns(), waited_ns()
     first, steady = _take_turns(net, images, rounds, rng)
-    share = (waited_ns() - waited) / max(1, time.perf_counter_ns() - start)
+    spent = configuration.threads * max(1, time.perf_counter_ns() - start)
+    share = (waited_ns() - waited) / spent
     if share > _MOST_WAITING:
         print(
             f"rsfast.latency: warning: {configuration} waited {share:.0%} of the time for a core "
@@ -168,8 +169,8 @@ def _ms_since(start_ns: int) -> float:
 
 
 def waited_ns() -> int:
-    """How long this thread could have run and had no core."""
-    return int(_SCHEDULE.read_text().split()[1]) if _SCHEDULE.exists() else 0
+    """How long the threads of this process could have run and had no core, added up."""
+    return sum(int(path.read_text().split()[1]) for path in _TASKS.glob("*/schedstat"))
 
 
 def _images(
@@ -212,7 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"memory is read from {_SMAPS}, which only Linux has")
         resolutions = Manifest.read(args.folder).resolutions
         known = _checked(args.folder)
-        known["bf16"] = known["fp32"]
         if args.accuracy:
             evaluated = _evaluated(args.accuracy, resolutions)
             known |= {"fp32": evaluated, "bf16": evaluated}

@@ -197,7 +197,8 @@ def _about_machine(checkpoint: Path) -> str:
     """What summary.json does not say of the processor."""
     from importlib import metadata
 
-    packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("onnxruntime", "openvino"))
+    known = {entry.metadata["Name"]: entry.version for entry in metadata.distributions()}
+    packages = ", ".join(f"{p} {known[p]}" for p in ("onnxruntime", "openvino") if p in known)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
     facts = {name.strip(): value.strip() for name, value in facts.items()}

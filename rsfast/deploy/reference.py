@@ -23,6 +23,7 @@ __all__ = ["BATCH", "REFERENCE_FILE", "Reference", "patterns", "reference_sizes"
 
 REFERENCE_FILE = "reference.npz"
 BATCH = 3  # images of each size
+_FORMAT = 1  # raise it when patterns or reference_sizes change
 _WAVES = 16  # per colour
 _CONTRAST = 50  # standard deviation of a pixel's value
 
@@ -49,7 +50,7 @@ class Reference:
         arrays |= {f"by_bank_{size}": values for size, values in self.by_bank.items()}
         arrays |= {f"int8_{size}": values for size, values in self.int8.items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        np.savez_compressed(buffer, format=np.array(_FORMAT), **arrays)  # type: ignore[arg-type]
         write_whole(folder / REFERENCE_FILE, [buffer.getvalue()])
 
     @classmethod
@@ -63,16 +64,19 @@ class Reference:
         found: dict[str, dict[int, np.ndarray]] = {"logits": {}, "by_bank": {}, "int8": {}}
         try:
             with np.load(path) as file:
-                for name in file.files:
+                written = int(file["format"])
+                for name in set(file.files) - {"format"}:
                     kind, _, size = name.rpartition("_")
                     found[kind][int(size)] = file[name]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is missing or damaged: {error}") from error
+        if written != _FORMAT:
+            raise ValueError(f"{path} must be of format {_FORMAT}, got {written}: export anew")
         return cls(**found)
 
 
 def reference_sizes(resolutions: Sequence[int], sizes: tuple[int, int]) -> list[int]:
-    """Every trained size, one between each two, one above and one below, in descending order.
+    """Every trained size, one between each two, two above and two below, in descending order.
 
     Args:
         resolutions: trained, descending, in pixels.
@@ -80,7 +84,7 @@ def reference_sizes(resolutions: Sequence[int], sizes: tuple[int, int]) -> list[
     """
     between = {(a + b) // 2 for a, b in itertools.pairwise(resolutions)}
     outside = {min(resolutions[0] * 5 // 4, sizes[1]), max(resolutions[-1] * 3 // 4, sizes[0])}
-    return sorted({*resolutions, *between, *outside}, reverse=True)
+    return sorted({*resolutions, *between, *outside, *sizes}, reverse=True)
 
 
 def patterns(size: int, manifest: Manifest) -> np.ndarray:

@@ -31,21 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "torch" in sys.modules:
         raise AssertionError("PyTorch has been loaded, which a deployed network must do without")
     try:
-        batches = range(1, BATCH + 1)
-        net = load(args.folder, args.runtime, args.mode, precision=args.precision)
+        how = {name: getattr(args, name) for name in ("runtime", "mode", "precision")}
         found = {}
-        for size in _sizes(net.manifest.resolutions, net.manifest.sizes, args):
-            images = patterns(size, net.manifest)
-            for batch in batches:
-                if args.mode == "fast":
-                    net.prepare(size, batch)
+        for batch in range(1, BATCH + 1):  # sessions of one batch size at a time
+            net = load(args.folder, **how, batch_sizes=(batch,))
+            for size in _sizes(net.manifest.resolutions, net.manifest.sizes, args):
+                images = patterns(size, net.manifest)[:batch]
                 with warnings.catch_warnings():  # of sizes outside of the trained ones
                     warnings.simplefilter("ignore", UserWarning)
-                    found[f"{size}_{batch}"] = net(images[:batch])
+                    found[f"{size}_{batch}"] = net(images)
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
-    np.savez(args.output, allow_pickle=False, **found)
+    np.savez(args.output, **found)  # type: ignore[arg-type]
     return 0
 
 

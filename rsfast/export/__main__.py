@@ -15,10 +15,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rsfast.deploy.manifest import INT8_FILE, MANIFEST_FILE
+from rsfast.deploy.manifest import INT8_FILE
+from rsfast.deploy.runtimes import RUNTIMES, library
 from rsfast.export import check
 
 __all__ = ["main"]
+
+# Of an export, and what rsfast.latency has measured of it.
+_REPLACED = {
+    *("model.onnx", "model.int8.onnx", "rsfast.json", "labels.txt", "README.md", "triton"),
+    *("reference.npz", "validation.json", "latency.csv", "latency.png"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,17 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return check.main(arguments[1:])
     args = _parse(arguments)
     try:
+        args.output = args.output.resolve()  # behind a link, and with a name
         _refuse_early(args)
         with tempfile.TemporaryDirectory(
             dir=_parent(args.output), prefix=f".{args.output.name}."
         ) as scratch:
-            folder = Path(scratch) / args.output.name
+            folder = Path(scratch) / "new"
             folder.mkdir()
             write_card = _export(args, folder)
-            lines = check.check(folder, args.runtime, args.data, args.max_loss)
-            if not check.report(lines):
+            limits = (args.max_loss, args.val_images)
+            report = check.check(folder, args.runtime, args.data, *limits)
+            report.show()
+            if not report.passed:
                 print(f"rsfast.export: error: {args.output} is not written", file=sys.stderr)
                 return 1
+            report.write(folder)
             write_card()  # which says what the check has measured
             _put(folder, args.output)
     except (ValueError, ImportError) as error:
@@ -75,19 +86,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--int8", action="store_true", help="write model.int8.onnx, too; needs --data")
     add("--data", help="folder with train/, to calibrate int8 on, and val/, to measure its loss")
     add("--calibration-images", type=int, default=512, help="of train/ (default 512)")
-    add(
-        "--max-loss",
-        type=float,
-        default=1.0,
-        metavar="POINTS",
-        help="of top-1 that int8 may lose at any resolution (default 1)",
-    )
+    check.add_limits(parser)
     add("--accuracy", type=Path, help="accuracy.csv of rsfast.evaluate, for the model card")
     add("--triton", action="store_true", help="write a model of Triton Inference Server, too")
     add(
         "--runtime",
         nargs="+",
-        choices=check.RUNTIMES,
+        choices=tuple(RUNTIMES),
         default=["onnxruntime"],
         help="to check it with (default onnxruntime)",
     )
@@ -100,34 +105,35 @@ def _refuse_early(args: argparse.Namespace) -> None:
         raise ValueError("--int8 needs --data, a folder with train/ and val/, to calibrate on")
     if args.calibration_images < 1:
         raise ValueError(f"--calibration-images must be at least 1, got {args.calibration_images}")
-    if args.output.exists() and not _is_ours(args.output):
+    for runtime in args.runtime:
+        library(runtime)
+    if args.output.exists():
+        _refuse_foreign(args.output)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """What was not written by an export, or measured of one, is not replaced."""
+    if not output.is_dir() or os.path.ismount(output):
+        raise ValueError(f"--output {output} must be a folder, and no mount point")
+    if foreign := sorted({entry.name for entry in output.iterdir()} - _REPLACED):
         raise ValueError(
-            f"--output {args.output} must be a folder that is not there, an empty one, or one of "
-            f"an earlier export, which is then replaced"
+            f"--output {output} must be a folder that is not there, an empty one, or one of an "
+            f"earlier export, which is then replaced: it holds {', '.join(foreign[:3])}"
         )
 
 
-def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST_FILE).exists())
-
-
 def _parent(folder: Path) -> Path:
-    parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.parent
 
 
 def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     """All files that are checked; returns what writes the card afterwards."""
     from rsfast.export import graph, images, package, reference
-    from rsfast.files.tables import read_rows
     from rsfast.training.checkpoint import load_model
 
     graph.import_onnx()
-    try:
-        accuracy = read_rows(args.accuracy) if args.accuracy else None
-    except OSError as error:
-        raise ValueError(f"--accuracy {args.accuracy} cannot be read: {error}") from error
+    accuracy = package.read_accuracy(args.accuracy) if args.accuracy else None
     model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch)
     manifest = package.describe(model, args.checkpoint, args.preprocess)
     if args.int8:
@@ -153,7 +159,12 @@ def _put(folder: Path, output: Path) -> None:
     old = folder.with_name("old")
     if output.exists():
         os.replace(output, old)
-    os.replace(folder, output)
+    try:
+        os.replace(folder, output)
+    except BaseException:
+        if old.exists():
+            os.replace(old, output)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

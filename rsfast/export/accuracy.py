@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from tqdm import tqdm
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.network import Network, load
 from rsfast.deploy.preprocess import preprocess
-from rsfast.export.images import batches, index_split
+from rsfast.export.images import batches, index_split, spread
 
 __all__ = ["top1"]
 
 
 def top1(
-    folder: Path, manifest: Manifest, data: str | Path, precisions: Sequence[str]
+    folder: Path,
+    manifest: Manifest,
+    data: str | Path,
+    precisions: Sequence[str],
+    num_images: int,
 ) -> tuple[int, dict[str, dict[int, float]]]:
     """Accuracy at every trained resolution on DATA/val.
 
@@ -26,6 +31,7 @@ def top1(
         manifest: of the folder.
         data: folder with val/.
         precisions: of `rsfast.deploy.load`.
+        num_images: of val/ at most, spread evenly over the classes.
 
     Returns:
         The number of images, and precision -> resolution -> top-1 in percent.
@@ -34,17 +40,21 @@ def top1(
         ValueError: if the data set is not the network's.
     """
     index = index_split(data, "val", manifest)
-    nets = {name: load(folder, precision=name, mode="small") for name in precisions}
+    positions = spread(index, num_images)
+    threads = len(os.sched_getaffinity(0))
+    nets = {
+        name: load(folder, precision=name, mode="small", threads=threads) for name in precisions
+    }
     hits = {name: dict.fromkeys(manifest.resolutions, 0) for name in precisions}
-    with tqdm(total=len(index), unit="img", desc="top-1", leave=False) as bar:
-        for positions, pictures in batches(index, np.arange(len(index))):
+    with tqdm(total=len(positions), unit="img", desc="top-1", leave=False) as bar:
+        for part, pictures in batches(index, positions):
             for resolution in manifest.resolutions:
                 images = preprocess(pictures, resolution, manifest)
                 for name, net in nets.items():
-                    hits[name][resolution] += _hits(net, images, index.labels[positions])
-            bar.update(len(positions))
-    share = 100 / len(index)
-    return len(index), {
+                    hits[name][resolution] += _hits(net, images, index.labels[part])
+            bar.update(len(part))
+    share = 100 / len(positions)
+    return len(positions), {
         name: {resolution: share * count for resolution, count in counts.items()}
         for name, counts in hits.items()
     }

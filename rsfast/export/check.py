@@ -6,28 +6,63 @@ Needs no PyTorch: what PyTorch computed is in the folder.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from rsfast.deploy.manifest import FP32_FILE, INT8_FILE, VALIDATION_FILE, Manifest
 from rsfast.deploy.reference import Reference
+from rsfast.deploy.runtimes import RUNTIMES, library
 from rsfast.export import structure
 from rsfast.files.seal import write_whole
 
-__all__ = ["Line", "check", "main", "report"]
+__all__ = ["Line", "Report", "add_limits", "check", "main"]
 
-RUNTIMES = ("onnxruntime", "openvino")
+VAL_IMAGES = 5000
 _TOLERANCE = 1e-4  # of float32 logits, relative to the largest
-_ROUNDING = 0.5  # rms of int8 logits against a network quantised alone, if nothing else tells
+_ROUNDING = 0.3  # rms of int8 logits against a network quantised alone, at most
 _TELLS_APART = 10 * _TOLERANCE  # two banks whose logits differ by less could be mistaken
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check has found.
+
+    Attributes:
+        lines: all that was looked at.
+        top1: precision -> resolution -> accuracy in percent, measured by this or an earlier check
+            of the same files.
+        files: names of the graphs and their SHA-256.
+        runtimes: packages and their versions.
+    """
+
+    lines: list[Line]
+    top1: dict[str, dict[int, float]]
+    files: dict[str, str]
+    runtimes: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing has failed."""
+        return all(line.passed is not False for line in self.lines)
+
+    def show(self) -> None:
+        """Prints the lines."""
+        words = {True: "ok", False: "FAILED", None: "not looked at"}
+        for line in self.lines:
+            print(f"{words[line.passed]:>13}  {line.name}: {line.found}")
+
+    def write(self, folder: Path) -> None:
+        """Writes validation.json."""
+        text = json.dumps({"passed": self.passed, **asdict(self)}, indent=2)
+        write_whole(folder / VALIDATION_FILE, [f"{text}\n".encode()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +85,16 @@ def check(
     runtimes: Sequence[str] = ("onnxruntime",),
     data: str | None = None,
     max_loss: float = 1.0,
-) -> list[Line]:
-    """Looks at an exported network from all sides, and writes validation.json into its folder.
+    val_images: int = VAL_IMAGES,
+) -> Report:
+    """Looks at an exported network from all sides.
 
     Args:
         folder: of rsfast.export.
         runtimes: to run it with, each in a process of its own without PyTorch.
         data: folder with val/, for the accuracy of the int8 file on real images.
         max_loss: points of top-1 that int8 may lose at any resolution.
+        val_images: of val/ at most, spread evenly over it.
 
     Raises:
         ValueError: if the folder is not one of rsfast.export, or the data set is another one.
@@ -65,9 +102,11 @@ def check(
     """
     manifest = Manifest.read(folder)
     reference = Reference.read(folder)
-    has_int8 = (folder / INT8_FILE).is_file()
+    versions = {name: str(library(name).__version__) for name in ("onnxruntime", *runtimes)}
+    has_int8 = manifest.calibration_images > 0
+    graphs = (FP32_FILE, INT8_FILE) if has_int8 else (FP32_FILE,)
     lines = []
-    for name in (FP32_FILE, *([INT8_FILE] if has_int8 else [])):
+    for name in graphs:
         lines += [Line(*line) for line in structure.look_at(folder / name, manifest)]
     lines.append(_banks_differ(reference, manifest))
     for runtime in runtimes:
@@ -75,31 +114,36 @@ def check(
             lines.append(_float32(folder, runtime, mode, reference))
             if has_int8 and not (runtime == "openvino" and mode == "small"):
                 lines.append(_int8(folder, runtime, mode, reference, manifest))
-    accuracy: dict[str, dict[int, float]] = {}
+    files = {name: _digest(folder / name) for name in graphs}
+    top1 = _known_top1(folder, files)
     if data is not None:
-        from rsfast.export.accuracy import top1  # the rest does without Pillow and tqdm
+        from rsfast.export import accuracy  # the rest does without Pillow and tqdm
 
         precisions = ("fp32", "int8") if has_int8 else ("fp32",)
-        count, accuracy = top1(folder, manifest, data, precisions)
-        lines += _accuracies(accuracy, count, max_loss)
+        count, top1 = accuracy.top1(folder, manifest, data, precisions, val_images)
+        lines += _accuracies(top1, count, max_loss)
     elif has_int8:
         lines.append(Line("int8 accuracy", None, "give --data to measure it on real images"))
-    content = {
-        "passed": all(line.passed is not False for line in lines),
-        "runtimes": {name: metadata.version(name) for name in runtimes},
-        "top1": accuracy,
-        "lines": [asdict(line) for line in lines],
-    }
-    write_whole(folder / VALIDATION_FILE, [f"{json.dumps(content, indent=2)}\n".encode()])
-    return lines
+    return Report(lines, top1, files, versions)
 
 
-def report(lines: Sequence[Line]) -> bool:
-    """Prints the lines; returns whether none has failed."""
-    words = {True: "ok", False: "FAILED", None: "not looked at"}
-    for line in lines:
-        print(f"{words[line.passed]:>13}  {line.name}: {line.found}")
-    return all(line.passed is not False for line in lines)
+def _digest(path: Path) -> str:
+    """Empty if the file is not there."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known_top1(folder: Path, files: dict[str, str]) -> dict[str, dict[int, float]]:
+    """What an earlier check has measured of the same graphs."""
+    try:
+        content = json.loads((folder / VALIDATION_FILE).read_text())
+        if content["files"] != files:
+            return {}
+        return {name: {int(r): v for r, v in by.items()} for name, by in content["top1"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,25 +153,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("folder", type=Path, help="of rsfast.export")
-    add("--runtime", nargs="+", choices=RUNTIMES, default=["onnxruntime"])
-    add("--data", help="folder with val/: int8's accuracy is measured on it")
-    add(
+    add("--runtime", nargs="+", choices=tuple(RUNTIMES), default=["onnxruntime"])
+    add("--data", help="folder with val/: accuracy is measured on it")
+    add_limits(parser)
+    args = parser.parse_args(argv)
+    try:
+        limits = (args.max_loss, args.val_images)
+        report = check(args.folder, args.runtime, args.data, *limits)
+        report.show()
+        report.write(args.folder)
+    except (ValueError, ImportError) as error:
+        print(f"rsfast.export check: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"rsfast.export check: error: {error}", file=sys.stderr)
+        return 1
+    return 0 if report.passed else 1
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Flags of whoever checks."""
+    parser.add_argument(
         "--max-loss",
         type=float,
         default=1.0,
         metavar="POINTS",
         help="of top-1 that int8 may lose at any resolution (default 1)",
     )
-    args = parser.parse_args(argv)
-    try:
-        passed = report(check(args.folder, args.runtime, args.data, args.max_loss))
-    except (ValueError, ImportError) as error:
-        print(f"rsfast.export check: error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"rsfast.export check: error: {error}", file=sys.stderr)
-        return 1
-    return 0 if passed else 1
+    parser.add_argument(
+        "--val-images",
+        type=int,
+        default=VAL_IMAGES,
+        metavar="N",
+        help=f"of val/ at most, spread evenly, to measure accuracy on (default {VAL_IMAGES})",
+    )
 
 
 def _banks_differ(reference: Reference, manifest: Manifest) -> Line:
@@ -142,6 +201,8 @@ def _banks_differ(reference: Reference, manifest: Manifest) -> Line:
             if bank != own and (error := _error(logits[bank], logits[own])) < closest:
                 closest, pair = error, (resolution, trained)
     found = f"at {pair[0]} px the bank of {pair[1]} is {closest:.1e} away, at least"
+    if closest <= _TOLERANCE:
+        return Line(name, None, f"at {pair[0]} px the bank of {pair[1]} is as good as the same")
     return Line(name, closest > _TELLS_APART, f"{found} {_TELLS_APART:.0e}")
 
 
@@ -166,20 +227,24 @@ def _int8(folder: Path, runtime: str, mode: str, reference: Reference, manifest:
     outputs = _replay(folder, runtime, mode, "int8")
     if isinstance(outputs, str):
         return Line(name, False, outputs)
-    wrong, worst, nearest = [], 0.0, np.inf
+    wrong, worst, nearest = [], -np.inf, np.inf
     for key, (size, logits) in outputs.items():
         if size not in reference.int8:
             continue
         distances = [_rms(logits[0], bank) for bank in reference.int8[size]]
         own = distances.pop(manifest.resolutions.index(size))
         worst = max(worst, own)
-        nearest = min([nearest, *distances]) if reference.by_bank else nearest
-        if own > (min(distances) / 2 if reference.by_bank else _ROUNDING):
+        other = min(distances) if reference.by_bank else np.inf
+        nearest = min(nearest, other)
+        if own > _ROUNDING or other < own / 2:
             wrong.append(key)
-    found = f"rms difference {worst:.3f} of the rms"
-    found += f", of other banks {nearest:.3f}" if reference.by_bank else f", at most {_ROUNDING}"
+    if worst < 0:
+        return Line(name, False, "the folder has no reference of int8: export anew")
+    found = f"rms difference {worst:.3f} of the rms, at most {_ROUNDING}"
+    if reference.by_bank:
+        found += f"; from other banks at least {nearest:.3f}"
     if wrong:
-        found += f"; not clearly nearest to its own bank: {', '.join(wrong)}"
+        found += f"; too far from its own, or nearer to another: {', '.join(wrong)}"
     return Line(name, not wrong, found)
 
 

@@ -12,7 +12,7 @@ from rsfast.data.folder import FolderIndex, index_folder
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
-__all__ = ["batches", "calibration", "index_split"]
+__all__ = ["batches", "calibration", "index_split", "spread"]
 
 _BATCH = 32
 
@@ -32,6 +32,12 @@ def index_split(data: str | Path, split: str, manifest: Manifest) -> FolderIndex
             f"got {len(names)} ({', '.join(names[:3])}, ...)"
         )
     return index
+
+
+def spread(index: FolderIndex, count: int) -> np.ndarray:
+    """Positions of at most so many images, evenly over the index and so over the classes."""
+    count = min(count, len(index))
+    return np.arange(count) * len(index) // count
 
 
 def batches(
@@ -60,14 +66,13 @@ def calibration(
         ValueError: if the data set is not the network's.
     """
     index = index_split(data, "train", manifest)
-    count = min(count, len(index))
-    positions = np.arange(count) * len(index) // count
+    positions = spread(index, count)
 
     def prepared(resolution: int) -> Iterator[np.ndarray]:
         for _, pictures in batches(index, positions):
             yield preprocess(pictures, resolution, manifest)
 
-    return count, prepared
+    return len(positions), prepared
 
 
 def _open(path: str) -> Image.Image:

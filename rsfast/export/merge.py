@@ -64,7 +64,8 @@ def merge(parts: Sequence[Quantized], resolutions: Sequence[int]) -> Any:
         resolutions: in pixels, descending.
 
     Returns:
-        An `onnx.ModelProto`; input "images" [batch, 3, size, size], output "logits" [batch, K].
+        The first part's model, changed in place: input "images" [batch, 3, size, size], output
+        "logits" [batch, K].
 
     Raises:
         ValueError: if the graphs have different operators, or weights that differ in more than
@@ -129,6 +130,7 @@ class _Merge:
             x_steps = self._all(nodes, kind.x_scale).reshape(-1, 1).astype(np.float64)
             floor = np.maximum(floor, np.abs(bias) / (x_steps * _LARGEST_BIAS))
         steps = np.where(np.abs(steps) < floor, np.copysign(floor, steps), steps)
+        steps[steps == 0] = 1  # neither weights nor bias, at any resolution
         steps = steps.astype(np.float32)
         name = nodes[0].name or nodes[0].output[0]
         done[kind.scale] = self._put(f"{name}.scale", steps)

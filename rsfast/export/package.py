@@ -22,9 +22,18 @@ from rsfast.deploy.versions import ONNXRUNTIME_AT_LEAST
 from rsfast.export.graph import INPUT, OUTPUT, sizes_of
 from rsfast.files.pictures import VAL_SCALE
 from rsfast.files.seal import link_or_copy, write_whole
+from rsfast.files.tables import read_rows
 from rsfast.models import RSNet
 
-__all__ = ["LABELS_FILE", "describe", "write_card", "write_graph", "write_labels", "write_triton"]
+__all__ = [
+    "LABELS_FILE",
+    "describe",
+    "read_accuracy",
+    "write_card",
+    "write_graph",
+    "write_labels",
+    "write_triton",
+]
 
 LABELS_FILE = "labels.txt"
 _WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -120,6 +129,21 @@ model_warmup [
 def _plain(name: str) -> str:
     """A name that is a folder's, too."""
     return "".join(char if char.isalnum() else "_" for char in name)
+
+
+def read_accuracy(path: Path) -> list[dict[str, str]]:
+    """Rows of rsfast.evaluate's accuracy.csv.
+
+    Raises:
+        ValueError: if it cannot be read, or is no such file.
+    """
+    try:
+        rows = read_rows(path)
+        for row in rows:
+            int(row["multiply_adds"]), float(row["top1"]), float(row["top5"]), row["resolution"]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"--accuracy {path} must be a file of rsfast.evaluate: {error}") from error
+    return rows
 
 
 def write_card(

@@ -15,6 +15,7 @@ from rsfast.deploy.runtimes import Pin, save_optimized
 __all__ = ["Found", "look_at", "loose_nodes"]
 
 _SMALL = 4096  # bytes: constants below may be there twice
+_ONCE = 1.1  # times what one resolution has; what runtimes do to small constants differs
 _FROM_SHAPE = ("Shape", "ArgMin")
 
 
@@ -48,14 +49,15 @@ def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
     except Exception as error:  # of onnx's C++ code and of protobuf
         yield Found(f"{name} is valid ONNX", False, str(error).strip().splitlines()[0])
         return
-    opset = ", ".join(
-        f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in graph.opset_import
-    )
-    yield Found(f"{name} is valid ONNX", True, f"opsets {opset}")
+    yield Found(f"{name} is valid ONNX", True, _opsets(graph))
     yield _metadata(name, graph, manifest)
-    yield _stored_once(name, graph)
     for resolution in manifest.resolutions:
-        yield _pinned(path, resolution)
+        pinned = _pinned(path, resolution)
+        if resolution == manifest.resolutions[0]:
+            yield _stored_once(name, graph, _weight_bytes(pinned))
+        loose = ", ".join(f"{n} {kind}" for kind, n in Counter(loose_nodes(pinned.graph)).items())
+        what = f"{name} pinned to {resolution} px is a plain network"
+        yield Found(what, not loose, f"{loose or 'nothing'} left of the choice of a bank")
 
 
 def _opsets(graph: Any) -> str:
@@ -74,7 +76,17 @@ def _metadata(name: str, graph: Any, manifest: Manifest) -> Found:
     return Found(what, same, "the same" if same else "another one than the folder's")
 
 
-def _stored_once(name: str, graph: Any) -> Found:
+def _weight_bytes(graph: Any) -> int:
+    """Of the weights of convolutions and classifier, tables of banks left out."""
+    return sum(
+        entry.ByteSize()
+        for entry in graph.graph.initializer
+        if len(entry.dims) > 1 and not entry.name.endswith("table")
+    )
+
+
+def _stored_once(name: str, graph: Any, plain: int) -> Found:
+    """As often as the plain network of one resolution has them."""
     seen: dict[bytes, str] = {}
     twice, total = [], 0
     for entry in graph.graph.initializer:
@@ -84,27 +96,21 @@ def _stored_once(name: str, graph: Any) -> Found:
         if size > _SMALL and content in seen:
             twice.append(f"{entry.name} = {seen[content]}")
         seen[content] = entry.name
-    found = f"{total / 2**20:.1f} MiB of constants"
+    share = _weight_bytes(graph) / plain
+    found = f"{total / 2**20:.1f} MiB of constants, weights {share:.2f} x those of one resolution"
     if twice:
         found += f", the same again in {', '.join(twice[:3])}"
-    return Found(f"{name} has every weight once", not twice, found)
+    return Found(f"{name} has every weight once", not twice and share < _ONCE, found)
 
 
-def _pinned(path: Path, resolution: int) -> Found:
-    """Where the input's shape is known, nothing may be left of the choice of a bank."""
+def _pinned(path: Path, resolution: int) -> Any:
+    """As ONNX Runtime simplifies it for one shape."""
     import onnx
 
     with tempfile.TemporaryDirectory() as scratch:
         pinned = Path(scratch) / "pinned.onnx"
         save_optimized(path, Pin(1, resolution), pinned)
-        nodes = loose_nodes(onnx.load(pinned).graph)
-    kinds = Counter(nodes)
-    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
-    return Found(
-        f"{path.name} pinned to {resolution} px is a plain network",
-        not nodes,
-        f"{found} left of the choice of a bank",
-    )
+        return onnx.load(pinned)
 
 
 def loose_nodes(graph: Any) -> list[str]:
@@ -120,11 +126,12 @@ def loose_nodes(graph: Any) -> list[str]:
     for node in graph.node:
         if node.op_type not in ("BatchNormalization", "Mul", "Add"):
             continue
-        maker = made_by.get(node.input[0])
-        if maker is None or maker.op_type != "Conv" or readers[node.input[0]] > 1:
-            continue
-        if node.op_type == "BatchNormalization" or _per_channel(constants.get(node.input[1])):
-            loose.append(node.op_type)
+        for behind, other in (node.input[:2], node.input[1::-1]):
+            maker = made_by.get(behind)
+            if maker is None or maker.op_type != "Conv" or readers[behind] > 1:
+                continue
+            if node.op_type == "BatchNormalization" or _per_channel(constants.get(other)):
+                loose.append(node.op_type)
     return loose
 
 

@@ -65,7 +65,7 @@ def test_two_spikes_do_not_move_it(percentile: float) -> None:
     requests = Requests(percentile=percentile)
     assert requests.answered(4000, n=2) == 224
     assert requests.answered(40, n=37) == 224
-    assert requests.answered(4000) == 224 if percentile < 95 else 160
+    assert requests.answered(4000) == (224 if percentile < 95 else 96)
     assert Requests().answered(4000) == 224
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,8 +98,47 @@ def test_a_folder_of_other_things_is_left_alone(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert export(checkpoint, tmp_path) == 2
-    assert "must be a folder that is not there" in capsys.readouterr().err
+    assert "it holds thesis.txt" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_notes_beside_an_earlier_export_are_not_removed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(checkpoint, tmp_path / "out") == 0
+    (tmp_path / "out" / "latency.csv").write_text("of the files that are replaced")
+    assert export(checkpoint, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "latency.csv").exists()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert export(checkpoint, tmp_path / "out") == 2
+    assert "it holds notes.txt" in capsys.readouterr().err
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_what_was_there_comes_back_if_the_new_one_cannot_be_put_there(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export(checkpoint, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "rsfast.json").stat().st_ino
+    rename = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert export(checkpoint, tmp_path / "out") == 1
+    assert (tmp_path / "out" / "rsfast.json").stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_stays_a_link(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert export(checkpoint, tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "rsfast.json").exists()
 
 
 def test_what_fails_its_check_is_not_written(

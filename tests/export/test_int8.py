@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,8 @@ def test_pixels_as_they_are_stored_are_normalised_in_float(tmp_path: Path) -> No
     def pixels(resolution: int, seed: int) -> np.ndarray:
         return (images(32, resolution, seed) * 50 + 128).clamp(0, 255).to(torch.uint8).numpy()
 
-    quantize(fp32, int8, manifest(model), lambda r: [pixels(r, seed) for seed in (1, 2)])
+    stored = replace(manifest(model), input_dtype="uint8")
+    quantize(fp32, int8, stored, lambda r: [pixels(r, seed) for seed in (1, 2)])
     for resolution in SIZES:
         batch = pixels(resolution, 3)
         found = logits(int8, batch)
