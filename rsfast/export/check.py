@@ -27,7 +27,9 @@ __all__ = ["Line", "Report", "add_limits", "check", "main"]
 
 VAL_IMAGES = 5000
 _TOLERANCE = 1e-4  # of float32 logits, relative to the largest
-_ROUNDING = 0.3  # rms of int8 logits against a network quantised alone, at most
+# Rms of int8 logits, at most, against networks that were quantised alone and run in ONNX Runtime.
+# OpenVINO rounds in other places: 0.5 was seen with a MobileNetV2 of random weights.
+_ROUNDING = {"onnxruntime": 0.3, "openvino": 0.7}
 _TELLS_APART = 10 * _TOLERANCE  # two banks whose logits differ by less could be mistaken
 
 
@@ -227,6 +229,7 @@ def _int8(folder: Path, runtime: str, mode: str, reference: Reference, manifest:
     outputs = _replay(folder, runtime, mode, "int8")
     if isinstance(outputs, str):
         return Line(name, False, outputs)
+    limit = _ROUNDING[runtime]
     wrong, worst, nearest = [], -np.inf, np.inf
     for key, (size, logits) in outputs.items():
         if size not in reference.int8:
@@ -236,11 +239,11 @@ def _int8(folder: Path, runtime: str, mode: str, reference: Reference, manifest:
         worst = max(worst, own)
         other = min(distances) if reference.by_bank else np.inf
         nearest = min(nearest, other)
-        if own > _ROUNDING or other < own / 2:
+        if own > limit or other < own / 2:
             wrong.append(key)
     if worst < 0:
         return Line(name, False, "the folder has no reference of int8: export anew")
-    found = f"rms difference {worst:.3f} of the rms, at most {_ROUNDING}"
+    found = f"rms difference {worst:.3f} of the rms, at most {limit}"
     if reference.by_bank:
         found += f"; from other banks at least {nearest:.3f}"
     if wrong:
