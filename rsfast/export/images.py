@@ -14,7 +14,7 @@ from rsfast.deploy.preprocess import preprocess
 
 __all__ = ["batches", "calibration", "index_split", "spread"]
 
-_BATCH = 8  # ranges of a ResNet-50 at 224 px take 2 GiB; with 32, three times as much
+_BATCH = 8  # ranges of a ResNet-50 at 224 px take 2 GiB; more with larger ones
 
 
 def index_split(data: str | Path, split: str, manifest: Manifest) -> FolderIndex:
