@@ -96,12 +96,18 @@ def open_session(
 
     Raises:
         ImportError: if the runtime is absent or too old.
-        ValueError: if this CPU has no such arithmetic.
+        ValueError: if this CPU has no such arithmetic, or the file is damaged.
     """
     package = library(runtime)
-    if runtime == "onnxruntime":
-        return _open_onnxruntime(package, path, pin, threads)
-    return _open_openvino(package, path, pin, threads, precision)
+    try:
+        if runtime == "onnxruntime":
+            return _open_onnxruntime(package, path, pin, threads)
+        return _open_openvino(package, path, pin, threads, precision)
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:  # of the runtimes' C++ code and of protobuf
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} cannot be opened by {runtime}: {reason}") from error
 
 
 def _open_onnxruntime(package: ModuleType, path: Path, pin: Pin | None, threads: int) -> Session:

@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -267,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"rsfast.deploy.server: error: {error}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl-C: those that wait are answered
     address = f"http://{server.effective_host}:{server.effective_port}"
     print(f"serving {args.folder} at {address}, at {resolution} pixels to begin with", flush=True)
     server.run()
@@ -275,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open(args: argparse.Namespace) -> tuple[Any, int]:
     """The server and the resolution that it starts with; every resolution has run once."""
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be from 0 to 65535, got {args.port}")
     how = {name: getattr(args, name) for name in ("runtime", "precision", "mode", "threads")}
     chooser = Chooser(Table.read(args.latency, batch=1, **how), args.objective_ms, args.percentile)
     net = load(args.folder, **how)

@@ -41,12 +41,14 @@ class Report:
         lines: all that was looked at.
         top1: precision -> resolution -> accuracy in percent, measured by this or an earlier check
             of the same files.
+        images: that it was measured on.
         files: names of the graphs and their SHA-256.
         runtimes: packages and their versions.
     """
 
     lines: list[Line]
     top1: dict[str, dict[int, float]]
+    images: int
     files: dict[str, str]
     runtimes: dict[str, str]
 
@@ -102,8 +104,12 @@ def check(
         ValueError: if the folder is not one of rsfast.export, or the data set is another one.
         ImportError: if a package is absent.
     """
+    if val_images < 1:
+        raise ValueError(f"--val-images must be at least 1, got {val_images}")
     manifest = Manifest.read(folder)
     reference = Reference.read(folder)
+    if not set(reference.by_bank) <= set(manifest.resolutions) <= set(reference.logits):
+        raise ValueError(f"the references in {folder} are not of {manifest.resolutions} pixels")
     versions = {name: str(library(name).__version__) for name in ("onnxruntime", *runtimes)}
     has_int8 = manifest.calibration_images > 0
     graphs = (FP32_FILE, INT8_FILE) if has_int8 else (FP32_FILE,)
@@ -117,16 +123,18 @@ def check(
             if has_int8 and not (runtime == "openvino" and mode == "small"):
                 lines.append(_int8(folder, runtime, mode, reference, manifest))
     files = {name: _digest(folder / name) for name in graphs}
-    top1 = _known_top1(folder, files)
+    top1, images = _known_top1(folder, files)
     if data is not None:
         from rsfast.export import accuracy  # the rest does without Pillow and tqdm
 
         precisions = ("fp32", "int8") if has_int8 else ("fp32",)
-        count, top1 = accuracy.top1(folder, manifest, data, precisions, val_images)
-        lines += _accuracies(top1, count, max_loss)
+        count, found = accuracy.top1(folder, manifest, data, precisions, val_images)
+        lines += _accuracies(found, count, max_loss)
+        if count >= images:  # a quick look does not replace what is known better
+            top1, images = found, count
     elif has_int8:
         lines.append(Line("int8 accuracy", None, "give --data to measure it on real images"))
-    return Report(lines, top1, files, versions)
+    return Report(lines, top1, images, files, versions)
 
 
 def _digest(path: Path) -> str:
@@ -137,15 +145,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _known_top1(folder: Path, files: dict[str, str]) -> dict[str, dict[int, float]]:
-    """What an earlier check has measured of the same graphs."""
+def _known_top1(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[int, float]], int]:
+    """What an earlier check has measured of the same graphs, and on how many images."""
     try:
         content = json.loads((folder / VALIDATION_FILE).read_text())
         if content["files"] != files:
-            return {}
-        return {name: {int(r): v for r, v in by.items()} for name, by in content["top1"].items()}
+            return {}, 0
+        top1 = {name: {int(r): v for r, v in by.items()} for name, by in content["top1"].items()}
+        return top1, int(content["images"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return {}, 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

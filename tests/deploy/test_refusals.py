@@ -150,3 +150,12 @@ def test_a_runtime_that_is_absent_is_named_with_its_installation(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf"{name} .* pip install 'rsfast\[{extra}\]'"):
         load(exported.folder, name)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_damaged_file_is_one_sentence(runtime: str, folder: Path) -> None:
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"model.onnx cannot be opened by {runtime}: ") as caught:
+        load(folder, runtime)
+    assert "\n" not in str(caught.value)

@@ -88,5 +88,9 @@ def test_a_loss_of_accuracy_is_refused(
     flags = ["check", str(exported), "--data", str(photographs), "--val-images", "10"]
     assert main([*flags, "--max-loss", "-101"]) == 1
     assert "FAILED  int8 accuracy at 32 px" in capsys.readouterr().out
+    before = check.check(exported).top1
     assert main([*flags, "--max-loss", "100"]) == 0
     assert "on 10 images" in capsys.readouterr().out
+    assert check.check(exported).top1 == before, "which was measured on 20"
+    assert main([*flags[:-1], "0"]) == 2
+    assert "--val-images must be at least 1, got 0" in capsys.readouterr().err
