@@ -70,8 +70,8 @@ def sleeping_app(objective_ms: float = OBJECTIVE_MS, net: Any = None) -> server.
 
 
 @contextmanager
-def process(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """Of Python, that finds what tests find, and is stopped as by Ctrl-C."""
+def process(*command: str, by: int = signal.SIGINT) -> Iterator[subprocess.Popen[str]]:
+    """Of Python, that finds what tests find, and is stopped by a signal."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with subprocess.Popen(
         [sys.executable, *command],
@@ -83,7 +83,7 @@ def process(*command: str) -> Iterator[subprocess.Popen[str]]:
         try:
             yield started
         finally:
-            started.send_signal(signal.SIGINT)
+            started.send_signal(by)
             try:
                 started.wait(30)
             finally:
@@ -272,8 +272,9 @@ def latency_table(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_an_exported_network_is_served_as_it_runs_in_place(
-    exported: Exported, tmp_path: Path
+    by: int, exported: Exported, tmp_path: Path
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
@@ -281,7 +282,7 @@ def test_an_exported_network_is_served_as_it_runs_in_place(
     picture.save(file, "PNG")
     command = ["-m", "rsfast.deploy.server", str(exported.folder), "--port", "0"]
     command += ["--latency", str(latency_table(tmp_path)), "--objective-ms", "10000"]
-    with process(*command) as started:
+    with process(*command, by=by) as started:
         line = first_line(started)
         found = re.fullmatch(r"serving (.*) at http://127.0.0.1:(\d+), at 64 pixels .*\n", line)
         assert found, line
