@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.folder import exclude_command
-from rsfast.data.pil import decode
+from rsfast.data.folder import decode, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation

@@ -29,6 +29,7 @@ from rsfast.data.cache import (
     save_arrays,
     save_excluded,
 )
+from rsfast.files.pictures import as_rgb
 
 __all__ = [
     "EXTENSIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "FolderIndex",
     "Listing",
     "check_command",
+    "decode",
     "exclude",
     "exclude_command",
     "index_folder",
@@ -269,6 +271,23 @@ def exclude_command(root: Path, path: str) -> str:
     """What to type to have one file of a split left out."""
     file = os.path.join(root, path)
     return f"python -m rsfast.data exclude {shlex.quote(_named(root))} {shlex.quote(file)}"
+
+
+def decode(index: FolderIndex, position: int) -> Image.Image:
+    """One whole image, in RGB.
+
+    Raises:
+        RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
+    """
+    path = index.path(position)
+    try:
+        with Image.open(path) as file:
+            return as_rgb(file)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+        raise RuntimeError(
+            f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
+            f"{exclude_command(index.root, index.paths[position])}"
+        ) from error
 
 
 def _named(root: Path) -> str:

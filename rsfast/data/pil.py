@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rsfast.data.folder import FolderIndex, exclude_command
+from rsfast.data.folder import FolderIndex, decode
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
-from rsfast.files.pictures import BILINEAR, as_rgb, cut
+from rsfast.files.pictures import BILINEAR, cut
 from rsfast.runtime.interrupt import ignore_in_worker
 
-__all__ = ["PillowDecoder", "decode", "render"]
+__all__ = ["PillowDecoder", "render"]
 
 _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 
@@ -48,23 +48,6 @@ def render(
         for level, picture in zip(levels, pictures, strict=True):
             level[n] = np.asarray(picture)
     return np.concatenate([level.reshape(-1, 3) for level in levels])
-
-
-def decode(index: FolderIndex, position: int) -> Image.Image:
-    """One whole image, in RGB.
-
-    Raises:
-        RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
-    """
-    path = index.path(position)
-    try:
-        with Image.open(path) as file:
-            return as_rgb(file)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
-        raise RuntimeError(
-            f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
-            f"{exclude_command(index.root, index.paths[position])}"
-        ) from error
 
 
 def _train_levels(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rsfast.data.folder import FolderIndex, index_folder
+from rsfast.data.folder import FolderIndex, decode, index_folder
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
@@ -43,10 +43,14 @@ def spread(index: FolderIndex, count: int) -> np.ndarray:
 def batches(
     index: FolderIndex, positions: np.ndarray
 ) -> Iterator[tuple[np.ndarray, list[Image.Image]]]:
-    """Positions and their pictures, some at a time."""
+    """Positions and their pictures, some at a time.
+
+    Raises:
+        RuntimeError: naming the file that cannot be decoded, and how to leave it out.
+    """
     for start in range(0, len(positions), _BATCH):
         part = positions[start : start + _BATCH]
-        yield part, [_open(index.path(int(position))) for position in part]
+        yield part, [decode(index, int(position)) for position in part]
 
 
 def calibration(
@@ -73,13 +77,3 @@ def calibration(
             yield preprocess(pictures, resolution, manifest)
 
     return len(positions), prepared
-
-
-def _open(path: str) -> Image.Image:
-    """Raises RuntimeError, naming the file, if it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
-        raise RuntimeError(f"cannot decode {path}: {error}") from error
