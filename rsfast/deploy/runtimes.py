@@ -161,12 +161,12 @@ def _open_openvino(
     return lambda images: compiled(images)[0]
 
 
-def save_optimized(path: Path, pin: Pin, output: Path) -> None:
-    """Writes an ONNX file as ONNX Runtime simplifies it for one shape, with standard operators.
+def save_optimized(path: Path, pin: Pin | None, output: Path) -> None:
+    """Writes an ONNX file as ONNX Runtime simplifies it, with standard operators.
 
     Args:
         path: of the file.
-        pin: the shape.
+        pin: the one shape to simplify it for; None for those that its input has.
         output: the file to write, with its weights inside.
 
     Raises:
@@ -177,6 +177,6 @@ def save_optimized(path: Path, pin: Pin, output: Path) -> None:
     options.log_severity_level = 3
     options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(output)
-    for name, value in pin._asdict().items():
+    for name, value in (pin._asdict() if pin else {}).items():
         options.add_free_dimension_override_by_name(name, value)
     package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -23,7 +23,7 @@ import numpy as np
 
 from rsfast.deploy.manifest import METADATA_KEY, Manifest
 from rsfast.deploy.reference import patterns
-from rsfast.deploy.runtimes import library
+from rsfast.deploy.runtimes import library, save_optimized
 from rsfast.export.graph import INPUT, OUTPUT, import_onnx
 from rsfast.export.merge import Quantized, merge
 from rsfast.files.seal import write_whole
@@ -115,7 +115,7 @@ def _folded(model: Any, resolution: int, path: Path) -> Any:
     The batch stays open. Runtimes fold the shape of the input only if it is known as a whole, so
     the reads of its height and width are replaced by hand.
     """
-    onnx, ort = import_onnx(), library("onnxruntime")
+    onnx = import_onnx()
     graph = model.graph
     for dim in _dimensions(model)[_SPATIAL:]:
         dim.dim_value = resolution
@@ -129,12 +129,9 @@ def _folded(model: Any, resolution: int, path: Path) -> Any:
             constant = onnx.helper.make_node("Constant", [], node.output, node.name, value=value)
             node.CopyFrom(constant)
     del graph.value_info[:]
-    onnx.save(model, path)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(path)
-    options.log_severity_level = 3  # it warns that the file may be specific to this machine
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    whole = path.with_name("whole.onnx")
+    onnx.save(model, whole)
+    save_optimized(whole, None, path)
     return onnx.shape_inference.infer_shapes(onnx.load(path))
 
 
