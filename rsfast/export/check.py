@@ -21,9 +21,10 @@ from rsfast.deploy.manifest import FP32_FILE, INT8_FILE, VALIDATION_FILE, Manife
 from rsfast.deploy.reference import Reference
 from rsfast.deploy.runtimes import RUNTIMES, library
 from rsfast.export import structure
+from rsfast.export.structure import Line
 from rsfast.files.seal import write_whole
 
-__all__ = ["Line", "Report", "add_limits", "check", "main"]
+__all__ = ["Report", "add_limits", "check", "main"]
 
 VAL_IMAGES = 5000
 _TOLERANCE = 1e-4  # of float32 logits, relative to the largest
@@ -69,21 +70,6 @@ class Report:
         write_whole(folder / VALIDATION_FILE, [f"{text}\n".encode()])
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        passed: None if it could not be looked at.
-        found: in words, with the value and the limit.
-    """
-
-    name: str
-    passed: bool | None
-    found: str
-
-
 def check(
     folder: Path,
     runtimes: Sequence[str] = ("onnxruntime",),
@@ -113,9 +99,9 @@ def check(
     versions = {name: str(library(name).__version__) for name in ("onnxruntime", *runtimes)}
     has_int8 = manifest.calibration_images > 0
     graphs = (FP32_FILE, INT8_FILE) if has_int8 else (FP32_FILE,)
-    lines = []
+    lines: list[Line] = []
     for name in graphs:
-        lines += [Line(*line) for line in structure.look_at(folder / name, manifest)]
+        lines += structure.look_at(folder / name, manifest)
     lines.append(_banks_differ(reference, manifest))
     for runtime in runtimes:
         for mode in ("fast", "small"):

@@ -6,28 +6,36 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rsfast.deploy.manifest import METADATA_KEY, Manifest
 from rsfast.deploy.runtimes import Pin, save_optimized
 
-__all__ = ["Found", "look_at", "loose_nodes"]
+__all__ = ["Line", "look_at", "loose_nodes"]
 
 _SMALL = 4096  # bytes: constants below may be there twice
 _ONCE = 1.1  # times what one resolution has; what runtimes do to small constants differs
 _FROM_SHAPE = ("Shape", "ArgMin")
 
 
-class Found(NamedTuple):
-    """What was looked at, whether it is as it must be, and what it is."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: None if it could not be looked at.
+        found: in words, with the value and the limit.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     found: str
 
 
-def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
+def look_at(path: Path, manifest: Manifest) -> Iterator[Line]:
     """All that can be said of one ONNX file.
 
     Args:
@@ -47,9 +55,9 @@ def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
         onnx.checker.check_model(str(path), full_check=True)
         graph = onnx.load(path)
     except Exception as error:  # of onnx's C++ code and of protobuf
-        yield Found(f"{name} is valid ONNX", False, str(error).strip().splitlines()[0])
+        yield Line(f"{name} is valid ONNX", False, str(error).strip().splitlines()[0])
         return
-    yield Found(f"{name} is valid ONNX", True, _opsets(graph))
+    yield Line(f"{name} is valid ONNX", True, _opsets(graph))
     yield _metadata(name, graph, manifest)
     for resolution in manifest.resolutions:
         pinned = _pinned(path, resolution)
@@ -57,7 +65,7 @@ def look_at(path: Path, manifest: Manifest) -> Iterator[Found]:
             yield _stored_once(name, graph, _weight_bytes(pinned))
         loose = ", ".join(f"{n} {kind}" for kind, n in Counter(loose_nodes(pinned.graph)).items())
         what = f"{name} pinned to {resolution} px is a plain network"
-        yield Found(what, not loose, f"{loose or 'nothing'} left of the choice of a bank")
+        yield Line(what, not loose, f"{loose or 'nothing'} left of the choice of a bank")
 
 
 def _opsets(graph: Any) -> str:
@@ -67,13 +75,13 @@ def _opsets(graph: Any) -> str:
     return "opsets " + ", ".join(f"{domain or 'ai.onnx'} {versions[domain]}" for domain in used)
 
 
-def _metadata(name: str, graph: Any, manifest: Manifest) -> Found:
+def _metadata(name: str, graph: Any, manifest: Manifest) -> Line:
     texts = {entry.key: entry.value for entry in graph.metadata_props}
     what = f"{name} carries rsfast.json"
     if METADATA_KEY not in texts:
-        return Found(what, False, f"its metadata has no {METADATA_KEY!r}")
+        return Line(what, False, f"its metadata has no {METADATA_KEY!r}")
     same = Manifest.parse(texts[METADATA_KEY], f"metadata of {name}") == manifest
-    return Found(what, same, "the same" if same else "another one than the folder's")
+    return Line(what, same, "the same" if same else "another one than the folder's")
 
 
 def _weight_bytes(graph: Any) -> int:
@@ -85,7 +93,7 @@ def _weight_bytes(graph: Any) -> int:
     )
 
 
-def _stored_once(name: str, graph: Any, plain: int) -> Found:
+def _stored_once(name: str, graph: Any, plain: int) -> Line:
     """As often as the plain network of one resolution has them."""
     seen: dict[bytes, str] = {}
     twice, total = [], 0
@@ -100,7 +108,7 @@ def _stored_once(name: str, graph: Any, plain: int) -> Found:
     found = f"{total / 2**20:.1f} MiB of constants, weights {share:.2f} x those of one resolution"
     if twice:
         found += f", the same again in {', '.join(twice[:3])}"
-    return Found(f"{name} has every weight once", not twice and share < _ONCE, found)
+    return Line(f"{name} has every weight once", not twice and share < _ONCE, found)
 
 
 def _pinned(path: Path, resolution: int) -> Any:
