@@ -7,16 +7,29 @@ A sealed file ends in the SHA-256 of all that comes before. In a zip archive, wh
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["is_sealed", "link_or_copy", "seal_zip", "sync_folder", "write_whole"]
+__all__ = [
+    "is_sealed",
+    "link_or_copy",
+    "read_whole",
+    "seal_zip",
+    "sync_folder",
+    "try_again",
+    "write_whole",
+]
 
 _MAGIC = b"rsfast-sha256:"
 _SEAL_LENGTH = len(_MAGIC) + 2 * hashlib.sha256().digest_size
 _CHUNK = 2**24  # bytes
+_PAUSES_S = (0.5, 1.0, 2.0)  # between tries to read what a file system does not give
+T = TypeVar("T")
 
 
 def seal_zip(archive: bytearray | memoryview) -> bytes:
@@ -25,13 +38,13 @@ def seal_zip(archive: bytearray | memoryview) -> bytes:
     return _MAGIC + hashlib.sha256(archive).hexdigest().encode()
 
 
-def is_sealed(path: Path) -> bool | None:
-    """Whether the file is as it was written; None if it has no seal at its end.
+def is_sealed(source: Path | bytes) -> bool | None:
+    """Whether a file, or what was read of it, is as written; None if it has no seal at its end.
 
     Raises:
         OSError: if it cannot be read.
     """
-    with open(path, "rb") as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < _SEAL_LENGTH:
             return None
@@ -48,6 +61,41 @@ def is_sealed(path: Path) -> bool | None:
             digest.update(part)
             left -= len(part)
     return seal == _MAGIC + digest.hexdigest().encode()
+
+
+def read_whole(path: Path) -> bytes:
+    """All of a checkpoint's file.
+
+    Raises:
+        ValueError: if there is no such file.
+        OSError: if it cannot be read, also not a little later.
+    """
+    if not try_again(path, path.is_file):
+        reason = "is a folder: name a file in it" if path.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {path} {reason}")
+    return try_again(path, path.read_bytes)
+
+
+def try_again(path: Path, read: Callable[[], T]) -> T:
+    """What `read` returns, which has more than one try: a file that a server or a disk does not
+    give for a moment is not a damaged file.
+
+    Raises:
+        OSError: of the last try, in a sentence.
+    """
+    for pause in _PAUSES_S:
+        try:
+            return read()
+        except OSError:
+            time.sleep(pause)
+    try:
+        return read()
+    except OSError as error:
+        raise OSError(
+            f"checkpoint {path} cannot be read ({error.strerror or error}), which does not say "
+            f"that it is damaged: it is left as it is; see to its permissions and its file system, "
+            f"and run the command again"
+        ) from error
 
 
 def write_whole(path: Path, parts: Sequence[bytes | bytearray | memoryview]) -> None:

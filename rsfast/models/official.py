@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsfast.files.unpickle import load_dict
+from rsfast.files.unpickle import load_dict, unwrapped_name
 from rsfast.models.registry import NETWORKS
 from rsfast.models.rsnet import RSNet, create_model
 from rsfast.pyramid import SwitchableBatchNorm2d
@@ -130,9 +130,9 @@ def save(model: RSNet, path: str | Path, alpha: Tensor | None = None) -> None:
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, without the DataParallel prefix."""
+    """The tensors of a checkpoint, without what DataParallel and torch.compile put before them."""
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return {unwrapped_name(key): value for key, value in state.items()}
 
 
 def _classifier_name(arch: str) -> str:

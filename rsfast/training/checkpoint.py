@@ -23,8 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from rsfast.files.seal import is_sealed, link_or_copy, seal_zip, sync_folder, write_whole
-from rsfast.files.unpickle import load_dict
+from rsfast.files.seal import (
+    is_sealed,
+    link_or_copy,
+    read_whole,
+    seal_zip,
+    sync_folder,
+    try_again,
+    write_whole,
+)
+from rsfast.files.unpickle import load_dict_from, unwrapped_name
 from rsfast.losses import scores_of_resolutions
 from rsfast.models import RSNet, create_model, official
 from rsfast.models.registry import is_own
@@ -36,6 +44,8 @@ __all__ = [
     "load_state",
     "model_payload",
     "newest",
+    "parse_state",
+    "read_state",
     "save",
     "save_weights",
     "save_with_predecessors",
@@ -94,13 +104,14 @@ def newest(folder: Path) -> Path | None:
 
     Raises:
         ValueError: if all of them are damaged.
+        OSError: if one cannot be read, which does not say that it is damaged.
     """
     older = _predecessors(folder)
     last = folder / "last.pt"
     paths = [*([last] if last.exists() else []), *(older[number] for number in sorted(older))]
     faults = {}
     for path in paths:
-        if fault := _fault(path):
+        if fault := _fault(path, path):
             faults[path] = fault
             continue
         for bad in faults:
@@ -129,11 +140,27 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if it is missing, damaged, of another version of rsfast, or not a checkpoint.
+        OSError: if it cannot be read.
     """
+    return parse_state(Path(path), read_state(path))
+
+
+def read_state(path: str | Path) -> bytes:
+    """The file of :func:`load_state`, for others to parse."""
     if Path(path).suffix == ".safetensors":
         raise ValueError(f"checkpoint {path} holds weights only: continue from last.pt")
-    content = load_dict(path)
-    _check_state(Path(path), content)
+    return read_whole(Path(path))
+
+
+def parse_state(path: Path, data: bytes) -> dict[str, Any]:
+    """As :func:`load_state`, out of the bytes of the file at `path`."""
+    content = load_dict_from(data, path)
+    if "format" not in content and is_sealed(data) is None:
+        raise ValueError(
+            f"checkpoint {path} is not of rsfast: it has no 'format' and no checksum, and only a "
+            f"run of rsfast can be continued"
+        )
+    _check_state(path, content, data)
     if content["format"] == older.FORMAT:
         raise ValueError(
             f"checkpoint {path} is of an older rsfast (format {older.FORMAT}) and can be "
@@ -209,7 +236,8 @@ def load_model(
     path = Path(path)
     if path.suffix == ".safetensors":
         return _load_weights(path, arch)
-    content = load_dict(path)
+    data = read_whole(path)
+    content = load_dict_from(data, path)
     if official.is_official(content):
         model = official.from_state_dict(content, resolutions)
         _check_arch(path, model.arch, arch)
@@ -221,15 +249,14 @@ def load_model(
             f"checkpoint {path} is neither of rsfast nor of the authors' code: "
             f"it has no {sorted(missing)[0]!r}"
         )
-    _check_state(path, content)
+    _check_state(path, content, data)
     about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
     model = _rebuild(path, about, content.get("ema") or content["model"], arch)
     return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
 
 
 def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+    read_whole(path)  # what cannot be read is not damaged
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -268,6 +295,7 @@ def _rebuild(
 ) -> RSNet:
     """A network in eval mode of its settings, input fields and weights."""
     _check_arch(path, about["arch"], arch)
+    state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     if older.is_old(state):
         state = older.renamed(state, about["arch"])
     model = create_model(**{k: v for k, v in about.items() if k not in _INPUT_FIELDS})
@@ -293,9 +321,9 @@ def _predecessors(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _check_state(path: Path, content: dict[str, Any]) -> None:
+def _check_state(path: Path, content: dict[str, Any], data: bytes) -> None:
     """Refuses what is not as it was written, or of a format that is not known."""
-    if fault := _fault(path):
+    if fault := _fault(path, data):
         raise ValueError(fault)
     if content.get("format") not in (older.FORMAT, _FORMAT):
         raise ValueError(
@@ -304,15 +332,12 @@ def _check_state(path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a file that should be sealed."""
-    try:
-        sealed = is_sealed(path)
-    except OSError as error:
-        return f"checkpoint {path} cannot be read: {error}"
+def _fault(path: Path, source: Path | bytes) -> str | None:
+    """What is wrong with a file that should be sealed, itself or what was read of it."""
+    sealed = try_again(path, lambda: is_sealed(source))
     if sealed:
         return None
     reason = "its checksum does not match"
     if sealed is None:
-        reason = "it has no checksum at its end, as files of rsfast have"
+        reason = "it has no checksum at its end, as files that rsfast has written have"
     return f"checkpoint {path} is damaged: {reason}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
-import pickle
 import random
 import shutil
 import sys
@@ -23,6 +23,7 @@ from torch import nn
 from faults import WithWrite
 from rsfast import RSNet, convert, create_model
 from rsfast.files import seal
+from rsfast.files.unpickle import load_dict
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.training import checkpoint
@@ -232,23 +233,6 @@ def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
         checkpoint.load_model(tmp_path / "a.pt")
 
 
-class _Payload:
-    def __reduce__(self) -> tuple:
-        return (os.mkdir, ("executed",))
-
-
-def test_code_in_a_file_is_refused_and_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": _Payload()}, "zip.pt")
-    Path("plain.pt").write_bytes(pickle.dumps({"model": _Payload()}, protocol=2))
-    for name in ("zip.pt", "plain.pt"):
-        with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-            checkpoint.load_model(name)
-    assert not Path("executed").exists()
-
-
 NETWORK_FILE = """
 from pathlib import Path
 from torch import nn
@@ -336,6 +320,62 @@ def test_a_network_without_a_name_is_kept_as_a_state_dict_only(tmp_path: Path) -
     other.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
     for key, tensor in other.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key])
+
+
+def test_names_that_torch_compile_has_lengthened_are_understood(tmp_path: Path) -> None:
+    content = payload()
+    longer = {f"_orig_mod.{name}": tensor for name, tensor in content["model"].items()}
+    checkpoint.save({**content, "model": longer}, tmp_path / "a.pt")
+    model, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert torch.equal(model.network.fc.weight, content["model"]["network.fc.weight"])
+    official.save(model, tmp_path / "theirs.pt")
+    theirs = load_dict(tmp_path / "theirs.pt")
+    names = {f"module._orig_mod.{n.removeprefix('module.')}": n for n in theirs["state_dict"]}
+    theirs["state_dict"] = {new: theirs["state_dict"][old] for new, old in names.items()}
+    torch.save(theirs, tmp_path / "theirs.pt")
+    found, _ = checkpoint.load_model(tmp_path / "theirs.pt", (48, 32))
+    assert torch.equal(found.network.fc.weight, model.network.fc.weight)
+
+
+class _Unreadable:
+    """Makes the first reads of files fail, as a server that is away does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, times: int, number: int) -> None:
+        self.times, self._number = times, number
+        patch.setattr(seal, "_PAUSES_S", (0.0, 0.0, 0.0))
+        patch.setattr(seal, "open", self._open, raising=False)
+        read_bytes = Path.read_bytes
+        patch.setattr(Path, "read_bytes", lambda path: self._fail() or read_bytes(path))
+
+    def _open(self, path: Any, mode: str = "r") -> Any:
+        if "r" in mode:
+            self._fail()
+        return open(path, mode)
+
+    def _fail(self) -> None:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_damaged(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for epoch in range(2):
+        checkpoint.save_with_predecessors({"epoch": epoch}, tmp_path, keep=2)
+    last = tmp_path / "last.pt"
+    readers = (checkpoint.newest, tmp_path), (checkpoint.load_state, last)
+    for read, path in readers:
+        with monkeypatch.context() as patch:
+            _Unreadable(patch, 3, number)
+            assert read(path) in (last, checkpoint.load_state(last))
+    for read, path in (*readers, (checkpoint.load_model, last)):
+        with monkeypatch.context() as patch:
+            _Unreadable(patch, 4, number)
+            with pytest.raises(OSError, match=r"last.pt cannot be read .*: it is left as it is"):
+                read(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last-1.pt", "last.pt"]
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:
