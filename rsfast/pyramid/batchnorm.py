@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -119,12 +120,23 @@ class SwitchableBatchNorm2d(nn.Module):
             )
         banks = x.banks if x.banks is not None else tuple(range(x.num_levels))
         if self.training:
+            self._check_counts(x)
             self.banks_in_use = tuple(sorted(set(banks)))
         pending = PendingNorm(self, x.like(x.content), banks, self.training)
         y = x.like(Content(pending=pending))
         for child in self.children():
             y = child(y)
         return y
+
+    def _check_counts(self, x: Pyramid) -> None:
+        """As PyTorch's own: one value has no variance, and its norm is the bias, whatever it is."""
+        if x.num_images == 1 and (1, 1) in x.sizes:
+            if self.synced and dist.is_initialized() and dist.get_world_size() > 1:
+                return
+            raise ValueError(
+                f"a batch norm that trains must see more than one value per channel, got a batch "
+                f"of 1 with maps of {x.sizes}: take a larger batch or larger images"
+            )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, banks={self.num_banks}, eps={self.eps}"

@@ -29,6 +29,7 @@ from rsfast.training import checkpoint
 from rsfast.training.resume import config_hash, find_checkpoint, restore
 from rsfast.training.run import Run
 from rsfast.training.runlog import RunLog
+from rsfast.training.smallest_map import check_map_sizes
 
 __all__ = ["build"]
 
@@ -129,6 +130,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
     model.to(rank.device)
     model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
+    check_map_sizes(model, cfg.batch_size, rank.world_size if cfg.sync_bn else 1)
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
     return model

@@ -246,3 +246,13 @@ def test_what_a_forward_moves_is_listed() -> None:
 def test_a_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match="takes a pyramid"):
         make_norm()(torch.zeros(2, C, 3, 3))
+
+
+def test_one_value_per_channel_is_refused_in_training_as_by_pytorch() -> None:
+    norm = SwitchableBatchNorm2d(4, 2)
+    images = Pyramid.pack([torch.randn(1, 4, 2, 2), torch.randn(1, 4, 1, 1)])
+    with pytest.raises(ValueError, match=r"more than one value per channel, got a batch of 1"):
+        norm(images)
+    assert norm.eval()(images).sizes == ((2, 2), (1, 1))
+    pair = Pyramid.pack([torch.randn(2, 4, 2, 2), torch.randn(2, 4, 1, 1)])
+    assert norm.train()(pair).rows.isfinite().all()
