@@ -21,6 +21,7 @@ from rsfast.engine.optim import set_lr
 from rsfast.runtime import distributed
 from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.tasks.classification import Accuracy
+from rsfast.training.folder import claimed
 from rsfast.training.resume import save
 from rsfast.training.run import Progress, Run
 from rsfast.training.start import build
@@ -46,7 +47,8 @@ def train(cfg: TrainConfig) -> Accuracy | None:
         rank = distributed.join(cfg.device)
         stopped = None
         try:
-            accuracy = train_epochs(build(cfg, rank), interrupt)
+            with claimed(cfg.folder, rank):
+                accuracy = train_epochs(build(cfg, rank), interrupt)
         except Stopped as reason:
             # Its traceback would hold the run, and so the step, until the group is left.
             stopped = reason.with_traceback(None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import socket
 import sys
 import time
 import uuid
@@ -16,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from rsfast.pyramid import moved_by_forward
 from rsfast.runtime.vector import as_vector, fill_from_vector
@@ -31,13 +32,18 @@ __all__ = [
     "join",
     "leave",
     "same_everywhere",
+    "send_from_first",
     "sum_over_ranks",
 ]
 
+_LOG = logging.getLogger("rsfast")
 _PATIENCE_S = 1800  # for the other processes to start
+_FIRST_WORD_S, _NEXT_WORD_S = 10.0, 60.0  # when to say that they are awaited
+_MOMENT = timedelta(seconds=10)  # to connect, in which no signal is heard
 # For what one process does while the others wait on the host: reading the headers of a million
 # images over a network, writing a checkpoint. NCCL would give up after ten minutes.
 _HOST_PATIENCE = timedelta(hours=6)
+_PIECE = 2**26  # bytes that are sent at once
 T = TypeVar("T")
 
 
@@ -71,6 +77,7 @@ def join(device: str = "auto") -> Rank:
 
     Raises:
         ValueError: if "cuda" is asked for and absent, or the name is unknown.
+        RuntimeError: if the other processes do not come, or the port to meet at is taken.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
@@ -81,11 +88,13 @@ def join(device: str = "auto") -> Rank:
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
+    _warn_of_tasks_apart()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not dist.is_initialized():
         # torchrun keeps one store over its restarts, and what the processes of the start before
         # have left there makes new ones wait for the dead: each start gets a part of its own.
-        store, number, _ = next(rendezvous("env://"))
+        number = int(os.environ.get("RANK", 0))
+        store = meet(number, world_size)
         start = agree_on_start(store, number, world_size)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
@@ -115,13 +124,13 @@ def agree_on_start(store: dist.Store, number: int, world_size: int) -> str:
     Raises:
         RuntimeError: if the others do not come within half an hour.
     """
-    end = time.monotonic() + _PATIENCE_S
+    patience = _Patience()
     own = uuid.uuid4().hex
     waiting = set(range(1, world_size)) if number == 0 else set()
     if number:
         store.set(f"rsfast/hello/{number}", own)
         while not store.check([f"rsfast/answer/{own}"]):
-            _sleep_until(end)
+            patience.wait(world_size, [0])
         own = store.get(f"rsfast/answer/{own}").decode()
         store.set(f"rsfast/{own}/got/{number}", "")
     while waiting:
@@ -132,14 +141,98 @@ def agree_on_start(store: dist.Store, number: int, world_size: int) -> str:
                 hello = store.get(f"rsfast/hello/{other}").decode()
                 store.set(f"rsfast/answer/{hello}", own)
         if waiting:
-            _sleep_until(end)
+            patience.wait(world_size, sorted(waiting))
     return own
 
 
-def _sleep_until(end: float) -> None:
-    if time.monotonic() > end:
-        raise RuntimeError(f"the other processes did not start within {_PATIENCE_S // 60} minutes")
-    time.sleep(0.05)
+def meet(number: int, world_size: int) -> dist.TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens unless torchrun has.
+
+    PyTorch's own rendezvous waits for all processes without a word, and hears no signal while it
+    does. This waits for the store alone, a moment at a time.
+
+    Raises:
+        RuntimeError: if there is no store within half an hour, or another program has its port.
+        ValueError: if the environment does not say where it is.
+    """
+    place = _place()
+    opens = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    patience = _Patience()
+    while not opens and not _listens(*place):
+        patience.wait(world_size, [0])
+    try:
+        store = dist.TCPStore(
+            *place, world_size, is_master=opens, wait_for_workers=False, timeout=_MOMENT
+        )
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"process {number} finds no place to meet at {place[0]}:{place[1]} ({_reason(error)}): "
+            f"give MASTER_ADDR the name of process 0's machine, and MASTER_PORT (torchrun "
+            f"--master-port) a port of it that is free"
+        ) from error
+    store.set_timeout(timedelta(seconds=_PATIENCE_S))
+    return store
+
+
+def _listens(host: str, port: int) -> bool:
+    """PyTorch's own attempts to connect end in lines that only its developers understand."""
+    try:
+        socket.create_connection((host, port), _MOMENT.total_seconds()).close()
+    except OSError:
+        return False
+    return True
+
+
+def _place() -> tuple[str, int]:
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or "RANK" not in os.environ:
+        raise ValueError(
+            "WORLD_SIZE is above 1, and RANK, MASTER_ADDR and MASTER_PORT must say where the "
+            "processes meet: start them with torchrun, which sets all of them"
+        )
+    return host, int(port)
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words, out of PyTorch's sentence around them."""
+    return str(error).splitlines()[0].rpartition("message: ")[2].strip(" .")
+
+
+class _Patience:
+    """Waits for other processes for half an hour in all, and says now and then for which."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + _PATIENCE_S
+        self._say = time.monotonic() + _FIRST_WORD_S
+
+    def wait(self, world_size: int, missing: list[int]) -> None:
+        """A moment; `missing` are the ranks that have not come.
+
+        Raises:
+            RuntimeError: after half an hour.
+        """
+        clock = time.monotonic()
+        ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        text = f"{len(missing)} of {world_size} processes at {':'.join(map(str, _place()))}"
+        if clock > self._end:
+            raise RuntimeError(
+                f"{text} did not start within {_PATIENCE_S // 60} minutes: rank {ranks}"
+            )
+        if clock > self._say:
+            self._say = clock + _NEXT_WORD_S
+            print(f"waiting for {text}: rank {ranks}", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+
+
+def _warn_of_tasks_apart() -> None:
+    """Says it where Slurm has started processes that do not know of each other."""
+    tasks = os.environ.get("SLURM_NTASKS", "")
+    if "WORLD_SIZE" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        _LOG.warning(
+            "Slurm has %s tasks (SLURM_NTASKS) and WORLD_SIZE is not set: each task that srun "
+            "starts works for itself, on all of the data; let each node's one task start torchrun",
+            tasks,
+        )
 
 
 def abandon(code: int) -> None:
@@ -186,6 +279,25 @@ def agree(rank: Rank, find: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def send_from_first(rank: Rank, read: Callable[[], bytes]) -> bytes:
+    """As :func:`agree` for many bytes, which travel between the hosts in pieces."""
+    if rank.world_size == 1:
+        return read()
+    data = bytearray()
+
+    def keep() -> int:
+        data.extend(read())
+        return len(data)
+
+    length = agree(rank, keep)
+    if not rank.is_main:
+        data = bytearray(length)
+    whole = torch.frombuffer(data, dtype=torch.uint8)
+    for start in range(0, length, _PIECE):
+        dist.broadcast(whole[start : start + _PIECE], src=0, group=rank.host_group)
+    return bytes(data)
 
 
 def same_everywhere(rank: Rank, value: object) -> bool:

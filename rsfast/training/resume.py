@@ -24,9 +24,10 @@ from rsfast.config import TrainConfig, rules_of
 from rsfast.engine.metrics import EpochMean
 from rsfast.models import RSNet
 from rsfast.pyramid import moved_by_forward
-from rsfast.runtime.distributed import Rank, agree
+from rsfast.runtime.distributed import Rank, agree, send_from_first
 from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 from rsfast.training import checkpoint
+from rsfast.training.folder import epochs_logged, left_by_a_run
 from rsfast.training.run import Progress, Run
 
 __all__ = [
@@ -93,29 +94,56 @@ def find_checkpoint(cfg: TrainConfig, folder: Path) -> Path | None:
 
     Raises:
         ValueError: if the folder holds a run that nobody asked to continue, or no whole checkpoint.
+        OSError: if a checkpoint cannot be read.
     """
     if cfg.resume == "auto":
-        path = checkpoint.newest(folder)
-        if path is None and (folder / "log.jsonl").exists():
-            _LOG.warning("%s holds a run without a checkpoint: it starts anew", folder)
-        return path
+        return checkpoint.newest(folder) or _without_last(folder)
     if cfg.resume:
         return Path(cfg.resume)
-    if (folder / "last.pt").exists():
+    if left := left_by_a_run(folder):
         raise ValueError(
-            f"output folder {folder} holds a run already: continue it with --resume auto, "
-            f"or name another --output"
+            f"output folder {folder} holds a run already: continue it with --resume auto, or name "
+            f"another --output (there are {', '.join(left)})"
         )
     return None
 
 
+def _without_last(folder: Path) -> Path | None:
+    """What a run continues from that has no last.pt; None where it has lost nothing by that.
+
+    A run that ends while it saves for the first time has logged its first epoch, and its best
+    network so far is that epoch's.
+    """
+    left = left_by_a_run(folder)
+    kept = [name for name in left if name.startswith(("model_best", "last"))]
+    epochs, best = epochs_logged(folder), folder / "model_best.pt"
+    if epochs == 1 and kept == ["model_best.pt", "model_best.safetensors"]:
+        _LOG.warning("%s has no last.pt: its first epoch is continued from %s", folder, best)
+        return best
+    if epochs == 1 and kept == ["model_best.safetensors"]:
+        kept = []
+    if epochs > 1:
+        kept.append(f"a log of {epochs} epochs")
+    if kept:
+        remedy = f"--resume {best} continues from its best epoch" if best.exists() else "move them"
+        raise ValueError(
+            f"output folder {folder} holds {', '.join(kept)} but no last.pt to continue from: "
+            f"{remedy}, or name another --output"
+        )
+    if left:
+        _LOG.warning("%s holds a run without a checkpoint: it starts anew", folder)
+    return None
+
+
 def restore(run: Run, path: Path) -> None:
-    """Puts a run where a checkpoint says.
+    """Puts a run where a checkpoint says. Rank 0 alone reads it: others need not see its folder.
 
     Raises:
         ValueError: if the checkpoint is damaged, or of a run that this one does not continue.
+        OSError: if it cannot be read.
     """
-    content = checkpoint.load_state(path)
+    data = send_from_first(run.rank, lambda: checkpoint.read_state(path))
+    content = checkpoint.parse_state(path, data)
     if "optimizer" not in content:
         raise ValueError(f"checkpoint {path} holds no training state to resume from")
     _check_same_run(run, path, content)
