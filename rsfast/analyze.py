@@ -26,16 +26,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rsfast import figures
+from rsfast.config.flags import add_common_flags, common_settings, parse_resolutions
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
-from rsfast.evaluate import (
-    Evaluation,
-    Settings,
-    add_common_flags,
-    common_settings,
-    evaluate,
-    parse_resolutions,
-)
+from rsfast.evaluate import Evaluation, Settings, evaluate
+from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows, write_rows
 from rsfast.files.unpickle import load_dict
 from rsfast.kernels import choose_backend
@@ -200,7 +195,7 @@ def dense_resolutions(resolutions: Sequence[int]) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 1 it failed, 2 bad input."""
+    """The command. Exit codes: 0 done, 1 it failed, 2 bad input, 130 interrupted."""
     args = _parse(argv)
     try:
         _analyze(args)
@@ -210,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"rsfast.analyze: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("rsfast.analyze: interrupted; nothing is kept of it", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -221,7 +219,7 @@ def _analyze(args: argparse.Namespace) -> None:
     path: Path = args.run / "last.pt" if args.run.is_dir() else args.run
     folder: Path = args.output or path.parent / "analysis"
     rank = distributed.join(args.device)
-    model, alpha = checkpoint.load_model(path, arch=args.arch)
+    model, alpha = checkpoint.load_model(path, arch=args.arch, weights=args.weights)
     model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
     training = _training_settings(path)
     wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
@@ -233,13 +231,13 @@ def _analyze(args: argparse.Namespace) -> None:
         calibration_batches=0,
         **common_settings(args),
     )
+    make_writable(folder)
     found = {"interpolate": evaluate(model, alpha, settings, rank)}
     largest, smallest = model.resolutions[0], model.resolutions[-1]
     inside = tuple(r for r in settings.resolutions if smallest < r < largest)
     if model.bn == "private" and inside:
         nearest = dataclasses.replace(settings, between="nearest", resolutions=inside)
         found["nearest"] = evaluate(model, alpha, nearest, rank)
-    folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "dense.csv", _dense_rows(found))
     write_rows(folder / "batch_norm.csv", batch_norm_means(model))
     if len(model.resolutions) > 1:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from rsfast import figures
-from rsfast.data import BACKENDS, FolderIndex, Loader, prefetch, train_loader, val_loader
+from rsfast.config.flags import DECODING, add_common_flags, common_settings, parse_resolutions
+from rsfast.data import FolderIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
+from rsfast.files.folders import make_writable
 from rsfast.files.tables import write_rows
-from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import choose_backend
 from rsfast.models import RSNet
 from rsfast.models.deploy import calibrate, multiply_adds
@@ -35,15 +36,11 @@ __all__ = [
     "Evaluation",
     "Row",
     "Settings",
-    "add_common_flags",
-    "common_settings",
     "evaluate",
     "main",
-    "parse_resolutions",
 ]
 
 BETWEEN = ("interpolate", "nearest", "calibrate")
-_DECODING = ("workers", "hw_decoder_load", "dont_use_mmap")
 _RESOLUTIONS_PER_PASS = 6  # one decode serves so many; bounds the memory for resized images
 
 
@@ -103,29 +100,7 @@ class Settings:
     @property
     def loading(self) -> dict[str, Any]:
         """What every loader is told."""
-        return {"backend": self.loader, **{name: getattr(self, name) for name in _DECODING}}
-
-
-def parse_resolutions(text: str) -> list[int]:
-    """ "160" is one resolution, "64:448:16" all from 64 to 448, both included, in steps of 16.
-
-    Raises:
-        ValueError: if the text is neither.
-    """
-    parts = text.split(":")
-    if not 1 <= len(parts) <= 3 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"resolutions must look like 160 or 64:448:16, got {text!r}")
-    numbers = [int(part) for part in parts]
-    if len(numbers) == 1:
-        found = numbers
-    else:
-        step = numbers[2] if len(numbers) == 3 else 1
-        found = list(range(numbers[0], numbers[1] + 1, step)) if step else []
-    if not found or min(found) < 1:
-        raise ValueError(
-            f"resolutions must name at least one positive number, the lower end first, got {text!r}"
-        )
-    return found
+        return {"backend": self.loader, **{name: getattr(self, name) for name in DECODING}}
 
 
 def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Evaluation:
@@ -158,41 +133,51 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 bad input, 1 evaluation failed."""
+    """The command. Exit codes: 0 done, 2 bad input, 1 evaluation failed, 130 interrupted."""
     args = _parse(argv)
     logging.basicConfig(level="WARNING" if distributed.is_first() else "ERROR")  # once is enough
     try:
-        rank = distributed.join(args.device)
-        resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
-        model, alpha = checkpoint.load_model(args.checkpoint, args.trained_resolutions, args.arch)
-        with distributed.first_rank_first(rank):
-            data = args.data or str(builtin_root())
-        settings = Settings(
-            data=data,
-            resolutions=tuple(resolutions),
-            between=args.between,
-            val_crop=args.val_crop or model.val_crop,
-            calibration_batches=args.calibration_batches,
-            **common_settings(args),
-        )
-        backend = choose_backend(args.kernels, rank.device)
-        model.to(rank.device).use_backend(backend)
-        if rank.is_main:
-            print(f"on {rank.device} with {backend} kernels")
-        found = evaluate(model, alpha, settings, rank)
-        if rank.is_main:
-            folder = Path(args.output or args.checkpoint.parent / "evaluation")
-            title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
-            _write(found, title, folder, args.per_image)
+        _evaluate(args)
     except (ValueError, ImportError) as error:
-        print(f"rsfast.evaluate: error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"rsfast.evaluate: error: {error}", file=sys.stderr)
-        return 1
-    finally:
+        code, said = 2, f"error: {error}"
+    except (RuntimeError, OSError) as error:
+        code, said = 1, f"error: {error}"
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted; nothing is written"
+    else:
         distributed.leave()
-    return 0
+        return 0
+    print(f"rsfast.evaluate: {said}", file=sys.stderr)
+    distributed.abandon(code)
+    return code
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    rank = distributed.join(args.device)
+    resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
+    model, alpha = checkpoint.load_model(
+        args.checkpoint, args.trained_resolutions, args.arch, args.weights
+    )
+    folder = Path(args.output or args.checkpoint.parent / "evaluation")
+    distributed.agree(rank, lambda: make_writable(folder))
+    with distributed.first_rank_first(rank):
+        data = args.data or str(builtin_root())
+    settings = Settings(
+        data=data,
+        resolutions=tuple(resolutions),
+        between=args.between,
+        val_crop=args.val_crop or model.val_crop,
+        calibration_batches=args.calibration_batches,
+        **common_settings(args),
+    )
+    backend = choose_backend(args.kernels, rank.device)
+    model.to(rank.device).use_backend(backend)
+    if rank.is_main:
+        print(f"on {rank.device} with {backend} kernels")
+    found = evaluate(model, alpha, settings, rank)
+    if rank.is_main:
+        title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
+        _write(found, title, folder, args.per_image)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -231,36 +216,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint",
     )
     return parser.parse_args(argv)
-
-
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs a network over images takes."""
-    add = parser.add_argument
-    add(
-        "--arch",
-        help="what the checkpoint is of; needed for MODULE:FUNCTION, whose code is then run",
-    )
-    add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
-    add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
-    add("--batch-size", type=int, default=64, help="images per process (default 64)")
-    add("--workers", type=int, help="as in rsfast.train")
-    add("--hw-decoder-load", type=float, metavar="SHARE", help="as in rsfast.train")
-    add("--dont-use-mmap", action="store_true", help="as in rsfast.train")
-    add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--kernels",
-        choices=("auto", *(b for b in KERNEL_BACKENDS if b != "cuda")),  # which is for training
-        default="auto",
-        help="for the trained resolutions: fused Triton kernels or plain PyTorch; auto (default) "
-        "takes triton on a GPU",
-    )
-
-
-def common_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the common flags say for :class:`Settings`."""
-    names = ("loader", "batch_size", "precision", *_DECODING)
-    return {name: getattr(args, name) for name in names}
 
 
 def _default_dtype(rank: Rank) -> torch.dtype | None:

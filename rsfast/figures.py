@@ -265,10 +265,29 @@ _FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 a folder holds nothing to draw."""
+    """The command.
+
+    Exit codes: 0 done, 1 a picture cannot be written, 2 a folder holds nothing to draw, 130
+    interrupted.
+    """
     parser = argparse.ArgumentParser(prog="rsfast.figures", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="searched with all below them")
-    for folder in parser.parse_args(argv).folders:
+    folders = parser.parse_args(argv).folders
+    try:
+        return _draw_all(folders)
+    except ValueError as error:
+        print(f"rsfast.figures: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"rsfast.figures: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rsfast.figures: interrupted; the pictures so far are whole", file=sys.stderr)
+        return 130
+
+
+def _draw_all(folders: Sequence[Path]) -> int:
+    for folder in folders:
         files = folder.rglob("*.csv")
         drawn = [path for place in sorted({f.parent for f in files}) for path in draw(place)]
         if not drawn:

@@ -26,6 +26,7 @@ from rsfast.deploy import Manifest, Network, load
 from rsfast.deploy.manifest import VALIDATION_FILE
 from rsfast.deploy.network import model_file
 from rsfast.deploy.runtimes import MODES, PRECISIONS, RUNTIMES, library, refuse
+from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows, write_rows
 
 __all__ = ["Configuration", "Row", "held_mib", "main", "measure", "waited_ns"]
@@ -204,30 +205,35 @@ def _in_own_process(folder: Path, configuration: Configuration, rounds: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 bad input, 1 measuring failed."""
+    """The command. Exit codes: 0 done, 2 bad input, 1 measuring failed, 130 interrupted."""
     args = _parse(argv)
     try:
         if args.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {args.rounds}")
         if not _SMAPS.exists():
             raise ValueError(f"memory is read from {_SMAPS}, which only Linux has")
+        folder = args.output or args.folder
         resolutions = Manifest.read(args.folder).resolutions
         known = _checked(args.folder)
         if args.accuracy:
             evaluated = _evaluated(args.accuracy, resolutions)
             known |= {"fp32": evaluated, "bf16": evaluated}
+        make_writable(folder)
         rows: list[Row] = []
         for configuration in _configurations(args):
             found = _in_own_process(args.folder, configuration, args.rounds)
             rows += (_with_top1(row, known[row.precision]) for row in found)
             _show(configuration, rows[-len(found) :])
-        _write(rows, args.output or args.folder)
+        _write(rows, folder)
     except (ValueError, ImportError) as error:
         print(f"rsfast.latency: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"rsfast.latency: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("rsfast.latency: interrupted; nothing is written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 
 from helpers import make_image_folder
 from rsfast import RSNet, create_model, evaluate
+from rsfast.config.flags import parse_resolutions
 from rsfast.data import Loader, val_loader
 from rsfast.data.loader import NORMALIZATIONS
 from rsfast.files.tables import read_columns
@@ -194,13 +195,13 @@ def test_a_network_of_ones_own_is_evaluated_where_it_is_named(
     [("160", [160]), ("64:96:16", [64, 80, 96]), ("64:95:16", [64, 80]), ("3:5", [3, 4, 5])],
 )
 def test_resolution_ranges_include_both_ends(text: str, numbers: list[int]) -> None:
-    assert evaluate.parse_resolutions(text) == numbers
+    assert parse_resolutions(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "a", "64:", "96:64:16", "0", "64:96:0", "1:2:3:4", "-5"])
 def test_bad_resolutions_are_named(text: str) -> None:
     with pytest.raises(ValueError, match="resolutions must"):
-        evaluate.parse_resolutions(text)
+        parse_resolutions(text)
 
 
 def test_bad_input_exits_with_two_and_a_sentence(

@@ -20,6 +20,7 @@ from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
 from rsfast.experiments.runs import Job, Jobs, test_folder
 from rsfast.experiments.sets import FIG9_CROP_AREA, SETS, ExperimentSet, make_set
+from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows
 from rsfast.runtime.interrupt import STOPPED
 
@@ -49,7 +50,8 @@ _NOT_HERE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
-    Exit codes: 0 done, 1 a training or test failed, 2 bad input, 75 stopped by a signal.
+    Exit codes: 0 done, 1 a training or test failed, 2 bad input, 75 stopped by a signal, 130
+    interrupted.
     """
     args, rest = _parser().parse_known_args(argv)
     odd = [name for name in args.sets if name not in SETS]
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs > 1 and base.workers is None and args.launch == _PYTHON:
             base = dataclasses.replace(base, workers=max(1, default_workers() // args.jobs))
         which = [make_set(name, base.resolutions) for name in dict.fromkeys(args.sets)]
+        make_writable(args.output)
         jobs = _jobs(which, base, seeds, args.output, _data_set(base))
         code, done = _run(Jobs(args.launch, args.jobs), jobs)
         for part in which:
@@ -79,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"rsfast.experiments: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("rsfast.experiments: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return code
 
 

@@ -29,7 +29,10 @@ _REPLACED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 bad input, 1 the export failed its check."""
+    """The command.
+
+    Exit codes: 0 done, 2 bad input, 1 the export failed its check, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["check"]:
         return check.main(arguments[1:])
@@ -61,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"rsfast.export: error: {args.output} cannot be written: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"rsfast.export: interrupted; {args.output} is not written", file=sys.stderr)
+        return 130
     print(f"written: {', '.join(str(path) for path in sorted(args.output.iterdir()))}")
     return 0
 

@@ -22,6 +22,7 @@ from rsfast.deploy.reference import Reference
 from rsfast.deploy.runtimes import RUNTIMES, library
 from rsfast.export import structure
 from rsfast.export.structure import Line
+from rsfast.files.folders import make_writable
 from rsfast.files.seal import write_whole
 
 __all__ = ["Report", "add_limits", "check", "main"]
@@ -144,7 +145,10 @@ def _known_top1(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 all is well, 2 bad input, 1 the network is not what it says."""
+    """The command.
+
+    Exit codes: 0 all is well, 2 bad input, 1 the network is not what it says, 130 interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="rsfast.export check", description="Checks an exported network."
     )
@@ -156,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         limits = (args.max_loss, args.val_images)
+        Manifest.read(args.folder)  # it is the folder of an export, in which a file comes
+        make_writable(args.folder)
         report = check(args.folder, args.runtime, args.data, *limits)
         report.show()
         report.write(args.folder)
@@ -165,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"rsfast.export check: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("rsfast.export check: interrupted; nothing is written", file=sys.stderr)
+        return 130
     return 0 if report.passed else 1
 
 

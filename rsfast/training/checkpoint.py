@@ -213,32 +213,41 @@ def _settings(model: RSNet) -> dict[str, Any]:
 
 
 def load_model(
-    path: str | Path, resolutions: Sequence[int] | None = None, arch: str | None = None
+    path: str | Path,
+    resolutions: Sequence[int] | None = None,
+    arch: str | None = None,
+    weights: str | None = None,
 ) -> tuple[RSNet, Tensor]:
     """A network ready to be evaluated, from a checkpoint or safetensors of rsfast or the authors'.
 
-    Averaged (EMA) weights are taken where the run kept them. Checkpoints of format 2 are read, too.
+    Checkpoints of format 2 are read, too.
 
     Args:
         path: of the checkpoint.
         resolutions: of an authors' checkpoint with other than five sizes.
         arch: what the checkpoint must be of. It has to be given for MODULE:FUNCTION, whose code a
             checkpoint does not run by itself.
+        weights: of a run with --ema-decay: "averaged", or "plain" for what they are averages of;
+            None takes the averaged ones where the file has some.
 
     Returns:
         The network in eval mode, and the raw ensemble scores [R].
 
     Raises:
         ValueError: if the checkpoint is missing, damaged, fits no architecture, or is of another
-            one than `arch`.
+            one than `arch`, or does not hold the `weights`.
         ImportError: if the package of the network is absent.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
+        if weights is not None:
+            raise ValueError(f"weights can be chosen of a .pt file, not of {path}, which holds one")
         return _load_weights(path, arch)
     data = read_whole(path)
     content = load_dict_from(data, path)
     if official.is_official(content):
+        if weights == "averaged":
+            raise ValueError(f"checkpoint {path} of the authors' code has no averaged weights")
         model = official.from_state_dict(content, resolutions)
         _check_arch(path, model.arch, arch)
         alpha = official.alpha_of(content)
@@ -251,8 +260,18 @@ def load_model(
         )
     _check_state(path, content, data)
     about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
-    model = _rebuild(path, about, content.get("ema") or content["model"], arch)
+    model = _rebuild(path, about, _chosen(path, content, weights), arch)
     return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
+
+
+def _chosen(path: Path, content: dict[str, Any], weights: str | None) -> dict[str, Tensor]:
+    """The state dict of the averaged or of the plain network."""
+    if weights not in (None, "averaged", "plain"):
+        raise ValueError(f"weights must be averaged or plain, got {weights!r}")
+    averaged = content.get("ema")
+    if weights == "averaged" and not averaged:
+        raise ValueError(f"checkpoint {path} has no averaged weights: its run had no --ema-decay")
+    return content["model"] if weights == "plain" else averaged or content["model"]
 
 
 def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:

@@ -17,7 +17,8 @@ import pytest
 
 from helpers import environment, make_image_folder
 from rsfast.config import TrainConfig, read_config
-from rsfast.evaluate import _parse, common_settings
+from rsfast.config.flags import common_settings
+from rsfast.evaluate import _parse
 from rsfast.experiments import __main__ as experiments
 from rsfast.experiments.__main__ import main
 from rsfast.experiments.runs import _shared
