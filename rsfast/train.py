@@ -11,13 +11,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-
-from tqdm import tqdm
+from typing import Any
 
 from rsfast.config import TrainConfig, parse_args
 from rsfast.data import Batch, prefetch
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import set_lr
+from rsfast.files.progress import progress
 from rsfast.runtime import distributed
 from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
 from rsfast.tasks.classification import Accuracy
@@ -219,8 +219,9 @@ def _what_next(cfg: TrainConfig) -> str:
     return f"--resume auto continues from {last}" if last.exists() else "nothing is saved yet"
 
 
-def _progress_bar(run: Run, images_per_step: int) -> tqdm:
-    return tqdm(
+def _progress_bar(run: Run, images_per_step: int) -> Any:
+    return progress(
+        lines="asked",
         total=run.steps_per_epoch * images_per_step,
         initial=run.at.step * images_per_step,
         desc=f"epoch {run.at.epoch + 1}/{run.cfg.epochs}",

@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
-from rsfast.data.cache import cache_root
+from rsfast.data.cache import cache_root, exists, writing
+from rsfast.files.progress import progress
 
 __all__ = ["CLASS_NAMES", "builtin_root"]
 
@@ -120,14 +120,15 @@ def builtin_root(
 
     cache_dir = cache_root() if cache_dir is None else Path(cache_dir)
     root = cache_dir / f"builtin-v{FORMAT_VERSION}-{num_train}-{num_val}-{seed}"
-    if root.is_dir():
+    if exists(root):
         return root
 
     # A sibling, so that the rename stays within one file system and is atomic.
     partial = cache_dir / f".{root.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        _generate(partial, dict(zip(SPLITS, (num_train, num_val), strict=True)), seed, workers)
-        _publish(partial, root)
+        with writing(cache_dir):
+            _generate(partial, dict(zip(SPLITS, (num_train, num_val), strict=True)), seed, workers)
+            _publish(partial, root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root
@@ -160,7 +161,8 @@ def _generate(root: Path, counts: dict[str, int], seed: int, workers: int | None
     # (they wait for the GIL); 2.1 s with 2 forked processes.
     with ThreadPoolExecutor(workers or DEFAULT_WORKERS) as pool:
         done = pool.map(write, jobs)
-        for _ in tqdm(done, total=len(jobs), desc="generating the built-in set", unit="image"):
+        about = "generating the built-in set"
+        for _ in progress(done, total=len(jobs), desc=about, unit="image"):
             pass
 
 

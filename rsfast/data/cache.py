@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 __all__ = [
     "Record",
     "cache_root",
+    "exists",
     "file_stat",
     "has_record",
     "load_arrays",
@@ -25,6 +27,7 @@ __all__ = [
     "save_arrays",
     "save_excluded",
     "save_record",
+    "writing",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -35,12 +38,44 @@ def cache_root() -> Path:
     """`$RSFAST_CACHE`, else `$XDG_CACHE_HOME/rsfast`, else `~/.cache/rsfast`; may not exist.
 
     An empty variable counts as unset.
+
+    Raises:
+        ValueError: if there is no variable and nobody knows of a home folder.
     """
     if own := os.environ.get("RSFAST_CACHE"):
         return Path(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "rsfast"
-    return Path.home() / ".cache" / "rsfast"
+    try:
+        return Path.home() / ".cache" / "rsfast"
+    except RuntimeError as error:
+        raise ValueError(
+            "RSFAST_CACHE must name a folder for generated and derived data: there is no HOME, and "
+            "the system does not know this user"
+        ) from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says what to do where something in the block cannot be written into the cache.
+
+    Raises:
+        OSError: with that sentence, in place of the block's own.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cache folder {folder} must be writable: {error}; set RSFAST_CACHE to one that is"
+        ) from error
+
+
+def exists(path: Path) -> bool:
+    """Whether something of the cache is there; what may not be looked at is not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def save_arrays(file: Path, **arrays: Any) -> None:
@@ -49,13 +84,14 @@ def save_arrays(file: Path, **arrays: Any) -> None:
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.stem}.partial-{os.getpid()}-{secrets.token_hex(4)}.npz")
-    try:
-        np.savez_compressed(partial, **arrays)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(cache_root()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            np.savez_compressed(partial, **arrays)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_arrays(file: Path, *names: str) -> tuple[np.ndarray, ...] | None:
@@ -96,7 +132,7 @@ class Record:
 
 def has_record(root: Path) -> bool:
     """Whether a split was ever checked."""
-    return _record_file(root).exists()
+    return exists(_record_file(root))
 
 
 def load_record(root: Path) -> Record | None:
@@ -147,7 +183,7 @@ def load_bad(root: Path) -> dict[str, tuple[int, int]]:
             return {path: (size, time) for path, (size, time), kind in found if kind == "bad"}
     except (ValueError, TypeError):
         pass  # damaged in a way that only its contents show
-    if file.exists():
+    if exists(file):
         _LOG.warning(
             "record of the last check %s is damaged and not used: run the check again", file
         )
@@ -163,7 +199,7 @@ def load_excluded(root: Path) -> list[str]:
             return _unpack(arrays[0])
     except ValueError:
         pass
-    if file.exists():
+    if exists(file):
         _LOG.warning("list of excluded files %s is damaged and not used: exclude them again", file)
     return []
 

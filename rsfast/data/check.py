@@ -25,7 +25,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
-from tqdm import tqdm
 
 from rsfast.data import cache
 from rsfast.data.folder import (
@@ -36,6 +35,7 @@ from rsfast.data.folder import (
     list_split,
     save_sizes,
 )
+from rsfast.files.progress import progress
 
 __all__ = ["KINDS", "Finding", "Report", "check_split"]
 
@@ -120,7 +120,7 @@ def check_split(root: str | Path, *, workers: int | None = None) -> Report:
     try:
         with (
             contextlib.closing(_examine_all(task, workers)) as verdicts,
-            tqdm(total=task.images, desc=f"checking {listing.root.name}", unit="img") as bar,
+            progress(total=task.images, desc=f"checking {listing.root.name}", unit="img") as bar,
         ):
             for row, verdict in enumerate(verdicts):
                 bar.update(row < task.images)

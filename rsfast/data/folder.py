@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from rsfast.data.cache import (
     cache_root,
@@ -30,6 +29,7 @@ from rsfast.data.cache import (
     save_excluded,
 )
 from rsfast.files.pictures import as_rgb
+from rsfast.files.progress import progress
 
 __all__ = [
     "EXTENSIONS",
@@ -245,7 +245,7 @@ def exclude(folder: str | Path, files: Sequence[str], *, undo: bool = False) -> 
         for split in changed:
             save_excluded(split, excluded[split])
     except OSError as error:
-        raise ValueError(f"cache folder {cache_root()} must be writable: {error}") from error
+        raise ValueError(str(error)) from error
     return {split: len(excluded[split]) for split in splits if split in changed}
 
 
@@ -322,7 +322,7 @@ def _load_sizes(listing: Listing) -> np.ndarray | None:
 
 def _read_sizes(root: Path, paths: Sequence[str], workers: int) -> np.ndarray:
     with ThreadPoolExecutor(workers) as pool:
-        sizes = tqdm(
+        sizes = progress(
             pool.map(lambda path: _header_size(root / path), paths),
             total=len(paths),
             desc=f"indexing {root.name}",

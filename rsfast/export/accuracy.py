@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.network import Network, load
 from rsfast.deploy.preprocess import preprocess
 from rsfast.export.images import batches, index_split, spread
+from rsfast.files.progress import progress
 
 __all__ = ["top1"]
 
@@ -46,7 +46,7 @@ def top1(
         name: load(folder, precision=name, mode="small", threads=threads) for name in precisions
     }
     hits = {name: dict.fromkeys(manifest.resolutions, 0) for name in precisions}
-    with tqdm(total=len(positions), unit="img", desc="top-1", leave=False) as bar:
+    with progress(total=len(positions), unit="img", desc="top-1", leave=False) as bar:
         for part, pictures in batches(index, positions):
             for resolution in manifest.resolutions:
                 images = preprocess(pictures, resolution, manifest)
