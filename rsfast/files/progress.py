@@ -34,6 +34,7 @@ def progress(iterable: Iterable[Any] | None = None, *, lines: str = "timed", **o
 class _Lines(tqdm):
     """Prints where tqdm would draw."""
 
+    disable: bool
     monitor_interval = 0  # no thread that redraws
 
     def __init__(self, iterable: Iterable[Any] | None, *, lines: str, **options: Any) -> None:

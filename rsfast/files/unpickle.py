@@ -38,7 +38,7 @@ def load_dict(path: str | Path) -> dict[str, Any]:
 def load_dict_from(data: bytes, path: Path) -> dict[str, Any]:
     """As :func:`load_dict`, out of the bytes of the file at `path`."""
     try:
-        with torch.serialization.safe_globals(_HARMLESS):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint {path} {_why_refused(data, error)}") from error
