@@ -25,7 +25,7 @@ from rsfast.training.folder import claimed
 from rsfast.training.resume import save
 from rsfast.training.run import Progress, Run
 from rsfast.training.start import build
-from rsfast.training.validation import validate
+from rsfast.training.validation import validate_all
 
 __all__ = ["main", "train"]
 
@@ -144,13 +144,15 @@ def report(run: Run, step: int, losses: dict[str, float], images_per_s: float) -
 
 def finish_epoch(run: Run, interrupt: Interrupt) -> Accuracy:
     """Validates, saves and logs."""
-    model, at = run.averaged_model, run.at
+    # The averaged one first: it is the one that counts.
+    models, at = [*([run.ema.module] if run.ema else []), run.model], run.at
     if not at.validating:
-        distributed.average_bn_statistics(model)
+        for model in models:
+            distributed.average_bn_statistics(model)
         at.validating = True
     weights = run.loss.ensemble_weights
     dtype = PRECISIONS[run.cfg.precision or "fp32"]
-    accuracy = validate(model, weights, _stoppable(run, interrupt), dtype)
+    accuracy, *plain = validate_all(models, weights, _stoppable(run, interrupt), dtype)
     is_best = accuracy.score > run.best
     run.best = max(run.best, accuracy.score)
     losses, step = at.mean.read(), run.steps_done
@@ -158,6 +160,8 @@ def finish_epoch(run: Run, interrupt: Interrupt) -> Accuracy:
     if run.log:
         row: dict[str, float] = {"epoch": run.at.epoch, "lr": run.lr(step - 1), **losses}
         row |= accuracy.columns(run.cfg.resolutions)
+        for other in plain:
+            row |= {f"plain_{k}": v for k, v in other.columns(run.cfg.resolutions).items()}
         for r, weight in zip(run.cfg.resolutions, weights.tolist(), strict=True):
             row[f"alpha_{r}"] = weight
         # Logged first: a resumed run drops what is newer than its checkpoint, and misses nothing.
@@ -165,6 +169,8 @@ def finish_epoch(run: Run, interrupt: Interrupt) -> Accuracy:
         line = f"epoch {run.at.epoch}/{run.cfg.epochs}  loss {losses['loss']:.3f}"
         best = "  (best)" if is_best else ""
         print(f"{line}  {accuracy.line(run.cfg.resolutions)}{best}", flush=True)
+        for other in plain:
+            print(f"  without averaging: {other.line(run.cfg.resolutions)}", flush=True)
     save(run, is_best=is_best)
     return accuracy
 

@@ -119,7 +119,10 @@ class TrainConfig:
     decay: str = setting("all", choices=DECAY_MODES)
     """decay all parameters, or only the weights of convolutions and classifier"""
     ema_decay: float = setting(0.0, at_least=0, below=1)
-    """per-step decay of averaged weights, which are then the ones validated; 0 for none"""
+    """per-step decay of averaged weights, whose accuracy then chooses the best epoch; 0 for none"""
+    ema_warmup: bool = True
+    """let the decay grow with the steps t, min(ema_decay, (1 + t) / (10 + t)), so that a short
+    run's averages are not of weights from before training"""
     precision: str | None = setting(None, choices=tuple(PRECISIONS))
     """autocast type; by default bf16 on a GPU and fp32 on a CPU"""
     loader: str = setting("dali", choices=BACKENDS, on_resume="at an epoch")

@@ -20,19 +20,31 @@ class AveragedModel(Generic[Model]):
     all tensors together, and the host waits for none of them: PyTorch's own AveragedModel reads its
     count from the device twice per update.
 
+    With `warmup`, the decay of update t, from 0, is at most (1 + t) / (10 + t), as TensorFlow and
+    timm have it: the average is of about the last ninth of the updates until it reaches `decay`
+    (0.9999 after 90,000 of them), and never of weights from before training.
+
     Args:
         model: the network; the average starts as a copy of it.
         decay: in (0, 1).
+        warmup: whether the decay grows to that.
 
     Attributes:
         module: the averaged network.
         updates: taken in so far. The first one takes the network's values as they are.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
+    def __init__(self, model: Model, decay: float, warmup: bool = False) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.updates = 0
         self._decay = decay
+        self._warmup = warmup
+
+    def decay(self) -> float:
+        """Of the next update."""
+        if not self._warmup:
+            return self._decay
+        return min(self._decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
     def update(self, model: Model) -> None:
@@ -44,7 +56,7 @@ class AveragedModel(Generic[Model]):
         if copied:
             torch._foreach_copy_([a for a, _ in copied], [b for _, b in copied])
         if meant:
-            torch._foreach_lerp_([a for a, _ in meant], [b for _, b in meant], 1 - self._decay)
+            torch._foreach_lerp_([a for a, _ in meant], [b for _, b in meant], 1 - self.decay())
         self.updates += 1
 
 

@@ -46,10 +46,11 @@ def read_log(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The text of a CSV file; the first row names the columns, and there is at least one."""
+    """The text of a CSV file; the rows, of which there is at least one, name the columns."""
     rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from rsfast.data import Batch
 from rsfast.models import RSNet
 from rsfast.tasks.classification import Accuracy, Scores
 
-__all__ = ["validate"]
+__all__ = ["validate", "validate_all"]
 
 
-@torch.no_grad()
 def validate(
     model: RSNet,
     ensemble_weights: Tensor,
@@ -22,21 +21,36 @@ def validate(
     dtype: torch.dtype | None = None,
     num_images: int = 0,
 ) -> Accuracy:
-    """Runs the network over a validation loader, every level in one forward.
+    """:func:`validate_all` of one network."""
+    return validate_all([model], ensemble_weights, batches, dtype, num_images)[0]
+
+
+@torch.no_grad()
+def validate_all(
+    models: Sequence[RSNet],
+    ensemble_weights: Tensor,
+    batches: Iterable[Batch],
+    dtype: torch.dtype | None = None,
+    num_images: int = 0,
+) -> list[Accuracy]:
+    """Runs networks over a validation loader, every level in one forward.
 
     Args:
-        model: is put in eval mode and left in the mode it was in.
+        models: are put in eval mode and left in the mode they were in.
         ensemble_weights: [R] shares of the resolutions.
         batches: pyramids of all trained resolutions.
         dtype: of autocast; None for float32.
         num_images: of the data set, if what is known of each image is wanted.
     """
-    scores = Scores(ensemble_weights, num_images)
-    training = model.training
-    model.eval()
+    scores = [Scores(ensemble_weights, num_images) for _ in models]
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
     for batch in batches:
-        with torch.autocast(ensemble_weights.device.type, dtype, enabled=dtype is not None):
-            logits = model(batch.images)
-        scores.add(logits, batch)
-    model.train(training)
-    return scores.read()
+        for model, score in zip(models, scores, strict=True):
+            with torch.autocast(ensemble_weights.device.type, dtype, enabled=dtype is not None):
+                logits = model(batch.images)
+            score.add(logits, batch)
+    for model, was in zip(models, training, strict=True):
+        model.train(was)
+    return [score.read() for score in scores]

@@ -39,3 +39,24 @@ def test_the_average_is_no_part_of_the_network() -> None:
         model[0].weight.zero_()
     assert average.module[0].weight.any()
     assert not any(param.requires_grad for param in average.module.parameters())
+
+
+@torch.no_grad()
+def test_with_warm_up_the_average_forgets_what_came_before_training() -> None:
+    model = make_model()
+    cold, warm = AveragedModel(model, 0.9999), AveragedModel(model, 0.9999, warmup=True)
+    model[0].weight.fill_(-1000.0)  # of weights from before training
+    for average in (cold, warm):
+        average.update(model)
+    model[0].weight.fill_(1.0)
+    decays = []
+    for _ in range(120):
+        decays.append(warm.decay())
+        for average in (cold, warm):
+            average.update(model)
+    assert decays[:2] == [2 / 11, 3 / 12]
+    assert decays == sorted(decays)
+    assert torch.allclose(warm.module[0].weight, model[0].weight)
+    assert (cold.module[0].weight < -900).all()
+    warm.updates = 10**6
+    assert warm.decay() == 0.9999

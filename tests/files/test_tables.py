@@ -22,3 +22,7 @@ def test_a_path_of_any_bytes_survives(tmp_path: Path) -> None:
 
 def test_lines_end_the_same_everywhere() -> None:
     assert as_csv([{"a": 1}]) == "a\n1\n"
+
+
+def test_rows_of_a_later_program_may_have_more_columns() -> None:
+    assert as_csv([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"

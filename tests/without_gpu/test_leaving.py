@@ -30,12 +30,12 @@ def test_the_step_is_gone_when_the_group_is_left(
 ) -> None:
     steps: list[weakref.ref[TrainStep]] = []
     alive: list[TrainStep | None] = []
-    train_epochs, validate, leave = train.train_epochs, train.validate, distributed.leave
+    train_epochs, validate, leave = train.train_epochs, train.validate_all, distributed.leave
 
     def remember(run: Run, interrupt: Any) -> Any:
         steps.append(weakref.ref(run.step))
         if ending == "a signal in the validation":
-            monkeypatch.setattr(train, "validate", lambda *args: interrupted(interrupt, *args))
+            monkeypatch.setattr(train, "validate_all", lambda *args: interrupted(interrupt, *args))
         return train_epochs(run, interrupt)
 
     def interrupted(interrupt: Any, *args: Any) -> Any:
