@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rsfast.export: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"rsfast.export: error: {args.output} cannot be written: {error}", file=sys.stderr)
+        # A number is the system's: of a file that is written, for what is read has its sentence.
+        place = "" if error.errno is None else f"{args.output} cannot be written: "
+        print(f"rsfast.export: error: {place}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"rsfast.export: interrupted; {args.output} is not written", file=sys.stderr)

@@ -162,7 +162,12 @@ def meet(number: int, world_size: int) -> dist.TCPStore:
         patience.wait(world_size, [0])
     try:
         store = dist.TCPStore(
-            *place, world_size, is_master=opens, wait_for_workers=False, timeout=_MOMENT
+            *place,
+            world_size,
+            is_master=opens,
+            wait_for_workers=False,
+            timeout=_MOMENT,
+            multi_tenant=True,  # a process may leave a group and join another
         )
     except dist.DistNetworkError as error:
         raise RuntimeError(
