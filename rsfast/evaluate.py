@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rsfast import figures
-from rsfast.data import BACKENDS, FolderIndex, Loader, prefetch, train_loader, val_loader
+from rsfast.data import BACKENDS, ImageIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
@@ -81,7 +81,7 @@ class Evaluation:
 
     rows: list[Row]
     places: Tensor
-    index: FolderIndex
+    index: ImageIndex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rsfast.data.decoding import default_workers as default_workers
-    from rsfast.data.folder import FolderIndex as FolderIndex
     from rsfast.data.folder import index_folder as index_folder
+    from rsfast.data.index import ImageIndex as ImageIndex
     from rsfast.data.loader import BACKENDS as BACKENDS
     from rsfast.data.loader import NORMALIZATIONS as NORMALIZATIONS
     from rsfast.data.loader import Batch as Batch
@@ -24,7 +24,7 @@ _SOURCES = {
     "BACKENDS": "loader",
     "NORMALIZATIONS": "loader",
     "Batch": "loader",
-    "FolderIndex": "folder",
+    "ImageIndex": "index",
     "Loader": "loader",
     "default_workers": "decoding",
     "index_folder": "folder",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from torch import Tensor
 from rsfast import kernels
 from rsfast.data.cache import cache_root, has_record
 from rsfast.data.decoding import Decoding, decoding
-from rsfast.data.folder import SPLITS, FolderIndex, check_command, index_folder
+from rsfast.data.folder import index_folder
+from rsfast.data.index import SPLITS, ImageIndex, check_command
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
@@ -282,7 +282,7 @@ def _index(
     num_images: int,
     num_classes: int,
     strict: bool,
-) -> FolderIndex:
+) -> ImageIndex:
     if limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     if backend not in BACKENDS:
@@ -292,8 +292,8 @@ def _index(
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
         index = index_folder(Path(root) / split, strict=strict)
         _warn_if_unchecked(index.root)
-        return _thinned(index, limit) if 0 < limit < len(index) else index
-    return FolderIndex(
+        return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
+    return ImageIndex(
         root=Path("synthetic"),
         paths=("",) * num_images,
         labels=np.arange(num_images, dtype=np.int64) % num_classes,
@@ -314,15 +314,9 @@ def _warn_if_unchecked(root: Path) -> None:
         )
 
 
-def _thinned(index: FolderIndex, count: int) -> FolderIndex:
-    """So many of its images, evenly spaced, and with them the classes."""
-    kept = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-    return dataclasses.replace(
-        index,
-        paths=tuple(index.paths[i] for i in kept),
-        labels=index.labels[kept],
-        sizes=index.sizes[kept],
-    )
+def _spread(count: int, kept: int) -> np.ndarray:
+    """So many of a data set's positions, evenly spaced, and with them the classes."""
+    return np.linspace(0, count - 1, kept).round().astype(np.int64)
 
 
 def _loader(

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from rsfast.data.folder import FolderIndex
+from rsfast.data.index import ImageIndex
 from rsfast.files.pictures import VAL_CROPS, val_geometry
 
 __all__ = ["TrainBatch", "TrainPlan", "ValBatch", "ValPlan", "random_windows"]
@@ -111,7 +111,7 @@ class TrainPlan:
         crop_area: range of the window's share of the image.
     """
 
-    index: FolderIndex
+    index: ImageIndex
     num_levels: int
     batch_size: int
     rank: int = 0
@@ -177,7 +177,7 @@ class ValPlan:
             resizes the whole image to r x r.
     """
 
-    index: FolderIndex
+    index: ImageIndex
     resolutions: Sequence[int]
     batch_size: int
     rank: int = 0
