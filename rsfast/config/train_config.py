@@ -73,6 +73,15 @@ class TrainConfig:
     """folder with train/ and val/, one sub-folder per class; without it the built-in set is used"""
     output: str | None = setting(None, on_resume="freely")
     """run folder; by default runs/<arch>, with _ for / and :"""
+    pretrained: str | None = None
+    """file of weights to start from, of torchvision, timm, the authors' code or rsfast; each
+    batch-norm bank starts as the file's batch norm"""
+    calibrate_first: int = setting(0, at_least=0)
+    """training batches, of one epoch at most, on which the statistics of pretrained weights are
+    estimated anew, resolution by resolution, before the first step"""
+    freeze: tuple[str, ...] | None = None
+    """parts that are not trained: classifier, backbone, stem, batch-norms, names of modules such as
+    layer1, or all-but-PART; batch norms go on to track their statistics"""
     resolutions: tuple[int, ...] = setting((224, 192, 160, 128, 96), check=check_resolutions)
     """trained resolutions in pixels, strictly descending"""
     distill: str = setting("full", choices=DISTILL_MODES)
@@ -170,6 +179,11 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
                 f"got {self.warmup_epochs}"
+            )
+        if self.calibrate_first and self.pretrained is None:
+            raise ValueError(
+                "calibrate_first needs pretrained weights, whose statistics it estimates: "
+                "add --pretrained PATH"
             )
         if self.optimizer == "apex_sgd" and self.graph:
             raise ValueError(

@@ -56,14 +56,14 @@ def build_optimizer(
     decay: str = "all",
     kind: str = "sgd",
 ) -> torch.optim.Optimizer:
-    """SGD over the network and alpha, which leaves batch-norm banks that took no part untouched.
+    """SGD over what is to be trained, alpha too; leaves banks that took no part untouched.
 
     A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
     and momentum would move them all the same. They are put back after each such step. A module with
     sets says by `num_banks` how many, and by `banks_in_use` which of them took part.
 
     Args:
-        model: the network.
+        model: the network; parameters that need no gradient are left out.
         loss: its parameters are trained by the same rule.
         lr: learning rate of the first step.
         momentum: of SGD.
@@ -83,6 +83,8 @@ def build_optimizer(
     decayed: list[Tensor] = []
     free: list[Tensor] = []
     for param in (*model.parameters(), *loss.parameters()):
+        if not param.requires_grad:
+            continue
         plain = param.dim() < 2 or id(param) in norms
         (free if decay == "weights" and plain else decayed).append(param)
     groups: list[dict[str, Any]] = [
@@ -143,6 +145,8 @@ def _idle_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[T
     for norm in _banked(model):
         for bank in set(range(norm.num_banks)) - set(norm.banks_in_use):
             for param in norm.parameters(recurse=False):
+                if not param.requires_grad:
+                    continue
                 yield param.detach()[bank]
                 momentum = optimizer.state[param].get("momentum_buffer")
                 if momentum is not None:

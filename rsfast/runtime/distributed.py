@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from rsfast.pyramid import moved_by_forward
-from rsfast.runtime.vector import as_vector, fill_from_vector
+from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 
 __all__ = [
     "Rank",
@@ -31,6 +31,7 @@ __all__ = [
     "join",
     "leave",
     "same_everywhere",
+    "send_from_first",
     "sum_over_ranks",
 ]
 
@@ -202,6 +203,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+@torch.no_grad()
+def send_from_first(module: nn.Module) -> None:
+    """Gives all ranks the parameters and buffers of rank 0."""
+    if not dist.is_initialized():
+        return
+    for tensors in by_dtype(list(module.state_dict().values())):
+        flat = as_vector(tensors)
+        dist.broadcast(flat, src=0)
+        fill_from_vector(tensors, flat)
 
 
 @torch.no_grad()

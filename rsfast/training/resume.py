@@ -76,6 +76,7 @@ def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
         "config_hash": config_hash(run.cfg),
         "data_set": run.data_set,
         "versions": versions(run),
+        "origin": run.origin,
     }
     if run.ema:
         payload["ema"] = run.ema.module.state_dict()
@@ -134,6 +135,7 @@ def restore(run: Run, path: Path) -> None:
         run.ema.module.load_state_dict(content["ema"])
         run.ema.updates = content["ema_updates"]
     run.best = tuple(content["best"])
+    run.origin = content.get("origin", {})
     if len(content["ranks"]) == run.rank.world_size:
         _restore_rank(run, content["ranks"][run.rank.index])
     if other_batches:
