@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "lr_at", "set_lr"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "groups_of", "lr_at", "set_lr"]
 
 DECAY_MODES = ("all", "weights")
 OPTIMIZERS = ("sgd", "apex_sgd")
@@ -79,14 +79,8 @@ def build_optimizer(
     """
     if decay not in DECAY_MODES:
         raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
-    norms = {id(p) for norm in _banked(model) for p in norm.parameters()}
-    decayed: list[Tensor] = []
-    free: list[Tensor] = []
-    for param in (*model.parameters(), *loss.parameters()):
-        if not param.requires_grad:
-            continue
-        plain = param.dim() < 2 or id(param) in norms
-        (free if decay == "weights" and plain else decayed).append(param)
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    decayed, free = groups_of(model, loss, decay, frozen)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
@@ -107,6 +101,25 @@ def build_optimizer(
         raise ValueError(f"kind must be one of {OPTIMIZERS}, got {kind!r}")
     _keep_idle_banks(optimizer, model)
     return optimizer
+
+
+def groups_of(
+    model: nn.Module, loss: nn.Module, decay: str, frozen: Set[int]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters with weight decay and those without, in the optimiser's order.
+
+    Args:
+        model, loss, decay: of :func:`build_optimizer`.
+        frozen: the `id` of each parameter that is in neither.
+    """
+    norms = {id(p) for norm in _banked(model) for p in norm.parameters()}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for param in (*model.parameters(), *loss.parameters()):
+        if id(param) not in frozen:
+            plain = param.dim() < 2 or id(param) in norms
+            (free if decay == "weights" and plain else decayed).append(param)
+    return decayed, free
 
 
 def _as_float32(value: float) -> float:

@@ -40,7 +40,7 @@ def start_from_weights(
     Raises:
         ValueError: if the file does not fit the network.
     """
-    if cfg.pretrained is None:
+    if cfg.pretrained is None or cfg.continue_from is not None:  # the ancestor has begun with it
         return {}
     path = cfg.pretrained
     loaded = agree(rank, lambda: load_pretrained(model, path))

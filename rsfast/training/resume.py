@@ -35,6 +35,7 @@ __all__ = [
     "find_checkpoint",
     "fixed_settings",
     "restore",
+    "restore_rank",
     "save",
 ]
 
@@ -137,7 +138,7 @@ def restore(run: Run, path: Path) -> None:
     run.best = tuple(content["best"])
     run.origin = content.get("origin", {})
     if len(content["ranks"]) == run.rank.world_size:
-        _restore_rank(run, content["ranks"][run.rank.index])
+        restore_rank(run, content["ranks"][run.rank.index])
     if other_batches:
         run.at = Progress(content["epoch"], restarted=True)
         run.meter.sums.zero_()
@@ -248,7 +249,8 @@ def _moved(model: RSNet) -> list[list[Tensor]]:
     return by_dtype(moved_by_forward(model))
 
 
-def _restore_rank(run: Run, state: dict[str, Any]) -> None:
+def restore_rank(run: Run, state: dict[str, Any]) -> None:
+    """Puts back what belongs to this rank: statistics, loss sums and random numbers."""
     models = [run.model, *([run.averaged_model] if run.ema else [])]
     for model, vectors in zip(models, state["moved"], strict=True):
         for tensors, vector in zip(_moved(model), vectors, strict=True):

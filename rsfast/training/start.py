@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rsfast.runtime import environment
 from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.training import checkpoint
+from rsfast.training.ancestor import continue_from
 from rsfast.training.origin import start_from_weights
 from rsfast.training.resume import config_hash, find_checkpoint, restore
 from rsfast.training.run import Run
@@ -99,6 +101,8 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         )
     if resume_from:
         restore(run, resume_from)
+    elif cfg.continue_from:
+        continue_from(run, Path(cfg.continue_from))
     agree(rank, lambda: _open_folder(run))
     return run
 
