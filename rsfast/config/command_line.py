@@ -82,11 +82,8 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="settings in TOML, over the recipe's; or a recipe that comes with rsfast",
-    )
+    about_file = "settings in TOML, over the recipe's; or a recipe of rsfast: resnet50_finetune"
+    parser.add_argument("--config", metavar="FILE", help=about_file)
     hints, docs = typing.get_type_hints(TrainConfig), _field_docs(TrainConfig)
     rules = rules_of(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
