@@ -96,7 +96,7 @@ def test_every_tensor_of_a_foreign_network_has_its_place(
         assert found.keys() == state.keys()
         assert all(torch.equal(found[name], state[name]) for name in state)
     else:
-        left = [t for t in state.values()]
+        left = list(state.values())
         for tensor in found.values():
             at = next(i for i, own in enumerate(left) if torch.equal(own, tensor))
             left.pop(at)
