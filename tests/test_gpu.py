@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rsfast.engine.optim import build_optimizer, set_lr
 from rsfast.kernels import choose_backend
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
+from rsfast.models.parts import freeze
 from run_helpers import assert_same_run, stop_when
 
 pytestmark = [
@@ -46,11 +47,13 @@ def make_step(
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    frozen: Sequence[str] = (),
 ) -> tuple[RSNet, TrainStep]:
     torch.manual_seed(seed)
     backend = backend or choose_backend("auto", torch.device(device))
     model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device, dtype)
     loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
+    freeze(model, frozen)
     optimizer = build_optimizer(model, loss, lr=0.003)
     return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
@@ -111,8 +114,9 @@ def test_nothing_waits_for_the_device_between_log_lines(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("frozen", [(), ("stem", "features.3", "classifier")], ids=str)
 def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
-    precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    frozen: tuple[str, ...], precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -120,7 +124,8 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         runs = []
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
-            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
+            options: dict[str, Any] = {"graph": graph, "backend": backend, "frozen": frozen}
+            model, step = make_step("mobilenetv2", "cuda", precision, **options)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))

@@ -27,6 +27,10 @@ __all__ = ["Loaded", "load_pretrained"]
 
 _LOG = logging.getLogger("rsfast")
 _COUNTER = "num_batches_tracked"
+_AUXILIARY = {
+    "torchvision/googlenet": ("aux1.", "aux2."),
+    "torchvision/inception_v3": ("AuxLogits.",),
+}
 _SHOWN = 3  # names in a sentence
 
 
@@ -78,7 +82,7 @@ def load_pretrained(
     """
     file = read_weights(Path(path), resolutions, len(model.resolutions), model.resolutions)
     target = _Target(model)
-    tensors = max(_readings(file.tensors), key=target.matches)
+    tensors = _without_auxiliaries(model, max(_readings(file.tensors), key=target.matches))
     taken, classes = _without_other_classifier(target, tensors)
     values = dict(target.fit(file, tensors, taken))
     for name, value in values.items():
@@ -96,6 +100,16 @@ def load_pretrained(
     for warning in loaded.warnings:
         _LOG.warning("%s", warning)
     return loaded
+
+
+def _without_auxiliaries(model: RSNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second and third classifier of two networks, which rsfast builds without them."""
+    left_out = _AUXILIARY.get(model.arch or "", ())
+    return (
+        {name: t for name, t in tensors.items() if not name.startswith(left_out)}
+        if left_out
+        else tensors
+    )
 
 
 def _readings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -256,6 +270,12 @@ def _warnings(model: RSNet, file: WeightFile, classes: int | None) -> Iterator[s
         yield (
             f"{file.path} does not say how its images were normalised, and this network gets plain "
             f"[0, 1]: torchvision's weights expect --normalize imagenet, timm's mostly"
+        )
+    if model.arch in _AUXILIARY:
+        yield (
+            f"torchvision's published weights of {model.arch} expect images with mean 0.5 and "
+            f"deviation 0.5 taken out, which --normalize cannot do: if {file.path} is of them, the "
+            f"first epochs have to make up for it"
         )
     ours, theirs = model.class_names, file.class_names
     if classes is None and ours is not None and theirs is not None and ours != theirs:

@@ -43,7 +43,7 @@ def start(folder: Path, output: Path, *flags: str) -> int:
 
 
 def assert_same_end(ours: Path, whole: Path) -> None:
-    """All that is defined: the state after the last epoch, and what was logged of its own epochs."""
+    """All that is defined: the state after the last epoch, and the log of its own epochs."""
     found, expected = (load_dict(output / "last.pt") for output in (ours, whole))
     for content in (found, expected):
         for name in OF_ITS_OWN:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import make_image_folder
+from helpers import make_image_folder, torchrun
 from rsfast import create_model, train
 from rsfast.data import train_loader
 from rsfast.files.unpickle import load_dict
@@ -149,3 +149,47 @@ def test_what_cannot_be_read_or_frozen_ends_a_run_before_it_begins(
         assert start(folder, tmp_path / "run", *flags) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+def test_ranks_begin_as_one_network_and_only_the_first_needs_the_file(
+    folder: Path, single: Path, tmp_path: Path
+) -> None:
+    """Each process is told of the file in its own folder; one folder has none."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    (tmp_path / "0" / "weights.pt").write_bytes(single.read_bytes())
+    script = tmp_path / "train.py"
+    script.write_text(IN_A_FOLDER_OF_ITS_OWN)
+    flags = ["--pretrained", "weights.pt", "--calibrate-first", "2", "--freeze", "backbone"]
+    arguments = [*SMALL, "--data", str(folder), "--output", str(tmp_path / "run"), *flags]
+    torchrun("train.py", *arguments, folder=tmp_path)
+    content = load_dict(tmp_path / "run" / "last.pt")
+    assert len(content["ranks"]) == 2
+    source = load_dict(single)["model"]
+    for name in ("network.conv2.weight", "network.bn1.weight"):
+        assert torch.equal(content["model"][name], source[name].expand_as(content["model"][name]))
+    states = [torch.load(tmp_path / str(rank) / "begun.pt") for rank in (0, 1)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    # Not the file's any more, and means of what both ranks have seen.
+    assert not torch.equal(
+        states[0]["network.bn1.running_mean"][0], source["network.bn1.running_mean"][0]
+    )
+
+
+IN_A_FOLDER_OF_ITS_OWN = """
+import os, sys
+import torch
+from rsfast import train
+
+os.chdir(os.environ["RANK"])
+take = train.train_epoch
+
+def epoch(run, interrupt):
+    if not run.at.epoch:
+        torch.save(run.model.state_dict(), "begun.pt")
+    take(run, interrupt)
+
+train.train_epoch = epoch
+assert train.main(sys.argv[1:]) == 0
+"""

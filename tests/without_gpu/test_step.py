@@ -18,6 +18,7 @@ from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer
 from rsfast.losses import LossTerms
+from rsfast.models.parts import freeze
 from without_gpu.pretended import BACKWARDS, pretended_gpu
 from without_gpu.watch import FusedSgd, HostWaits
 
@@ -72,10 +73,20 @@ class Graph:
         pass
 
 
+FROZEN = ("stem", "batch-norms", "layer4")
+
+
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize(("backend", "precision"), CASES)
+@pytest.mark.parametrize(
+    ("backend", "precision", "frozen"),
+    [
+        *((*case, ()) for case in CASES),
+        *((backend, "bf16", FROZEN) for backend in ("triton", "torch", "cuda")),
+    ],
+    ids=str,
+)
 def test_a_captured_step_does_not_wait_and_its_rate_is_on_the_device(
-    backend: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, precision: str, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = HostWaits()
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: watch)
@@ -86,6 +97,7 @@ def test_a_captured_step_does_not_wait_and_its_rate_is_on_the_device(
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: None)
     with hollow(), FusedSgd() as sgd:
         model, loss = hollow_network("resnet18", RESOLUTIONS, 1000, backend)
+        freeze(model, frozen)
         batch = hollow_batch(RESOLUTIONS, 8, precision)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=precision)
