@@ -104,12 +104,8 @@ def load_pretrained(
 
 def _without_auxiliaries(model: RSNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the second and third classifier of two networks, which rsfast builds without them."""
-    left_out = _AUXILIARY.get(model.arch or "", ())
-    return (
-        {name: t for name, t in tensors.items() if not name.startswith(left_out)}
-        if left_out
-        else tensors
-    )
+    left_out: tuple[str, ...] = _AUXILIARY.get(model.arch or "", ())
+    return {name: t for name, t in tensors.items() if not name.startswith(left_out)}
 
 
 def _readings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

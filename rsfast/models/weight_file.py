@@ -107,7 +107,10 @@ def read_weights(
     for bare in without_prefixes(tensors):
         if official.is_official(bare):
             sizes = resolutions or _sizes_of_authors(bare, num_banks, fallback)
-            model = official.from_state_dict(bare, sizes)
+            try:
+                model = official.from_state_dict(bare, sizes)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {path}, of the authors' code: {error}") from error
             return WeightFile(
                 **{**common, "arch": model.arch},
                 source="the authors' code",

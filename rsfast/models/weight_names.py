@@ -32,9 +32,10 @@ def without_prefixes(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     while True:
         yield tensors
         count, prefix = max((sum(n.startswith(p) for n in tensors), p) for p in _PREFIXES)
-        if 2 * count <= len(tensors):
+        bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if 2 * count <= len(tensors) or len(bare) < len(tensors):
             return
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        tensors = bare
 
 
 def other_names(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
