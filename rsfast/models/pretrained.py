@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rsfast.models.parts import classifier_of
 from rsfast.models.rsnet import RSNet
-from rsfast.models.weight_file import WeightFile, read_weights
+from rsfast.models.weight_file import Normalization, WeightFile, read_weights
 from rsfast.models.weight_names import looks_like, other_names, without_prefixes
 from rsfast.pyramid import SwitchableBatchNorm2d
 from rsfast.pyramid.convert import bn_mixture
@@ -57,20 +57,25 @@ class Loaded:
 
 @torch.no_grad()
 def load_pretrained(
-    model: RSNet, path: str | Path, resolutions: Sequence[int] | None = None
+    model: RSNet,
+    path: str | Path,
+    resolutions: Sequence[int] | None = None,
+    normalization: Normalization | None = None,
 ) -> Loaded:
     """Fills a network with the weights of a file, and logs what it did.
 
     Args:
         model: of :func:`rsfast.create_model` or :func:`rsfast.convert`; unchanged if the file is
-            refused. Its `input_mean` and `input_std`, if set, are compared with what the weights
-            expect; zeros and ones are taken for images in [0, 1].
+            refused.
         path: a state dict of torchvision, timm, the authors' code or rsfast, bare or within a
             checkpoint (averaged weights are preferred), .pth, .pt or .safetensors; float16 and
             bfloat16 are converted.
         resolutions: what sizes the file's banks are for, descending, where it does not say: a bare
             state dict of an RSNet, and the authors' files, whose five banks are taken for (224,
             192, 160, 128, 96). As many banks as `model` has are otherwise taken for its own.
+        normalization: mean and deviation of the images that the network will get, RGB in [0, 1];
+            a warning says if the weights expect others. Without it, the model's `input_mean` and
+            `input_std` become what the weights expect, where the file says so.
 
     Returns:
         What was done, also in the log "rsfast". A classifier of another class count is left as
@@ -87,13 +92,15 @@ def load_pretrained(
     values = dict(target.fit(file, tensors, taken))
     for name, value in values.items():
         target.tensors[name].copy_(value)
+    if normalization is None and file.normalization is not None:
+        model.input_mean, model.input_std = file.normalization
     loaded = Loaded(
         path=str(path),
         sha256=file.sha256,
         source=file.source,
         banks=_about_banks(model, file.resolutions if target.has_banks(tensors) else None),
         classifier=_about_classifier(target, classes),
-        warnings=tuple(_warnings(model, file, classes)),
+        warnings=tuple(_warnings(model, file, classes, normalization)),
     )
     _LOG.info("pretrained %s, by %s, sha256 %s", path, file.source, file.sha256)
     _LOG.info("%s; %s", loaded.banks, loaded.classifier)
@@ -254,8 +261,18 @@ def _about_classifier(target: _Target, classes: int | None) -> str:
     return f"its classifier {there}, a fresh one for {own} takes its place"
 
 
-def _warnings(model: RSNet, file: WeightFile, classes: int | None) -> Iterator[str]:
-    own = (tuple(model.input_mean), tuple(model.input_std))
+def _warnings(
+    model: RSNet, file: WeightFile, classes: int | None, own: Normalization | None
+) -> Iterator[str]:
+    if own is not None:
+        yield from _warnings_of_images(model, file, own)
+    ours, theirs = model.class_names, file.class_names
+    if classes is None and ours is not None and theirs is not None and ours != theirs:
+        yield f"{file.path} has as many classes as this network, and other ones: {theirs[:_SHOWN]}"
+
+
+def _warnings_of_images(model: RSNet, file: WeightFile, own: Normalization) -> Iterator[str]:
+    """On images that are normalised in another way than the weights expect, or perhaps so."""
     if file.normalization is not None and not _alike(file.normalization, own):
         (mean, std), (own_mean, own_std) = file.normalization, own
         yield (
@@ -273,12 +290,9 @@ def _warnings(model: RSNet, file: WeightFile, classes: int | None) -> Iterator[s
             f"deviation 0.5 taken out, which --normalize cannot do: if {file.path} is of them, the "
             f"first epochs have to make up for it"
         )
-    ours, theirs = model.class_names, file.class_names
-    if classes is None and ours is not None and theirs is not None and ours != theirs:
-        yield f"{file.path} has as many classes as this network, and other ones: {theirs[:_SHOWN]}"
 
 
-def _alike(one: tuple[tuple[float, ...], ...], other: tuple[tuple[float, ...], ...]) -> bool:
+def _alike(one: Normalization, other: Normalization) -> bool:
     pairs = zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True)
     return all(abs(a - b) < 1e-3 for a, b in pairs)
 

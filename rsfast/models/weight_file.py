@@ -17,7 +17,7 @@ from rsfast.files.weights import read_safetensors
 from rsfast.models import official
 from rsfast.models.weight_names import without_prefixes
 
-__all__ = ["WeightFile", "read_weights"]
+__all__ = ["Normalization", "WeightFile", "read_weights"]
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 

@@ -43,7 +43,8 @@ def start_from_weights(
     if cfg.pretrained is None or cfg.continue_from is not None:  # the ancestor has begun with it
         return {}
     path = cfg.pretrained
-    loaded = agree(rank, lambda: load_pretrained(model, path))
+    normalization = loader.mean, loader.std
+    loaded = agree(rank, lambda: load_pretrained(model, path, None, normalization))
     send_from_first(model)
     if cfg.calibrate_first:
         dtype = PRECISIONS[cfg.precision or "fp32"]

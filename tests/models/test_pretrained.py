@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import rsfast
 from bench.rivals.authors import AuthorsNet
 from rsfast import create_model, load_pretrained
+from rsfast.data import NORMALIZATIONS
 from rsfast.models import RSNet, official
 from rsfast.models.registry import build
 from rsfast.training import checkpoint
@@ -340,8 +341,19 @@ def test_another_normalisation_is_warned_of_where_it_is_known(
         }
         (tmp_path / "config.json").write_text(json.dumps(about))
     model = create_model("resnet18", (64, 48, 32), 5)
-    if mean:
-        model.input_mean, model.input_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    warnings = load_pretrained(model, path).warnings
+    fed = NORMALIZATIONS["imagenet" if mean else "none"]
+    warnings = load_pretrained(model, path, normalization=fed).warnings
     assert len(warnings) == (warned is not None)
     assert warned is None or warned in warnings[0]
+    assert (model.input_mean, model.input_std) == ((0.0,) * 3, (1.0,) * 3), "its owner's"
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_network_that_nobody_feeds_yet_is_told_what_its_weights_expect(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    trained(path, (64, 48, 32), kind)
+    model = create_model("resnet18", (64, 48, 32), 5)
+    assert not load_pretrained(model, path).warnings
+    assert (model.input_mean, model.input_std) == NORMALIZATIONS["imagenet"]
