@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from helpers import make_image_folder
 from kernel_helpers import host_must_not_wait
 from rsfast import Pyramid, create_model, train
-from rsfast.data import Batch, Loader, prefetch, train_loader, val_loader
+from rsfast.data import Batch, Loader, Mix, prefetch, train_loader, val_loader
 from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer, set_lr
@@ -136,6 +137,38 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
     assert runs[0][0] == runs[1][0]
     for name, tensor in runs[0][1].items():
         assert torch.equal(tensor, runs[1][1][name]), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graph_and_eager_give_the_same_losses_on_mixed_labels(
+    precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    batch, shares = make_batch("cuda"), torch.rand(10, 8, device="cuda")
+    mixes = [Mix(batch.labels.roll(index), share) for index, share in enumerate(shares)]
+    try:
+        runs = []
+        for graph in (False, True):
+            # Without max pooling, whose backward adds in any order.
+            _, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
+            batches = [dataclasses.replace(batch, mix=mix) for mix in mixes]
+            step(batches[0])  # first-use set-up may wait
+            with host_must_not_wait():
+                losses = [step(mixed).total for mixed in batches]
+            runs.append(torch.stack(losses).tolist())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0] == runs[1]
+
+
+def test_a_captured_step_refuses_a_batch_without_the_mixed_labels_that_others_have() -> None:
+    _, step = make_step("resnet18", "cuda", "bf16", graph=True)
+    batch = make_batch("cuda")
+    step(dataclasses.replace(batch, mix=Mix(batch.labels, torch.ones(8, device="cuda"))))
+    with pytest.raises(ValueError, match="batch must be with mixed labels"):
+        step(batch)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])

@@ -40,14 +40,16 @@ def _gpu() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize(
+    ("arch", "mixed"), [*((arch, False) for arch in KINDS), ("resnet18", True)]
+)
 @pytest.mark.parametrize(("backend", "precision"), CASES)
 def test_a_step_neither_waits_nor_lays_out_memory_as_fused_sgd_refuses(
-    backend: str, precision: str, arch: str
+    backend: str, precision: str, arch: str, mixed: bool
 ) -> None:
     with hollow(), FusedSgd() as sgd:
         model, loss = hollow_network(arch, RESOLUTIONS, 1000, backend)
-        batch = hollow_batch(RESOLUTIONS, 8, precision)
+        batch = hollow_batch(RESOLUTIONS, 8, precision, mixed=mixed)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=precision, graph=False)
         meter = LossMeter(LossTerms._fields, torch.device("cuda"))
@@ -78,15 +80,19 @@ FROZEN = ("stem", "batch-norms", "layer4")
 
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize(
-    ("backend", "precision", "frozen"),
+    ("backend", "precision", "frozen", "mixed"),
     [
-        *((*case, ()) for case in CASES),
-        *((backend, "bf16", FROZEN) for backend in ("triton", "torch", "cuda")),
+        *((*case, (), mixed) for case in CASES for mixed in (False, True)),
+        *((backend, "bf16", FROZEN, False) for backend in ("triton", "torch", "cuda")),
     ],
     ids=str,
 )
 def test_a_captured_step_does_not_wait_and_its_rate_is_on_the_device(
-    backend: str, precision: str, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    precision: str,
+    frozen: tuple[str, ...],
+    mixed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watch = HostWaits()
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: watch)
@@ -98,7 +104,7 @@ def test_a_captured_step_does_not_wait_and_its_rate_is_on_the_device(
     with hollow(), FusedSgd() as sgd:
         model, loss = hollow_network("resnet18", RESOLUTIONS, 1000, backend)
         freeze(model, frozen)
-        batch = hollow_batch(RESOLUTIONS, 8, precision)
+        batch = hollow_batch(RESOLUTIONS, 8, precision, mixed=mixed)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=precision)
         step(batch)
