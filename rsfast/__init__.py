@@ -15,6 +15,7 @@ _SOURCES = {
     "RSNet": "rsfast.models",
     "convert": "rsfast.models",
     "create_model": "rsfast.models",
+    "load_pretrained": "rsfast.models",
 }
 _MODULES = (
     "checkpoint",
@@ -28,7 +29,7 @@ _MODULES = (
     "pyramid",
 )
 
-__all__ = ["Pyramid", "RSNet", "convert", "create_model", *_MODULES]
+__all__ = ["Pyramid", "RSNet", "convert", "create_model", "load_pretrained", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rsfast import figures
 from rsfast.config.flags import DECODING, add_common_flags, common_settings, parse_resolutions
-from rsfast.data import FolderIndex, Loader, prefetch, train_loader, val_loader
+from rsfast.data import ImageIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
@@ -78,7 +78,7 @@ class Evaluation:
 
     rows: list[Row]
     places: Tensor
-    index: FolderIndex
+    index: ImageIndex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,13 +85,19 @@ class MultiResolutionDistillation(nn.Module):
         """[R] raw scores, whose softmax is the ensemble weights."""
         return scores_of_resolutions(self.alpha.detach(), self.num_resolutions)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> LossTerms:
+    def forward(
+        self, logits: Tensor, labels: Tensor, mix: tuple[Tensor, Tensor] | None = None
+    ) -> LossTerms:
         """Computes the three terms, in at least float32 whatever autocast says.
 
         Args:
             logits: [L, N, K], largest resolution first.
             labels: [N] int64 in [0, K).
+            mix: for mixed images (Mixup, CutMix), as in `Batch.mix`: [N] int64 classes of their
+                partners and [N] float32 weights of their own labels in [0, 1]. Both cross entropies
+                then have the two labels in this proportion, smoothed as one is.
         """
+        partner_labels, share = mix or (None, None)
         with torch.autocast(logits.device.type, enabled=False):
             terms = kernels.distillation_loss(
                 logits,
@@ -99,6 +105,8 @@ class MultiResolutionDistillation(nn.Module):
                 self.alpha,
                 self.mode,
                 self.label_smoothing,
+                partner_labels=partner_labels,
+                share=share,
                 backend=self.backend,
             )
         return LossTerms(*terms)

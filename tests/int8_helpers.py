@@ -12,6 +12,7 @@ import pytest
 
 from lifelike import calibration, manifest
 from rsfast.deploy.qdq import pinned_qdq
+from rsfast.deploy.runtimes import openvino_core
 from rsfast.export.graph import to_onnx
 from rsfast.export.quantize import quantize
 from rsfast.models import RSNet
@@ -55,8 +56,8 @@ def logits(model: Path | bytes, images: np.ndarray, **dims: int) -> np.ndarray:
 
 def in_openvino(path: Path, images: np.ndarray) -> np.ndarray:
     """In OpenVINO, pinned to the shape of the images."""
-    openvino = pytest.importorskip("openvino", reason="needs OpenVINO")
-    core = openvino.Core()
+    pytest.importorskip("openvino", reason="needs OpenVINO")
+    core = openvino_core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     model = core.read_model(pinned_qdq(path, len(images), images.shape[-1]))
     return core.compile_model(model, "CPU", settings)(images)[0]

@@ -6,7 +6,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rsfast.kernels import choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
 from rsfast.models.mobilenetv2 import InvertedResidual
+from rsfast.models.parts import freeze
 from rsfast.models.resnet import BasicBlock, Bottleneck
 from rsfast.pyramid import SwitchableBatchNorm2d
 
@@ -51,11 +52,12 @@ def make_batch(model: RSNet, device: str, dtype: torch.dtype) -> Batch:
 
 
 def train(
-    model: RSNet, backend: str, device: str, dtype: torch.dtype
+    model: RSNet, backend: str, device: str, dtype: torch.dtype, frozen: Sequence[str] = ()
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of a few steps, and the state of the network after them."""
     model = copy.deepcopy(model).to(device, dtype).use_backend(backend)
     loss = MultiResolutionDistillation(len(model.resolutions), backend=backend).to(device, dtype)
+    freeze(model, frozen)
     optimizer = build_optimizer(model, loss, lr=0.01)
     step = TrainStep(model.train(), loss, optimizer, precision="fp32", graph=False)
     losses = [step(make_batch(model, device, dtype)).total for _ in range(STEPS)]
@@ -63,20 +65,26 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("arch", "device"),
+    ("arch", "device", "frozen"),
     [
-        ("one-of-each", "cpu"),
-        pytest.param("one-of-each", "cuda", marks=gpu),
-        pytest.param("resnet18", "cuda", marks=gpu),
-        pytest.param("resnet50", "cuda", marks=gpu),
+        ("one-of-each", "cpu", ()),
+        pytest.param("one-of-each", "cpu", ("stem", "batch-norms", "5"), marks=pytest.mark.slow),
+        pytest.param("one-of-each", "cuda", (), marks=gpu),
+        pytest.param("one-of-each", "cuda", ("stem", "batch-norms", "5"), marks=gpu),
+        pytest.param("resnet18", "cuda", (), marks=gpu),
+        pytest.param("resnet50", "cuda", (), marks=gpu),
+        pytest.param("resnet50", "cuda", ("stem", "layer1", "layer4.0"), marks=gpu),
     ],
     indirect=["device"],
+    ids=str,
 )
-def test_training_on_the_kernels_is_as_good_as_on_pytorch(arch: str, device: str) -> None:
+def test_training_on_the_kernels_is_as_good_as_on_pytorch(
+    arch: str, device: str, frozen: tuple[str, ...]
+) -> None:
     model = make_network(arch)
-    exact_losses, exact = train(model, "torch", "cpu", torch.float64)
-    eager_losses, eager = train(model, "torch", device, torch.float32)
-    losses, state = train(model, "triton", device, torch.float32)
+    exact_losses, exact = train(model, "torch", "cpu", torch.float64, frozen)
+    eager_losses, eager = train(model, "torch", device, torch.float32, frozen)
+    losses, state = train(model, "triton", device, torch.float32, frozen)
     eps = torch.finfo(torch.float32).eps
     for ours, theirs, want in zip(losses, eager_losses, exact_losses, strict=True):
         assert abs(ours.cpu() - want) <= 2 * abs(theirs.cpu() - want) + 4 * eps * want

@@ -17,7 +17,7 @@ from rsfast.training.run import Run
 
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:
-    assert set(recipe_names()) == {*ARCHITECTURES, "builtin"}
+    assert set(recipe_names()) == {*ARCHITECTURES, "builtin", "resnet50_finetune"}
     for arch in ARCHITECTURES:
         cfg = parse_args(["--arch", arch, "--data", "imagenet"])
         mobile = arch == "mobilenetv2"
@@ -85,6 +85,20 @@ def test_flags_beat_the_file_which_beats_the_recipe(tmp_path: Path) -> None:
     assert cfg.weight_decay == 4e-5
     assert cfg.resolutions == (64, 32)
     assert isinstance(cfg.lr, float)
+
+
+def test_the_fine_tuning_recipe_is_the_paper_s_but_for_rate_and_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--data", "imagenet", "--pretrained", "resnet50.pth"]
+    fine = parse_args([*argv, "--config", "resnet50_finetune"])
+    paper = parse_args([*argv, "--arch", "resnet50"])
+    assert (fine.epochs, fine.lr) == (paper.epochs / 10, paper.lr / 10)
+    changed = {"epochs": 12, "lr": 0.01, "warmup_epochs": 1.0, "calibrate_first": 50}
+    assert fine == dataclasses.replace(paper, **changed)
+    monkeypatch.chdir(tmp_path)
+    Path("resnet50_finetune").write_text("epochs = 5\n")
+    assert parse_args([*argv, "--config", "resnet50_finetune"]).epochs == 5, "files go first"
 
 
 def test_without_data_the_settings_fit_the_builtin_set_and_a_laptop() -> None:
@@ -156,6 +170,8 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
         (["--profile", "110:100"], "profile must look like 100:110"),
         (["--profile=-1:3"], "profile must look like 100:110"),
         (["--config", "missing.toml"], "config file missing.toml cannot be read"),
+        (["--calibrate-first", "5"], "calibrate_first needs pretrained weights"),
+        (["--config", "resnet50_finetune"], "add --pretrained PATH"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

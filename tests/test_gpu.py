@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from helpers import make_image_folder
 from kernel_helpers import host_must_not_wait
 from rsfast import Pyramid, create_model, train
-from rsfast.data import Batch, Loader, prefetch, train_loader, val_loader
+from rsfast.data import Batch, Loader, Mix, prefetch, train_loader, val_loader
 from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer, set_lr
 from rsfast.kernels import choose_backend
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
+from rsfast.models.parts import freeze
 from run_helpers import assert_same_run, stop_when
 
 pytestmark = [
@@ -46,11 +48,13 @@ def make_step(
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    frozen: Sequence[str] = (),
 ) -> tuple[RSNet, TrainStep]:
     torch.manual_seed(seed)
     backend = backend or choose_backend("auto", torch.device(device))
     model = create_model(arch, RESOLUTIONS, 4, backend=backend).to(device, dtype)
     loss = MultiResolutionDistillation(len(RESOLUTIONS), backend=backend).to(device, dtype)
+    freeze(model, frozen)
     optimizer = build_optimizer(model, loss, lr=0.003)
     return model, TrainStep(model, loss, optimizer, precision=precision, graph=graph)
 
@@ -111,8 +115,9 @@ def test_nothing_waits_for_the_device_between_log_lines(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("frozen", [(), ("stem", "features.3", "classifier")], ids=str)
 def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
-    precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    frozen: tuple[str, ...], precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -120,7 +125,8 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         runs = []
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
-            model, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
+            options: dict[str, Any] = {"graph": graph, "backend": backend, "frozen": frozen}
+            model, step = make_step("mobilenetv2", "cuda", precision, **options)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))
@@ -131,6 +137,38 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
     assert runs[0][0] == runs[1][0]
     for name, tensor in runs[0][1].items():
         assert torch.equal(tensor, runs[1][1][name]), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graph_and_eager_give_the_same_losses_on_mixed_labels(
+    precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    batch, shares = make_batch("cuda"), torch.rand(10, 8, device="cuda")
+    mixes = [Mix(batch.labels.roll(index), share) for index, share in enumerate(shares)]
+    try:
+        runs = []
+        for graph in (False, True):
+            # Without max pooling, whose backward adds in any order.
+            _, step = make_step("mobilenetv2", "cuda", precision, graph=graph, backend=backend)
+            batches = [dataclasses.replace(batch, mix=mix) for mix in mixes]
+            step(batches[0])  # first-use set-up may wait
+            with host_must_not_wait():
+                losses = [step(mixed).total for mixed in batches]
+            runs.append(torch.stack(losses).tolist())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0] == runs[1]
+
+
+def test_a_captured_step_refuses_a_batch_without_the_mixed_labels_that_others_have() -> None:
+    _, step = make_step("resnet18", "cuda", "bf16", graph=True)
+    batch = make_batch("cuda")
+    step(dataclasses.replace(batch, mix=Mix(batch.labels, torch.ones(8, device="cuda"))))
+    with pytest.raises(ValueError, match="batch must be with mixed labels"):
+        step(batch)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])

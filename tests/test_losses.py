@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, one_hot
 
+from rsfast.data import Mix
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 
 
@@ -39,7 +41,7 @@ def test_loss_is_float32_under_autocast(dtype: torch.dtype) -> None:
 def test_alpha_is_trained_towards_the_better_resolution() -> None:
     torch.manual_seed(0)
     labels = torch.arange(8) % 4
-    good = 4.0 * torch.nn.functional.one_hot(labels, 4).float()
+    good = 4.0 * one_hot(labels, 4).float()
     loss = MultiResolutionDistillation(2)
     optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
     for _ in range(20):
@@ -54,10 +56,29 @@ def test_label_smoothing_reaches_both_cross_entropies() -> None:
     logits, labels = torch.randn(3, 4, 10), torch.tensor([0, 1, 2, 3])
     hard = MultiResolutionDistillation(3)(logits, labels)
     soft = MultiResolutionDistillation(3, label_smoothing=0.1)(logits, labels)
-    exact = sum(torch.nn.functional.cross_entropy(z, labels, label_smoothing=0.1) for z in logits)
+    exact = sum(cross_entropy(z, labels, label_smoothing=0.1) for z in logits)
     torch.testing.assert_close(soft.ce, exact)
     assert soft.ensemble != hard.ensemble
     torch.testing.assert_close(soft.distill, hard.distill)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
+def test_mixed_labels_reach_both_cross_entropies_of_all_levels(
+    smoothing: float, copies: int
+) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2 * copies, 4, 10), torch.tensor([0, 1, 2, 3])
+    mix = Mix(labels=torch.tensor([3, 1, 9, 0]), share=torch.tensor([0.25, 0.5, 0.0, 1.0]))
+    loss = MultiResolutionDistillation(2, label_smoothing=smoothing, copies=copies)
+    mixed, plain = loss(logits, labels, mix), loss(logits, labels)
+    own, other = (one_hot(classes, 10).float() for classes in (labels, mix.labels))
+    target = mix.share[:, None] * own + (1 - mix.share[:, None]) * other  # [N, K]
+    exact = [cross_entropy(z, target, label_smoothing=smoothing) for z in logits]
+    torch.testing.assert_close(mixed.ce, sum(exact))
+    of_all = cross_entropy(logits.mean(0), target, label_smoothing=smoothing)  # shares are equal
+    torch.testing.assert_close(mixed.ensemble, of_all)
+    assert torch.equal(mixed.distill, plain.distill)
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,12 @@ class Session:
 
     def losses(self) -> None:
         """Forward and backward of the loss."""
-        for shape in loss.SHAPES:
+        for case in loss.CASES:
+            shape, mixed = case
             for dtype in loss.DTYPES:
-                times = self._time(loss.make_runs(shape, dtype), loss.IMPLEMENTATIONS, list)
-                group = f"distillation_loss/{loss.shape_name(shape)}"
+                runs = loss.make_runs(shape, dtype, mixed)
+                times = self._time(runs, loss.IMPLEMENTATIONS, list)
+                group = f"distillation_loss/{loss.case_name(case)}"
                 moved = loss.moved_bytes(shape, dtype)
                 self._add(f"{group}/{short_name(dtype)}/forward_backward", times, moved)
 

@@ -2,7 +2,8 @@
 
 `authors` are 15 separate KL terms, `apex_xentropy` the same with Apex's cross entropies,
 `reference` the closed form; `rsfast` is two launches under autograd, `rsfast_fused` the one launch
-of `distillation_loss_and_gradients`.
+of `distillation_loss_and_gradients`. For mixed images all but the authors' take two labels and a
+share; `authors` makes soft labels [N, K] of them, as Mixup and CutMix are mostly written.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.rivals.authors import authors_loss
-from bench.support.inputs import make_loss_inputs
+from bench.support.inputs import make_loss_inputs, make_mix
 from bench.support.installed import INSTALLED, apex_cross_entropy
 from bench.support.record import check_alike, record
 from bench.support.shapes import DTYPES, short_name
@@ -27,6 +29,8 @@ from rsfast.kernels import (
 
 # (R, N, K)
 SHAPES = [(5, 256, 1000), (5, 32, 1000), (5, 256, 21841)] if ON_GPU else [(3, 8, 100)]
+# One label for each image, and one shape with mixed labels.
+CASES = [*((shape, False) for shape in SHAPES), (SHAPES[0], True)]
 IMPLEMENTATIONS = ["authors", "reference", "authors_compiled", "compiled", "rsfast", "rsfast_fused"]
 if not ON_GPU:
     IMPLEMENTATIONS = ["authors", "reference"]
@@ -34,8 +38,9 @@ elif "apex_xentropy" in INSTALLED:
     IMPLEMENTATIONS.append("apex_xentropy")
 
 
-def shape_name(shape: tuple[int, int, int]) -> str:
-    return "R{}-N{}-K{}".format(*shape)
+def case_name(case: tuple[tuple[int, int, int], bool]) -> str:
+    shape, mixed = case
+    return "R{}-N{}-K{}".format(*shape) + ("-mixed" if mixed else "")
 
 
 def moved_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
@@ -44,10 +49,12 @@ def moved_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 
 def make_runs(
-    shape: tuple[int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int], dtype: torch.dtype, mixed: bool = False
 ) -> dict[str, Callable[[], list[Tensor]]]:
     """One callable per implementation on the same numbers: total, d(logits), d(alpha)."""
     logits, labels, alpha = make_loss_inputs(*shape, DEVICE, dtype)
+    partner_labels, share = make_mix(*shape[1:], DEVICE)
+    mix = {"partner_labels": partner_labels, "share": share} if mixed else {}
     logits.requires_grad_()
     alpha.requires_grad_()
 
@@ -56,6 +63,9 @@ def make_runs(
         return [total.detach(), *torch.autograd.grad(total, (logits, alpha))]
 
     def authors(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+        if mixed:
+            own, other = (F.one_hot(of, shape[2]).float() for of in (labels, partner_labels))
+            labels = share[:, None] * own + (1 - share[:, None]) * other
         return authors_loss([z.float() for z in logits.unbind()], labels, alpha)
 
     def apex(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
@@ -63,15 +73,17 @@ def make_runs(
         return authors_loss(levels, labels, alpha, apex_cross_entropy)
 
     def reference(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-        ce, ensemble, distill = distillation_loss_reference(logits, labels, alpha)
+        ce, ensemble, distill = distillation_loss_reference(logits, labels, alpha, **mix)
         return ce + ensemble + distill
 
     def ours(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-        ce, ensemble, distill = distillation_loss(logits, labels, alpha, backend="triton")
+        ce, ensemble, distill = distillation_loss(logits, labels, alpha, **mix, backend="triton")
         return ce + ensemble + distill
 
     def fused() -> list[Tensor]:
-        terms, *grads = distillation_loss_and_gradients(logits, labels, alpha, backend="triton")
+        terms, *grads = distillation_loss_and_gradients(
+            logits, labels, alpha, **mix, backend="triton"
+        )
         return [terms.ce + terms.ensemble + terms.distill, *grads]
 
     def exact() -> list[Tensor]:
@@ -93,22 +105,26 @@ def make_runs(
             "compiled": lambda: through_autograd(compiled),
             "rsfast": lambda: through_autograd(ours),
             "rsfast_fused": fused,
-            "apex_xentropy": lambda: through_autograd(apex),
         }
+        if not mixed:  # Apex knows one label for each image
+            runs["apex_xentropy"] = lambda: through_autograd(apex)
     return runs
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_distillation_loss(
     benchmark,
     copy_bandwidth: float,
-    shape: tuple[int, int, int],
+    case: tuple[tuple[int, int, int], bool],
     dtype: torch.dtype,
     impl: str,
 ) -> None:
-    runs = make_runs(shape, dtype)
+    shape, mixed = case
+    runs = make_runs(shape, dtype, mixed)
+    if impl not in runs:
+        pytest.skip(f"{impl} knows no mixed labels")
     check_alike(runs, [impl], list)
-    group = f"distillation_loss/{shape_name(shape)}/{short_name(dtype)}/forward_backward"
+    group = f"distillation_loss/{case_name(case)}/{short_name(dtype)}/forward_backward"
     record(benchmark, runs[impl], group, moved_bytes(shape, dtype), copy_bandwidth)

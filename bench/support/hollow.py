@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from rsfast import Pyramid, create_model
-from rsfast.data import Batch
+from rsfast.data import Batch, Mix
 from rsfast.engine import PRECISIONS
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
@@ -45,14 +45,21 @@ def hollow_network(
 
 
 def hollow_batch(
-    resolutions: Sequence[int], num_images: int, precision: str, device: str = "cuda"
+    resolutions: Sequence[int],
+    num_images: int,
+    precision: str,
+    device: str = "cuda",
+    *,
+    mixed: bool = False,
 ) -> Batch:
     """Images as `rsfast.train` feeds them on a GPU, to be made within :func:`hollow`."""
     pixels = num_images * sum(r * r for r in resolutions)
     dtype = PRECISIONS[precision] or torch.float32
     rows = torch.empty(pixels, _PADDED_CHANNELS, dtype=dtype, device=device)
     labels = torch.empty(num_images, dtype=torch.int64, device=device)
-    return Batch(Pyramid(rows, [(r, r) for r in resolutions], num_images), labels, labels)
+    images = Pyramid(rows, [(r, r) for r in resolutions], num_images)
+    mix = Mix(labels.clone(), torch.empty(num_images, device=device)) if mixed else None
+    return Batch(images, labels, labels, mix)
 
 
 def _hollow(tensor: Tensor, device: str) -> Tensor:

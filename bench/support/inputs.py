@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["make_bn_inputs", "make_loss_inputs"]
+__all__ = ["make_bn_inputs", "make_loss_inputs", "make_mix"]
 
 
 def make_bn_inputs(
@@ -62,3 +62,12 @@ def make_loss_inputs(
     labels = torch.randint(0, num_classes, (num_images,), **options)
     alpha = torch.randn(num_resolutions, **options)
     return logits.to(dtype), labels, alpha
+
+
+def make_mix(
+    num_images: int, num_classes: int, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Partner labels [N] and shares [N] of mixed images."""
+    options = {"generator": torch.Generator(device).manual_seed(seed + 1), "device": device}
+    partner_labels = torch.randint(0, num_classes, (num_images,), **options)
+    return partner_labels, torch.rand(num_images, **options)

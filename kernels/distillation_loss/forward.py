@@ -3,7 +3,7 @@
 With x_t = z_t - max z_t and S_t = sum exp(x_t), log p_t = x_t - log S_t. As probabilities add up
 to 1, the logarithms leave the sums over K, and with them most of the rounding:
 
-    CE(z_s, y)     = log S_s - <target, x_s>
+    CE(z_s, y)     = log S_s - <target, x_s>      also for a target that is mixed from two labels
     KL(p_t || p_s) = <p_t, x_t - x_s> - log S_t + log S_s
 
 Only that module imports this one, and only once the kernel is asked for: everything else works
@@ -12,32 +12,14 @@ without Triton.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rsfast.kernels.common.launch import on_device_of
+from rsfast.kernels.distillation_loss.tiles import options, tile
 
-__all__ = ["launch", "options", "tile"]
-
-# Up to this many classes all rows of an image stay in registers (keyed by whether there are more
-# than four), above it they are read twice, in smaller blocks.
-MAX_BLOCK_K = {False: 2048, True: 1024}
-LOOP_BLOCK_K = 512
-
-# Warps by (BLOCK_K, more than four rows): at most 8 logits of a row per thread, 4 of many rows.
-# Free of spills on sm_80 and sm_90 (tests/kernels/test_compile_ahead.py); not timed on a GPU yet.
-_NUM_WARPS = {
-    (256, False): 1,
-    (256, True): 2,
-    (512, False): 4,
-    (512, True): 4,
-    (1024, False): 4,
-    (1024, True): 8,
-    (2048, False): 8,
-}
+__all__ = ["launch"]
 
 
 @triton.jit
@@ -107,13 +89,32 @@ def _reciprocals(
 
 
 @triton.jit
+def _block_of_target(
+    label,  # class of the image
+    partner,  # class of the image that it is mixed with; not used without HAS_MIX
+    share,  # weight of `label`, the other's is 1 - share
+    hit_target,  # as in _distillation_loss_kernel
+    miss_target,
+    offs_k,
+    mask_k,
+    HAS_MIX: tl.constexpr,
+):
+    """[BLOCK_K] target probabilities, 0 where masked."""
+    target = tl.where(offs_k == label, hit_target, miss_target)
+    if HAS_MIX:  # of two smoothed labels: smoothing is linear; a share of 1 leaves every bit
+        other = tl.where(offs_k == partner, hit_target, miss_target)
+        target = share * target + (1.0 - share) * other
+    return tl.where(mask_k, target, 0.0)
+
+
+@triton.jit
 def _emit_block(
     rows,  # z_0 .. z_R
     maxima,  # R + 1 scalars
     scales,  # R + 1 scalars, so that p_t = exp(x_t) * scales[t] with x_t = z_t - maxima[t]
     totals,  # [BLOCK_K] each: ce, ensemble, distill / W so far, with x_t in the place of log p_t
     slopes,  # R scalars, <p_0 - target, x_r> of earlier blocks
-    target,  # [BLOCK_K] smoothed one-hot label, 0 where masked
+    target,  # [BLOCK_K] of _block_of_target
     d_ce,  # upstream gradient of ce / N
     d_distill,  # upstream gradient of distill * W / N
     dlogits_ptr,  # like logits_ptr in _load_rows
@@ -178,6 +179,8 @@ def _distillation_loss_kernel(
     logits_ptr,  # [R, N, K] float16, bfloat16 or float32, contiguous; N programs, one per image
     labels_ptr,  # [N] int64
     alpha_ptr,  # [R] float32
+    partner_labels_ptr,  # [N] int64, None without HAS_MIX
+    share_ptr,  # [N] float32, weight of the image's own label; None without HAS_MIX
     upstream_ptr,  # gradients of (ce, ensemble, distill), float32; None if all are 1
     stride_upstream,
     terms_ptr,  # [N, 3] float32, fully overwritten; None without WRITE_TERMS
@@ -193,6 +196,7 @@ def _distillation_loss_kernel(
     BLOCK_K: tl.constexpr,
     FIRST_TEACHER: tl.constexpr,  # teachers of student s: FIRST .. LAST, those below s
     LAST_TEACHER: tl.constexpr,
+    HAS_MIX: tl.constexpr,
     WRITE_TERMS: tl.constexpr,
     WRITE_GRADS: tl.constexpr,
 ):
@@ -202,6 +206,12 @@ def _distillation_loss_kernel(
     logits_ptr += image * K
     label = tl.load(labels_ptr + image)
     tl.device_assert((label >= 0) & (label < K), "labels must be in [0, K)")
+    partner = label
+    share = 1.0
+    if HAS_MIX:
+        partner = tl.load(partner_labels_ptr + image)
+        tl.device_assert((partner >= 0) & (partner < K), "partner_labels must be in [0, K)")
+        share = tl.load(share_ptr + image)
     shares = _softmax_of_scalars(alpha_ptr, R)
 
     d_ce = 0.0
@@ -228,7 +238,9 @@ def _distillation_loss_kernel(
         rows = _load_rows(logits_ptr, stride_zr, shares, offs_k, mask_k, R)
         maxima, sums = _fold_maxima_and_sums(rows, maxima, sums, R)
         scales = _reciprocals(sums, R)
-        target = tl.where(mask_k, tl.where(offs_k == label, hit_target, miss_target), 0.0)
+        target = _block_of_target(
+            label, partner, share, hit_target, miss_target, offs_k, mask_k, HAS_MIX
+        )
         totals, slopes = _emit_block(
             rows,
             maxima,
@@ -258,7 +270,9 @@ def _distillation_loss_kernel(
             offs_k = start + tl.arange(0, BLOCK_K)
             mask_k = offs_k < K
             rows = _load_rows(logits_ptr, stride_zr, shares, offs_k, mask_k, R)
-            target = tl.where(mask_k, tl.where(offs_k == label, hit_target, miss_target), 0.0)
+            target = _block_of_target(
+                label, partner, share, hit_target, miss_target, offs_k, mask_k, HAS_MIX
+            )
             totals, slopes = _emit_block(
                 rows,
                 maxima,
@@ -311,28 +325,6 @@ def _distillation_loss_kernel(
             tl.store(dalpha_ptr + image * stride_dalpha_n + r, dalpha)
 
 
-def tile(num_resolutions: int, num_classes: int) -> tuple[int, int]:
-    """(BLOCK_K, num_warps) for R rows of K logits."""
-    many = num_resolutions > 4
-    one_block = num_classes <= MAX_BLOCK_K[many]
-    block_k = triton.next_power_of_2(num_classes) if one_block else LOOP_BLOCK_K
-    return block_k, _NUM_WARPS[max(block_k, 256), many]
-
-
-def options(num_warps: int) -> dict[str, Any]:
-    """How Triton is to compile the kernel."""
-    return {
-        "num_warps": num_warps,
-        # All registers there are: left alone, ptxas spills a few bytes to fit more programs onto a
-        # multiprocessor, and there are only N of them.
-        "maxnreg": min(255, 65536 // (32 * num_warps)),
-        # Without it Triton drops the assertion on the labels; its overflow checks are not wanted.
-        "debug": True,
-        "sanitize_overflow": False,
-        "enable_fp_fusion": True,  # Triton 3.10 is to stop it by default
-    }
-
-
 def launch(
     logits: Tensor,
     labels: Tensor,
@@ -340,6 +332,8 @@ def launch(
     teachers: tuple[int, int, float],
     label_smoothing: float,
     *,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
     terms: Tensor | None = None,
     upstream: Tensor | None = None,
     dlogits: Tensor | None = None,
@@ -359,6 +353,8 @@ def launch(
             logits,
             labels,
             alpha,
+            partner_labels,
+            share,
             upstream,
             0 if upstream is None else upstream.stride(0),
             terms,
@@ -374,6 +370,7 @@ def launch(
             BLOCK_K=block_k,
             FIRST_TEACHER=first_teacher,
             LAST_TEACHER=last_teacher,
+            HAS_MIX=partner_labels is not None,
             WRITE_TERMS=terms is not None,
             WRITE_GRADS=dlogits is not None,
             **options(num_warps),

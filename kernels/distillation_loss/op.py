@@ -7,13 +7,17 @@ detached z_s, and p_0 its softmax (RS-Net paper, equations 1 to 10):
     ensemble = CE(z_0, y)                                 gradient to alpha only
     distill  = sum_s sum_{t<s} W[s, t] KL(p_t || p_s)     teachers p_t detached
 
+The target y is the one-hot label of the image. Where images are mixed (Mixup, CutMix) it is that of
+two labels, share onehot(labels) + (1 - share) onehot(partner_labels). Label smoothing goes on top;
+it is linear in the target, so that smoothing the mixture and mixing the smoothed are the same.
+
 W is the table of :func:`teacher_weights`. The inner sum needs no R^2 KL terms: with H the entropy
 and P_s = sum_t W[s, t] p_t,
 
     sum_t W[s, t] KL(p_t || p_s) = - sum_t W[s, t] H(p_t) - sum_c P_s[c] log p_s[c]
 
     d distill / d z_s   = (sum_t W[s, t]) p_s - P_s
-    d ensemble / d a_k  = <p_0 - onehot(y), z_k>, through the softmax of alpha
+    d ensemble / d a_k  = <p_0 - y, z_k>, through the softmax of alpha
 
 All terms are averaged over the N images and computed in float32 (float64 for float64 logits).
 
@@ -24,7 +28,8 @@ registers; above, each launch goes over them twice, and the second pass finds th
 if it is large enough. :func:`distillation_loss_and_gradients` is one launch for both: one read, one
 write, 2 b R N K bytes.
 Layout: logits [R, N, K] contiguous. With b bytes per logit, forward and backward move 3 b R N K
-bytes: 7.7 MB for R = 5, N = 256, K = 1000 in 16 bits, 1.8 us at 4.3 TB/s.
+bytes: 7.7 MB for R = 5, N = 256, K = 1000 in 16 bits, 1.8 us at 4.3 TB/s. Labels are 8 bytes per
+image and launch, mixed ones 20.
 
 Under autograd, the backward computes d(logits) from the saved logits instead of scaling a d(logits)
 that the forward wrote. The upstream gradient is not known on the host then, and may differ per
@@ -41,9 +46,8 @@ import torch
 from torch import Tensor
 
 from rsfast.kernels.common.backend import check_backend, load_kernels
-from rsfast.kernels.common.checks import check_companion, check_kernel_dtype
+from rsfast.kernels.distillation_loss.checks import check_arguments, check_for_triton
 from rsfast.kernels.distillation_loss.reference import (
-    DISTILL_MODES,
     DistillationTerms,
     distillation_loss_reference,
     teacher_range,
@@ -51,24 +55,43 @@ from rsfast.kernels.distillation_loss.reference import (
 
 __all__ = ["distillation_loss", "distillation_loss_and_gradients"]
 
-MAX_RESOLUTIONS = 8  # of the Triton kernel: registers
-
 
 @torch.library.custom_op("rsfast::distillation_loss_fwd", mutates_args=())
 def _distillation_loss_fwd(
-    logits: Tensor, labels: Tensor, alpha: Tensor, mode: str, label_smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    alpha: Tensor,
+    mode: str,
+    label_smoothing: float,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """[3] float32: ce, ensemble, distill."""
     terms = logits.new_empty(logits.shape[1], 3, dtype=torch.float32)
     teachers = teacher_range(mode, len(logits))
     load_kernels("distillation_loss.forward").launch(
-        logits, labels, alpha, teachers, label_smoothing, terms=terms
+        logits,
+        labels,
+        alpha,
+        teachers,
+        label_smoothing,
+        partner_labels=partner_labels,
+        share=share,
+        terms=terms,
     )
     return terms.sum(0)
 
 
 @_distillation_loss_fwd.register_fake
-def _(logits: Tensor, labels: Tensor, alpha: Tensor, mode: str, label_smoothing: float) -> Tensor:
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    alpha: Tensor,
+    mode: str,
+    label_smoothing: float,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Tensor:
     return logits.new_empty(3, dtype=torch.float32)
 
 
@@ -80,6 +103,8 @@ def _distillation_loss_bwd(
     alpha: Tensor,
     mode: str,
     label_smoothing: float,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """d(logits) and d(alpha) for the gradients `upstream` [3] of the three terms."""
     dlogits = torch.empty_like(logits)
@@ -90,6 +115,8 @@ def _distillation_loss_bwd(
         alpha,
         teacher_range(mode, len(logits)),
         label_smoothing,
+        partner_labels=partner_labels,
+        share=share,
         upstream=upstream,
         dlogits=dlogits,
         dalpha=dalpha,
@@ -105,6 +132,8 @@ def _(
     alpha: Tensor,
     mode: str,
     label_smoothing: float,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits), torch.empty_like(alpha)
 
@@ -117,6 +146,8 @@ def _distillation_loss_fwd_bwd(
     alpha: Tensor,
     mode: str,
     label_smoothing: float,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[3 + R] float32, the terms and d(alpha), and d(logits), for `upstream` [3] or 1 each."""
     dlogits = torch.empty_like(logits)
@@ -127,6 +158,8 @@ def _distillation_loss_fwd_bwd(
         alpha,
         teacher_range(mode, len(logits)),
         label_smoothing,
+        partner_labels=partner_labels,
+        share=share,
         terms=sums[:, :3],
         upstream=upstream,
         dlogits=dlogits,
@@ -143,19 +176,23 @@ def _(
     alpha: Tensor,
     mode: str,
     label_smoothing: float,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return logits.new_empty(3 + len(logits), dtype=torch.float32), torch.empty_like(logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, labels, alpha, ctx.mode, ctx.label_smoothing = inputs
-    ctx.save_for_backward(logits, labels, alpha)
+    logits, labels, alpha, ctx.mode, ctx.label_smoothing, *mix = inputs
+    ctx.save_for_backward(logits, labels, alpha, *mix)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    dlogits, dalpha = _distillation_loss_bwd(upstream, *saved, ctx.mode, ctx.label_smoothing)
-    return dlogits, None, dalpha, None, None
+    *saved, partner_labels, share = ctx.saved_tensors
+    dlogits, dalpha = _distillation_loss_bwd(
+        upstream, *saved, ctx.mode, ctx.label_smoothing, partner_labels, share
+    )
+    return dlogits, None, dalpha, None, None, None, None
 
 
 _distillation_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -168,6 +205,8 @@ def distillation_loss(
     mode: str = "full",
     label_smoothing: float = 0.0,
     *,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
     backend: str = "torch",
 ) -> DistillationTerms:
     """Cross entropy per resolution, ensemble cross entropy and distillation.
@@ -180,6 +219,10 @@ def distillation_loss(
             For "triton" float32.
         mode: which teachers teach whom, one of DISTILL_MODES; see :func:`teacher_weights`.
         label_smoothing: in [0, 1); applies to both cross entropies, not to the distillation.
+        partner_labels: [N] int64 in [0, K), checked like `labels`: class of the image that each is
+            mixed with, for both cross entropies; together with `share`, or neither.
+        share: [N] float32 in [0, 1], weight of the image's own label, the partner's is 1 - share;
+            gets no gradient. Its range is checked on a CPU only.
         backend: "torch" for the reference, "triton" for the fused kernel.
 
     Returns:
@@ -189,11 +232,21 @@ def distillation_loss(
         ValueError: naming the argument, the rule and the value.
         ImportError: if Triton is asked for and absent.
     """
-    _check(logits, labels, alpha, mode, label_smoothing)
+    check_arguments(logits, labels, alpha, mode, label_smoothing, partner_labels, share)
     if check_backend(backend) == "torch":
-        return distillation_loss_reference(logits, labels, alpha, mode, label_smoothing)
-    _check_for_triton(logits, labels, alpha)
-    terms = _distillation_loss_fwd(logits, labels, alpha, mode, label_smoothing)
+        return distillation_loss_reference(
+            logits,
+            labels,
+            alpha,
+            mode,
+            label_smoothing,
+            partner_labels=partner_labels,
+            share=share,
+        )
+    check_for_triton(logits, labels, alpha, partner_labels, share)
+    terms = _distillation_loss_fwd(
+        logits, labels, alpha, mode, label_smoothing, partner_labels, share
+    )
     return DistillationTerms(*terms.unbind())
 
 
@@ -204,6 +257,8 @@ def distillation_loss_and_gradients(
     mode: str = "full",
     label_smoothing: float = 0.0,
     *,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
     scale: Tensor | None = None,
     backend: str = "torch",
 ) -> tuple[DistillationTerms, Tensor, Tensor]:
@@ -218,6 +273,8 @@ def distillation_loss_and_gradients(
         alpha: as there.
         mode: as there.
         label_smoothing: as there.
+        partner_labels: as there.
+        share: as there.
         scale: scalar float32 on the device of `logits`, the upstream gradient of the three terms
             (the loss scale of float16); 1 by default.
         backend: as there.
@@ -237,57 +294,34 @@ def distillation_loss_and_gradients(
             f"scale must be a scalar float32 on {logits.device}, "
             f"got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
         )
-    _check(logits, labels, alpha, mode, label_smoothing)
+    check_arguments(logits, labels, alpha, mode, label_smoothing, partner_labels, share)
     logits, alpha = logits.detach(), alpha.detach()
     if check_backend(backend) == "torch":
         with torch.enable_grad():
             logits.requires_grad_()
             alpha.requires_grad_()
-            terms = distillation_loss_reference(logits, labels, alpha, mode, label_smoothing)
+            terms = distillation_loss_reference(
+                logits,
+                labels,
+                alpha,
+                mode,
+                label_smoothing,
+                partner_labels=partner_labels,
+                share=share,
+            )
             total = terms.ce + terms.ensemble + terms.distill
             upstream = None if scale is None else scale.to(total.dtype)
             dlogits, dalpha = torch.autograd.grad(total, (logits, alpha), upstream)
         return DistillationTerms(*(term.detach() for term in terms)), dlogits, dalpha
-    _check_for_triton(logits, labels, alpha)
+    check_for_triton(logits, labels, alpha, partner_labels, share)
     sums, dlogits = _distillation_loss_fwd_bwd(
-        None if scale is None else scale.expand(3), logits, labels, alpha, mode, label_smoothing
+        None if scale is None else scale.expand(3),
+        logits,
+        labels,
+        alpha,
+        mode,
+        label_smoothing,
+        partner_labels,
+        share,
     )
     return DistillationTerms(*sums[:3].unbind()), dlogits, sums[3:]
-
-
-def _check(
-    logits: Tensor, labels: Tensor, alpha: Tensor, mode: str, label_smoothing: float
-) -> None:
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be floating point [R, N, K], got {logits.dtype} {tuple(logits.shape)}"
-        )
-    num_resolutions, num_images, num_classes = logits.shape
-    if labels.dtype != torch.int64 or labels.shape != (num_images,):
-        raise ValueError(
-            f"labels must be int64 [{num_images}], got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if alpha.shape != (num_resolutions,):
-        raise ValueError(f"alpha must be [{num_resolutions}], got shape {tuple(alpha.shape)}")
-    if mode not in DISTILL_MODES:
-        raise ValueError(f"mode must be one of {DISTILL_MODES}, got {mode!r}")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    # The compiler cannot trace a branch on values.
-    if labels.device.type == "cpu" and num_images and not torch.compiler.is_compiling():
-        low, high = labels.aminmax()
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"labels must be in [0, {num_classes}), got values from {low} to {high}"
-            )
-
-
-def _check_for_triton(logits: Tensor, labels: Tensor, alpha: Tensor) -> None:
-    check_kernel_dtype("logits", logits)
-    if not logits.is_contiguous() or not logits.numel() or len(logits) > MAX_RESOLUTIONS:
-        raise ValueError(
-            f"logits must be contiguous, not empty, with at most {MAX_RESOLUTIONS} resolutions, "
-            f"got shape {tuple(logits.shape)}, strides {logits.stride()}"
-        )
-    check_companion("labels", labels, torch.int64, logits.device)
-    check_companion("alpha", alpha, torch.float32, logits.device)

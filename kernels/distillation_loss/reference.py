@@ -71,23 +71,43 @@ def _teacher_table(mode: str, logits: Tensor) -> Tensor:
     return table.tril_()  # teachers are below their students
 
 
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float, mix: tuple[Tensor, ...] | None
+) -> Tensor:
+    """Mean over the rows of [M, K] logits; `mix` are partner labels and shares, both [M]."""
+    if mix is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    partner_labels, share = mix
+    share = share.detach().to(logits.dtype)
+    own, other = (
+        F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        for target in (labels, partner_labels)
+    )
+    return (share * own + (1 - share) * other).mean()  # linear in the target, as smoothing is
+
+
 def distillation_loss_reference(
     logits: Tensor,
     labels: Tensor,
     alpha: Tensor,
     mode: str = "full",
     label_smoothing: float = 0.0,
+    *,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> DistillationTerms:
     """Plain PyTorch in closed form; arguments as in :func:`distillation_loss`."""
     num_resolutions, num_images, _ = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = F.log_softmax(logits, dim=-1)  # [R, N, K]
-    ce = num_resolutions * F.cross_entropy(
-        logits.flatten(0, 1), labels.repeat(num_resolutions), label_smoothing=label_smoothing
+    mix = None if partner_labels is None or share is None else (partner_labels, share)
+    of_levels = None if mix is None else tuple(part.repeat(num_resolutions) for part in mix)
+    ce = num_resolutions * _cross_entropy(
+        logits.flatten(0, 1), labels.repeat(num_resolutions), label_smoothing, of_levels
     )
     weights = torch.softmax(alpha.to(logits.dtype), dim=0)
     ensemble_logits = torch.einsum("r,rnk->nk", weights, logits.detach())
-    ensemble = F.cross_entropy(ensemble_logits, labels, label_smoothing=label_smoothing)
+    ensemble = _cross_entropy(ensemble_logits, labels, label_smoothing, mix)
 
     if mode == "none":
         return DistillationTerms(ce, ensemble, torch.zeros_like(ce))

@@ -28,7 +28,7 @@ _AUTHORS_KD_TYPES = {"ens_topdown": "full", "ens": "vanilla"}
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with rsfast: the architectures, and "builtin"."""
+    """Names of the recipes that come with rsfast: the architectures, "builtin", and fine-tuning."""
     files = resources.files("rsfast.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
@@ -61,7 +61,7 @@ def parse_args(
     flags = vars(parser.parse_args(argv))
     try:
         file = flags.pop("config", None)
-        from_file = _read_toml(Path(file)) if file is not None else {}
+        from_file = _read_file_or_recipe(file) if file is not None else {}
         arch = flags.get("arch", from_file.get("arch", TrainConfig().arch))
         values = _read_recipe(NETWORKS[arch].recipe) if arch in NETWORKS else {}
         given = {**from_file, **flags}
@@ -82,7 +82,8 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="settings in TOML, over the recipe's")
+    about_file = "settings in TOML, over the recipe's; or a recipe of rsfast: resnet50_finetune"
+    parser.add_argument("--config", metavar="FILE", help=about_file)
     hints, docs = typing.get_type_hints(TrainConfig), _field_docs(TrainConfig)
     rules = rules_of(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
@@ -137,6 +138,13 @@ def _field_docs(cls: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
             docs[ast.unparse(field.target)] = str(ast.literal_eval(doc.value))
     return docs
+
+
+def _read_file_or_recipe(name: str) -> dict[str, Any]:
+    """A file goes before a recipe of that name."""
+    if name in recipe_names() and not Path(name).exists():
+        return _read_recipe(name)
+    return _read_toml(Path(name))
 
 
 def _read_recipe(name: str) -> dict[str, Any]:

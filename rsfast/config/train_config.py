@@ -10,6 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from rsfast.config.rules import check, cut, is_count, setting
+from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
@@ -73,6 +74,18 @@ class TrainConfig:
     """folder with train/ and val/, one sub-folder per class; without it the built-in set is used"""
     output: str | None = setting(None, on_resume="freely")
     """run folder; by default runs/<arch>, with _ for / and :"""
+    pretrained: str | None = None
+    """file of weights to start from, of torchvision, timm, the authors' code or rsfast; each
+    batch-norm bank starts as the file's batch norm"""
+    continue_from: str | None = None
+    """folder of a run that has ended (or a checkpoint of it) to go on from, as a run of its own
+    with more epochs or other settings; arch, resolutions, bn, copies and classes stay"""
+    calibrate_first: int = setting(0, at_least=0)
+    """training batches, of one epoch at most, on which the statistics of pretrained weights are
+    estimated anew, resolution by resolution, before the first step"""
+    freeze: tuple[str, ...] | None = None
+    """parts that are not trained: classifier, backbone, stem, batch-norms, names of modules such as
+    layer1, or all-but-PART; batch norms go on to track their statistics"""
     resolutions: tuple[int, ...] = setting((224, 192, 160, 128, 96), check=check_resolutions)
     """trained resolutions in pixels, strictly descending"""
     distill: str = setting("full", choices=DISTILL_MODES)
@@ -92,6 +105,12 @@ class TrainConfig:
     """one random flip per image, one for each of its levels, or none"""
     crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
     """range of the window's share of the image's area"""
+    mixup: float = setting(0.0, at_least=0)
+    """alpha of Beta(alpha, alpha), of which the share of an image in its mixture with another one
+    of the batch is drawn; 0 for no mixtures"""
+    cutmix: float = setting(0.0, at_least=0)
+    """alpha of Beta(alpha, alpha), of which the share of an image that a box of another one leaves
+    visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
     val_crop: str = setting("center", choices=VAL_CROPS)
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
     normalize: str = setting("imagenet", choices=tuple(NORMALIZATIONS))
@@ -174,6 +193,11 @@ class TrainConfig:
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
                 f"got {self.warmup_epochs}"
             )
+        if self.calibrate_first and self.pretrained is None:
+            raise ValueError(
+                "calibrate_first needs pretrained weights, whose statistics it estimates: "
+                "add --pretrained PATH"
+            )
         if self.optimizer == "apex_sgd" and self.graph:
             raise ValueError(
                 "optimizer apex_sgd takes its learning rate from the host, which a captured step "
@@ -185,6 +209,11 @@ class TrainConfig:
             raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    @property
+    def augment(self) -> Augment:
+        """What happens to training images beyond window and flip."""
+        return Augment(mixup=self.mixup, cutmix=self.cutmix)
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsfast.data.check import KINDS, Finding, Report, check_split
-from rsfast.data.folder import exclude, printable, split_folders
+from rsfast.data.folder import exclude, split_folders
+from rsfast.data.index import printable
 
 __all__ = ["main"]
 

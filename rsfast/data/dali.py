@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.folder import decode, exclude_command
+from rsfast.data.index import decode, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,23 +27,17 @@ from rsfast.data.cache import (
     save_arrays,
     save_excluded,
 )
-from rsfast.files.pictures import as_rgb
+from rsfast.data.index import SPLITS, ImageIndex, check_command, printable
 from rsfast.files.progress import progress
 
 __all__ = [
     "EXTENSIONS",
     "FORMAT_OF",
-    "SPLITS",
-    "FolderIndex",
     "Listing",
-    "check_command",
-    "decode",
     "exclude",
-    "exclude_command",
     "index_folder",
     "is_supported",
     "list_split",
-    "printable",
     "save_sizes",
     "split_folders",
 ]
@@ -52,42 +45,9 @@ __all__ = [
 # Pillow's names of what every loader can decode, by the extension it usually has.
 FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 EXTENSIONS = tuple(FORMAT_OF)
-SPLITS = ("train", "val")
 _FORMATS = {*FORMAT_OF.values(), "MPO"}  # whatever the file is called; MPO is JPEG
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1  # of the cache file; raise it when its contents change
-
-
-@dataclass(frozen=True, slots=True)
-class FolderIndex:
-    """The images of one split.
-
-    Attributes:
-        root: the split's folder.
-        paths: n paths relative to root, sorted within each folder.
-        labels: [n] int64, position of the image's class in class_names.
-        sizes: [n, 2] int32, height and width in pixels as stored (no EXIF rotation).
-        class_names: sub-folder names, sorted.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    labels: np.ndarray
-    sizes: np.ndarray
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, index: int) -> str:
-        """Absolute path of one image."""
-        return os.path.join(self.root, self.paths[index])
-
-    @property
-    def digest(self) -> str:
-        """A name for the images, in order."""
-        paths = os.fsencode("\0".join(self.paths))  # names of any bytes
-        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +71,7 @@ class Listing:
 
 def index_folder(
     root: str | Path, *, workers: int = 8, cache: bool = True, strict: bool = False
-) -> FolderIndex:
+) -> ImageIndex:
     """Lists the images below `root` and reads the size of each.
 
     Left out, with a warning that names the first ones, are files whose header no decoder can read,
@@ -182,11 +142,6 @@ def list_split(root: str | Path) -> Listing:
 def _refuse(error: OSError) -> None:
     """A folder that cannot be read would otherwise be one without images."""
     raise ValueError(f"folder {error.filename} must be readable: {error.strerror}") from error
-
-
-def printable(path: str) -> str:
-    """A path without line breaks and bytes that are no text."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
 
 
 def is_supported(image: Image.Image) -> bool:
@@ -260,39 +215,6 @@ def _places(split: Path, folder: Path, file: str) -> Iterator[tuple[Path, str]]:
             in_class_folder = os.sep in relative and not relative.startswith(os.pardir + os.sep)
             if in_class_folder and relative.lower().endswith(EXTENSIONS):
                 yield split, relative
-
-
-def check_command(root: Path) -> str:
-    """What to type for the list of the bad files of a split."""
-    return f"python -m rsfast.data check {shlex.quote(_named(root))}"
-
-
-def exclude_command(root: Path, path: str) -> str:
-    """What to type to have one file of a split left out."""
-    file = os.path.join(root, path)
-    return f"python -m rsfast.data exclude {shlex.quote(_named(root))} {shlex.quote(file)}"
-
-
-def decode(index: FolderIndex, position: int) -> Image.Image:
-    """One whole image, in RGB.
-
-    Raises:
-        RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
-    """
-    path = index.path(position)
-    try:
-        with Image.open(path) as file:
-            return as_rgb(file)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
-        raise RuntimeError(
-            f"cannot decode {path}: {str(error) or type(error).__name__}; to leave it out: "
-            f"{exclude_command(index.root, index.paths[position])}"
-        ) from error
-
-
-def _named(root: Path) -> str:
-    """The folder by which the commands know a split: that of the data set where there is one."""
-    return str(root.parent if root.name in SPLITS else root)
 
 
 def save_sizes(listing: Listing, sizes: np.ndarray) -> None:
@@ -379,7 +301,7 @@ def _warn_of_left_out(
         )
 
 
-def _usable(listing: Listing, sizes: np.ndarray, good: np.ndarray) -> FolderIndex:
+def _usable(listing: Listing, sizes: np.ndarray, good: np.ndarray) -> ImageIndex:
     root, class_names = listing.root, listing.class_names
     kept = tuple(path for path, ok in zip(listing.paths, good, strict=True) if ok)
     number_of = {name: label for label, name in enumerate(class_names)}
@@ -391,4 +313,4 @@ def _usable(listing: Listing, sizes: np.ndarray, good: np.ndarray) -> FolderInde
             f"class folder {root / empty} must hold at least one image "
             f"({' '.join(EXTENSIONS)}), found none"
         )
-    return FolderIndex(root, kept, labels, sizes[good], class_names)
+    return ImageIndex(root, kept, labels, sizes[good], class_names)

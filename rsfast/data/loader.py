@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,18 @@ import torch
 from torch import Tensor
 
 from rsfast import kernels
+from rsfast.data.augment import NOTHING, Augment
 from rsfast.data.cache import cache_root, has_record
 from rsfast.data.decoding import Decoding, decoding
-from rsfast.data.folder import SPLITS, FolderIndex, check_command, index_folder
+from rsfast.data.folder import index_folder
+from rsfast.data.index import SPLITS, ImageIndex, check_command
+from rsfast.data.mixing import Mix, mixed
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
 from rsfast.pyramid import Pyramid, check_resolutions
 
-__all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "train_loader", "val_loader"]
+__all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
 
 _LOG = logging.getLogger(__name__)
 BACKENDS = ("dali", "pil", "synthetic")
@@ -43,11 +45,14 @@ class Batch:
             otherwise, and then perhaps with channels of zeros behind the colours.
         labels: [N] int64 on the device of the images.
         indices: [N] int64 positions in the data set's index, on the CPU.
+        mix: the labels that the images have besides their own, on their device; None where no
+            image is mixed with another.
     """
 
     images: Pyramid
     labels: Tensor
     indices: Tensor
+    mix: Mix | None = None
 
 
 class Decoder(Protocol):
@@ -126,6 +131,10 @@ class Loader:
         ):
             indices = self.plan.images(epoch, step)
             labels = torch.from_numpy(self.plan.index.labels[indices])
+            blends = self.plan.blends(epoch, step) if isinstance(self.plan, TrainPlan) else None
+            mix = None
+            if blends is not None:
+                rows, mix = mixed(rows, self.resolutions, labels.numpy(), blends)
             if self._device.type == "cuda":  # a copy of other memory waits for the stream
                 labels = labels.pin_memory()
             yield Batch(
@@ -143,6 +152,7 @@ class Loader:
                 ),
                 labels=labels.to(self._device, non_blocking=True),
                 indices=torch.from_numpy(indices),
+                mix=mix,
             )
         self.epoch = epoch + 1
 
@@ -159,6 +169,7 @@ def train_loader(
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
+    augment: Augment = NOTHING,
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
@@ -184,6 +195,7 @@ def train_loader(
         normalize: "imagenet", "none" (plain [0, 1]), or (mean, std) of RGB values in [0, 1].
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
+        augment: what else happens to the images.
         rank, world_size: which part of each step this process gets.
         workers: decoder threads (dali) or processes (pil; 0 decodes in this one); None for
             the cores of this process, at most 32.
@@ -216,6 +228,7 @@ def train_loader(
         crop=crop,
         flip=flip,
         crop_area=crop_area,
+        augment=augment,
     )
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
     return _loader(plan, resolutions, backend, normalize, means, torch.device(device), max_steps)
@@ -282,7 +295,7 @@ def _index(
     num_images: int,
     num_classes: int,
     strict: bool,
-) -> FolderIndex:
+) -> ImageIndex:
     if limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     if backend not in BACKENDS:
@@ -292,8 +305,8 @@ def _index(
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
         index = index_folder(Path(root) / split, strict=strict)
         _warn_if_unchecked(index.root)
-        return _thinned(index, limit) if 0 < limit < len(index) else index
-    return FolderIndex(
+        return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
+    return ImageIndex(
         root=Path("synthetic"),
         paths=("",) * num_images,
         labels=np.arange(num_images, dtype=np.int64) % num_classes,
@@ -314,15 +327,9 @@ def _warn_if_unchecked(root: Path) -> None:
         )
 
 
-def _thinned(index: FolderIndex, count: int) -> FolderIndex:
-    """So many of its images, evenly spaced, and with them the classes."""
-    kept = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-    return dataclasses.replace(
-        index,
-        paths=tuple(index.paths[i] for i in kept),
-        labels=index.labels[kept],
-        sizes=index.sizes[kept],
-    )
+def _spread(count: int, kept: int) -> np.ndarray:
+    """So many of a data set's positions, evenly spaced, and with them the classes."""
+    return np.linspace(0, count - 1, kept).round().astype(np.int64)
 
 
 def _loader(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rsfast.data.folder import FolderIndex, decode
+from rsfast.data.index import ImageIndex, decode
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.files.pictures import BILINEAR, cut
 from rsfast.runtime.interrupt import ignore_in_worker
@@ -22,7 +22,7 @@ _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 
 
 def render(
-    index: FolderIndex, batch: TrainBatch | ValBatch, resolutions: Sequence[int]
+    index: ImageIndex, batch: TrainBatch | ValBatch, resolutions: Sequence[int]
 ) -> np.ndarray:
     """Decodes and resizes one batch.
 

@@ -7,11 +7,12 @@ size, or takes any.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,7 @@ __all__ = [
     "Session",
     "library",
     "open_session",
+    "openvino_core",
     "refuse",
     "save_optimized",
 ]
@@ -102,7 +104,7 @@ def open_session(
     try:
         if runtime == "onnxruntime":
             return _open_onnxruntime(package, path, pin, threads)
-        return _open_openvino(package, path, pin, threads, precision)
+        return _open_openvino(path, pin, threads, precision)
     except (ValueError, ImportError):
         raise
     except Exception as error:  # of the runtimes' C++ code and of protobuf
@@ -130,10 +132,8 @@ def _open_onnxruntime(package: ModuleType, path: Path, pin: Pin | None, threads:
     return lambda images: session.run(["logits"], {"images": images})[0]
 
 
-def _open_openvino(
-    package: ModuleType, path: Path, pin: Pin | None, threads: int, precision: str
-) -> Session:
-    core = package.Core()
+def _open_openvino(path: Path, pin: Pin | None, threads: int, precision: str) -> Session:
+    core = openvino_core()
     if precision == "bf16":
         found = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in found:
@@ -159,6 +159,17 @@ def _open_openvino(
     }
     compiled = core.compile_model(model, "CPU", settings)
     return lambda images: compiled(images)[0]
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one Core of this process, which is never freed.
+
+    Loading its CPU plugin gives the thread a signal stack, which the plugin takes away with it:
+    of two plugins the second puts back what was the first one's, and the next signal that Python
+    handles, if only that of a child that ends, kills the process (OpenVINO 2026.4.1).
+    """
+    return library("openvino").Core()
 
 
 def save_optimized(path: Path, pin: Pin | None, output: Path) -> None:

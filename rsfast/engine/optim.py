@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "lr_at", "set_lr"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "groups_of", "lr_at", "set_lr"]
 
 DECAY_MODES = ("all", "weights")
 OPTIMIZERS = ("sgd", "apex_sgd")
@@ -56,14 +56,14 @@ def build_optimizer(
     decay: str = "all",
     kind: str = "sgd",
 ) -> torch.optim.Optimizer:
-    """SGD over the network and alpha, which leaves batch-norm banks that took no part untouched.
+    """SGD over what is to be trained, alpha too; leaves banks that took no part untouched.
 
     A step trained on some of the resolutions gives the other sets a gradient of zero; weight decay
     and momentum would move them all the same. They are put back after each such step. A module with
     sets says by `num_banks` how many, and by `banks_in_use` which of them took part.
 
     Args:
-        model: the network.
+        model: the network; parameters that need no gradient are left out.
         loss: its parameters are trained by the same rule.
         lr: learning rate of the first step.
         momentum: of SGD.
@@ -79,12 +79,8 @@ def build_optimizer(
     """
     if decay not in DECAY_MODES:
         raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
-    norms = {id(p) for norm in _banked(model) for p in norm.parameters()}
-    decayed: list[Tensor] = []
-    free: list[Tensor] = []
-    for param in (*model.parameters(), *loss.parameters()):
-        plain = param.dim() < 2 or id(param) in norms
-        (free if decay == "weights" and plain else decayed).append(param)
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    decayed, free = groups_of(model, loss, decay, frozen)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
@@ -105,6 +101,25 @@ def build_optimizer(
         raise ValueError(f"kind must be one of {OPTIMIZERS}, got {kind!r}")
     _keep_idle_banks(optimizer, model)
     return optimizer
+
+
+def groups_of(
+    model: nn.Module, loss: nn.Module, decay: str, frozen: Set[int]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters with weight decay and those without, in the optimiser's order.
+
+    Args:
+        model, loss, decay: of :func:`build_optimizer`.
+        frozen: the `id` of each parameter that is in neither.
+    """
+    norms = {id(p) for norm in _banked(model) for p in norm.parameters()}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for param in (*model.parameters(), *loss.parameters()):
+        if id(param) not in frozen:
+            plain = param.dim() < 2 or id(param) in norms
+            (free if decay == "weights" and plain else decayed).append(param)
+    return decayed, free
 
 
 def _as_float32(value: float) -> float:
@@ -143,6 +158,8 @@ def _idle_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[T
     for norm in _banked(model):
         for bank in set(range(norm.num_banks)) - set(norm.banks_in_use):
             for param in norm.parameters(recurse=False):
+                if not param.requires_grad:
+                    continue
                 yield param.detach()[bank]
                 momentum = optimizer.state[param].get("momentum_buffer")
                 if momentum is not None:

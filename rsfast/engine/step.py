@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rsfast.data import Batch
+from rsfast.data import Batch, Mix
 from rsfast.engine.guard import StepGuard, skips_on_device
 from rsfast.engine.lead import HostLead
 from rsfast.engine.snapshot import Snapshot
@@ -49,11 +50,11 @@ class _Objective(nn.Module):
         self.model = model
         self.loss = loss
 
-    def forward(self, images: Pyramid, labels: Tensor) -> Terms:
+    def forward(self, images: Pyramid, labels: Tensor, mix: Mix | None) -> Terms:
         with nvtx_range("network"):
             logits = self.model(images)
-        with nvtx_range("loss"):
-            return self.loss(logits, labels)
+        with nvtx_range("loss"):  # a loss that knows no mixed labels is never given any
+            return self.loss(logits, labels) if mix is None else self.loss(logits, labels, mix)
 
 
 class TrainStep:
@@ -67,13 +68,14 @@ class TrainStep:
     was (weights, momentum, batch-norm statistics, alpha, scaler, random numbers), and captures the
     step. From then on a call copies its batch into the captured step's buffers and replays it: one
     launch instead of thousands. The learning rate becomes a tensor on the device. Every batch must
-    have the shape of the first.
+    have the shape of the first, and mixed labels if the first one has.
 
     A step whose loss or gradients are not finite changes nothing and is counted: see `StepGuard`.
 
     Args:
         model: images (Pyramid) -> logits [R, N, K].
-        loss: (logits, labels) -> a named tuple of scalars with a `total`, `Terms`.
+        loss: (logits, labels) -> a named tuple of scalars with a `total`, `Terms`; called with
+            (logits, labels, mix) for batches that have a `mix`.
         optimizer: SGD over the parameters of both. A graph needs a fused one of PyTorch's.
         precision: "bf16" or "fp16" autocast (fp16 with a gradient scaler), or "fp32".
         graph: whether to replay the step as one CUDA graph. A CPU has none and runs the same
@@ -136,7 +138,8 @@ class TrainStep:
         """Trains on one batch and returns its loss terms, detached.
 
         Raises:
-            ValueError: if a captured step gets a batch of another shape.
+            ValueError: if a captured step gets a batch of another shape, or mixed labels where the
+                first batch had none, or none where it had.
             torch.OutOfMemoryError: naming the batch size, and one that fits.
         """
         try:
@@ -159,25 +162,25 @@ class TrainStep:
 
     def _take(self, batch: Batch) -> Terms:
         if not self._wants_graph:
-            return self._run(batch.images, batch.labels)
+            return self._run(batch)
         if self._graph is None:
             self._graph = self._capture(batch)
         return self._graph(batch)
 
-    def _run(self, images: Pyramid, labels: Tensor) -> Terms:
+    def _run(self, batch: Batch) -> Terms:
         """The loss terms, detached, after one step."""
         self._optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
-        terms = self._forward(self._objective, images, labels)
+        terms = self._forward(self._objective, batch)
         with nvtx_range("backward"):
             self.guard.loss_of(terms).backward()
         with nvtx_range("optimizer"):
             self.guard.step()
         return _copied(terms)
 
-    def _forward(self, objective: nn.Module, images: Pyramid, labels: Tensor) -> Terms:
+    def _forward(self, objective: nn.Module, batch: Batch) -> Terms:
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            return objective(images, labels)
+            return objective(batch.images, batch.labels, batch.mix)
 
     def _what_fits(self, batch: Batch) -> str:
         """Says so after an error: halves the batch until its forward and backward go through.
@@ -203,9 +206,15 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        images = Pyramid.pack([v[:size] for v in batch.images.levels()], batch.images.banks)
+        part = dataclasses.replace(
+            batch,
+            images=Pyramid.pack([v[:size] for v in batch.images.levels()], batch.images.banks),
+            labels=batch.labels[:size],
+            indices=batch.indices[:size],
+            mix=batch.mix and Mix(*(values[:size] for values in batch.mix)),
+        )
         try:
-            self._forward(self._modules, images, batch.labels[:size]).total.backward()
+            self._forward(self._modules, part).total.backward()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return False
@@ -220,22 +229,26 @@ class TrainStep:
         before = Snapshot(
             self._modules, self._optimizer, self.scaler, self._device, also=[self.guard.counts]
         )
-        images = batch.images.with_rows(batch.images.rows.clone())
-        labels = batch.labels.clone()
+        batch = dataclasses.replace(  # in memory that the replays read
+            batch,
+            images=batch.images.with_rows(batch.images.rows.clone()),
+            labels=batch.labels.clone(),
+            mix=batch.mix and Mix(*(values.clone() for values in batch.mix)),
+        )
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         alone = self._objective is self._modules
         with torch.cuda.stream(self._stream):
             for _ in range(_WARMUP_STEPS["alone" if alone else "ddp"]):
-                self._run(images, labels)
+                self._run(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
         self._optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's threads may allocate meanwhile.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            terms = self._run(images, labels)
+            terms = self._run(batch)
         before.restore()
-        return _CapturedStep(graph, images, labels, terms)
+        return _CapturedStep(graph, batch, terms)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -263,16 +276,13 @@ def _check_gpu(precision: str, device: torch.device) -> None:
 class _CapturedStep:
     """A CUDA graph of one step, with the memory that it reads and writes."""
 
-    def __init__(
-        self, graph: torch.cuda.CUDAGraph, images: Pyramid, labels: Tensor, terms: Terms
-    ) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, batch: Batch, terms: Terms) -> None:
         self._graph = graph
-        self._images = images
-        self._labels = labels
+        self._batch = batch
         self._terms = terms
 
     def __call__(self, batch: Batch) -> Terms:
-        captured, given = self._images, batch.images
+        captured, given = self._batch.images, batch.images
         same = given.sizes == captured.sizes and given.rows.shape == captured.rows.shape
         if not same or given.rows.dtype != captured.rows.dtype or given.banks != captured.banks:
             raise ValueError(
@@ -281,7 +291,16 @@ class _CapturedStep:
                 f"got {given.num_images} of {given.sizes} as {given.rows.dtype} with "
                 f"{given.num_channels}"
             )
+        if (batch.mix is None) != (self._batch.mix is None):
+            words = ("without", "with") if batch.mix else ("with", "without")
+            raise ValueError(
+                f"batch must be {words[0]} mixed labels (mix) as the step was captured, got one "
+                f"{words[1]}: give all batches of a step a mix, with share 1 where nothing is "
+                f"mixed, or none"
+            )
         captured.rows.copy_(given.rows)
-        self._labels.copy_(batch.labels)
+        self._batch.labels.copy_(batch.labels)
+        for ours, values in zip(self._batch.mix or (), batch.mix or (), strict=True):
+            ours.copy_(values)
         self._graph.replay()
         return _copied(self._terms)  # the next replay writes over them

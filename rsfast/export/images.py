@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rsfast.data.folder import FolderIndex, decode, index_folder
+from rsfast.data.folder import index_folder
+from rsfast.data.index import ImageIndex, decode
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
@@ -17,7 +18,7 @@ __all__ = ["batches", "calibration", "index_split", "spread"]
 _BATCH = 8  # ranges of a ResNet-50 at 224 px take 2 GiB; more with larger ones
 
 
-def index_split(data: str | Path, split: str, manifest: Manifest) -> FolderIndex:
+def index_split(data: str | Path, split: str, manifest: Manifest) -> ImageIndex:
     """The images of DATA/split.
 
     Raises:
@@ -34,14 +35,14 @@ def index_split(data: str | Path, split: str, manifest: Manifest) -> FolderIndex
     return index
 
 
-def spread(index: FolderIndex, count: int) -> np.ndarray:
+def spread(index: ImageIndex, count: int) -> np.ndarray:
     """Positions of at most so many images, evenly over the index and so over the classes."""
     count = min(count, len(index))
     return np.arange(count) * len(index) // count
 
 
 def batches(
-    index: FolderIndex, positions: np.ndarray
+    index: ImageIndex, positions: np.ndarray
 ) -> Iterator[tuple[np.ndarray, list[Image.Image]]]:
     """Positions and their pictures, some at a time.
 

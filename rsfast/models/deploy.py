@@ -4,38 +4,48 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rsfast.pyramid import SwitchableBatchNorm2d
+
 __all__ = ["calibrate", "multiply_adds", "pooled_features"]
 
 
 @torch.no_grad()
-def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(net: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimates the running statistics as plain averages over batches, in place.
 
     Args:
-        net: a network of :meth:`rsfast.RSNet.at`.
-        batches: tensors [N, 3, r, r], normalised, of training images.
+        net: a network of :meth:`rsfast.RSNet.at`, or an RSNet, all of whose banks are calibrated.
+        batches: of training images, normalised: tensors [N, 3, r, r], or for an RSNet pyramids
+            with one level for each bank.
 
     Raises:
         ValueError: if there is no batch.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    seen = False
-    for batch in batches:
-        net(batch)
-        seen = True
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    kinds = nn.BatchNorm2d | nn.SyncBatchNorm | SwitchableBatchNorm2d
+    norms: list[Any] = [m for m in net.modules() if isinstance(m, kinds)]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    seen = 0
+    try:
+        for norm in norms:
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1.0)
+            norm.num_batches_tracked.zero_()
+            norm.train()
+        for batch in batches:
+            seen += 1
+            for norm in norms:
+                norm.momentum = 1.0 / seen  # the cumulative average; 1 forgets what was there
+            net(batch)
+    finally:
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
     if not seen:
         raise ValueError("batches must hold at least one batch to calibrate on, got none")
 

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rsfast.pyramid import moved_by_forward
-from rsfast.runtime.vector import as_vector, fill_from_vector
+from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 
 __all__ = [
-    "Rank",
     "abandon",
     "agree",
     "average_bn_statistics",
@@ -31,6 +30,8 @@ __all__ = [
     "is_first",
     "join",
     "leave",
+    "Rank",
+    "read_on_first",
     "same_everywhere",
     "send_from_first",
     "sum_over_ranks",
@@ -286,7 +287,7 @@ def agree(rank: Rank, find: Callable[[], T]) -> T:
     return box[0]
 
 
-def send_from_first(rank: Rank, read: Callable[[], bytes]) -> bytes:
+def read_on_first(rank: Rank, read: Callable[[], bytes]) -> bytes:
     """As :func:`agree` for many bytes, which travel between the hosts in pieces."""
     if rank.world_size == 1:
         return read()
@@ -319,6 +320,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+@torch.no_grad()
+def send_from_first(module: nn.Module) -> None:
+    """Gives all ranks the parameters and buffers of rank 0."""
+    if not dist.is_initialized():
+        return
+    for tensors in by_dtype(list(module.state_dict().values())):
+        flat = as_vector(tensors)
+        dist.broadcast(flat, src=0)
+        fill_from_vector(tensors, flat)
 
 
 @torch.no_grad()

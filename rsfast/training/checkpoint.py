@@ -8,7 +8,6 @@ last.pt, the ones before it as last-1.pt, last-2.pt, and so on.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -33,6 +31,7 @@ from rsfast.files.seal import (
     write_whole,
 )
 from rsfast.files.unpickle import load_dict_from, unwrapped_name
+from rsfast.files.weights import read_safetensors, weights_digest
 from rsfast.losses import scores_of_resolutions
 from rsfast.models import RSNet, create_model, official
 from rsfast.models.registry import is_own
@@ -199,7 +198,7 @@ def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
     # A convolution's channels-last strides are not kept: the file holds values in row-major order.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     text = json.dumps(about)
-    metadata = {"format": "pt", "rsfast": text, "sha256": _digest(text, tensors)}
+    metadata = {"format": "pt", "rsfast": text, "sha256": weights_digest(text, tensors)}
     write_whole(path, [to_safetensors(tensors, metadata)])
 
 
@@ -276,27 +275,14 @@ def _chosen(path: Path, content: dict[str, Any], weights: str | None) -> dict[st
 
 def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:
     read_whole(path)  # what cannot be read is not damaged
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _digest(metadata["rsfast"], tensors):
-            raise ValueError("its checksum does not match")
-        about = json.loads(metadata["rsfast"])
-        alpha = tensors.pop("ensemble.alpha")
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or not of rsfast: {error}") from error
+    tensors, about = read_safetensors(path)
+    if about is None or "ensemble.alpha" not in tensors:
+        raise ValueError(
+            f"checkpoint {path} is not of rsfast, and does not say which network its weights are "
+            f"of: train from it with --pretrained"
+        )
+    alpha = tensors.pop("ensemble.alpha")
     return _rebuild(path, about, tensors, arch), alpha
-
-
-def _digest(about: str, tensors: dict[str, Tensor]) -> str:
-    """Of all that a file of weights says."""
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _check_arch(path: Path, found: Any, wanted: str | None) -> None:

@@ -24,7 +24,7 @@ from rsfast.config import TrainConfig, rules_of
 from rsfast.engine.metrics import EpochMean
 from rsfast.models import RSNet
 from rsfast.pyramid import moved_by_forward
-from rsfast.runtime.distributed import Rank, agree, send_from_first
+from rsfast.runtime.distributed import Rank, agree, read_on_first
 from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 from rsfast.training import checkpoint
 from rsfast.training.folder import epochs_logged, left_by_a_run
@@ -36,6 +36,7 @@ __all__ = [
     "find_checkpoint",
     "fixed_settings",
     "restore",
+    "restore_rank",
     "save",
 ]
 
@@ -77,6 +78,7 @@ def _write(run: Run, ranks: list[dict[str, Any]], is_best: bool) -> None:
         "config_hash": config_hash(run.cfg),
         "data_set": run.data_set,
         "versions": versions(run),
+        "origin": run.origin,
     }
     if run.ema:
         payload["ema"] = run.ema.module.state_dict()
@@ -142,7 +144,7 @@ def restore(run: Run, path: Path) -> None:
         ValueError: if the checkpoint is damaged, or of a run that this one does not continue.
         OSError: if it cannot be read.
     """
-    data = send_from_first(run.rank, lambda: checkpoint.read_state(path))
+    data = read_on_first(run.rank, lambda: checkpoint.read_state(path))
     content = checkpoint.parse_state(path, data)
     if "optimizer" not in content:
         raise ValueError(f"checkpoint {path} holds no training state to resume from")
@@ -162,8 +164,9 @@ def restore(run: Run, path: Path) -> None:
         run.ema.module.load_state_dict(content["ema"])
         run.ema.updates = content["ema_updates"]
     run.best = tuple(content["best"])
+    run.origin = content.get("origin", {})
     if len(content["ranks"]) == run.rank.world_size:
-        _restore_rank(run, content["ranks"][run.rank.index])
+        restore_rank(run, content["ranks"][run.rank.index])
     if other_batches:
         run.at = Progress(content["epoch"], restarted=True)
         run.meter.sums.zero_()
@@ -274,7 +277,8 @@ def _moved(model: RSNet) -> list[list[Tensor]]:
     return by_dtype(moved_by_forward(model))
 
 
-def _restore_rank(run: Run, state: dict[str, Any]) -> None:
+def restore_rank(run: Run, state: dict[str, Any]) -> None:
+    """Puts back what belongs to this rank: statistics, loss sums and random numbers."""
     models = [run.model, *([run.averaged_model] if run.ema else [])]
     for model, vectors in zip(models, state["moved"], strict=True):
         for tensors, vector in zip(_moved(model), vectors, strict=True):

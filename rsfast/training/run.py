@@ -61,6 +61,7 @@ class Run:
         facts: what it runs on, on rank 0.
         data_set: names for the images of both splits.
         profile: which steps a profiler records, if any.
+        origin: what it began from, other than random weights.
         log: writer of the run's files, on rank 0.
         at: where the run is.
         best: score of the best epoch so far; () is less than any.
@@ -85,6 +86,7 @@ class Run:
     facts: dict[str, Any]
     data_set: dict[str, str]
     profile: ProfileWindow | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
     log: RunLog | None = None
     at: Progress = field(default_factory=Progress)
     best: tuple[float, ...] = ()

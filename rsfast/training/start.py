@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,13 @@ from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import MAX_LEVELS, choose_backend
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet, create_model
+from rsfast.models.parts import freeze
 from rsfast.runtime import environment
 from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
 from rsfast.training import checkpoint
+from rsfast.training.ancestor import continue_from
+from rsfast.training.origin import start_from_weights
 from rsfast.training.resume import config_hash, find_checkpoint, restore
 from rsfast.training.run import Run
 from rsfast.training.runlog import RunLog
@@ -54,6 +58,8 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         for loader in loaders:
             loader.feed(dtype, _PADDED_CHANNELS, cfg.kernels)
     model = _network(cfg, rank, loaders[0])
+    origin = {} if resume_from else start_from_weights(cfg, rank, model, loaders[0])
+    freeze(model, cfg.freeze or ())
     loss = MultiResolutionDistillation(
         len(cfg.resolutions),
         cfg.distill,
@@ -87,6 +93,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         facts=environment.describe(rank.device) if rank.is_main else {},
         data_set={"train": loaders[0].plan.index.digest, "val": loaders[1].plan.index.digest},
         profile=profile,
+        origin=origin,
     )
     if not same_everywhere(rank, run.data_set):
         raise ValueError(
@@ -95,6 +102,8 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         )
     if resume_from:
         restore(run, resume_from)
+    elif cfg.continue_from:
+        continue_from(run, Path(cfg.continue_from))
     agree(rank, lambda: _open_folder(run))
     return run
 
@@ -173,6 +182,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             normalize=cfg.normalize,
             seed=cfg.seed,
             crop_area=(cfg.crop_area[0], cfg.crop_area[1]),
+            augment=cfg.augment,
             max_steps=cfg.steps_per_epoch,
             **common,
         )
@@ -223,6 +233,8 @@ def _open_folder(run: Run) -> None:
         "steps_per_epoch": run.steps_per_epoch,
         "parameters_shared": _count(run.model) - norms,
         "parameters_batch_norm": norms,
+        "parameters_frozen": sum(p.numel() for p in run.model.parameters() if not p.requires_grad),
+        **run.origin,
     }
     run.log.write("start", step=run.steps_done, **facts, config=dataclasses.asdict(run.cfg))
     for name, value in facts.items():

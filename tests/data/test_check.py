@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from helpers import FOR_DALI, JPEG, PNG, SPECIMENS, cut, make_image_folder
-from rsfast.data import check, folder, index_folder, train_loader, val_loader
+from rsfast.data import check, index, index_folder, judging, train_loader, val_loader
 from rsfast.data.__main__ import main
 from rsfast.data.check import Report, check_split
+from rsfast.data.folder import split_folders
 
 # Python 3.12 says so of every fork beside a thread; the workers of the check only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -139,7 +140,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(
             raise PermissionError(13, "Permission denied")
         return open(path, *arguments)
 
-    monkeypatch.setattr(check, "open", refuse, raising=False)  # tests may run as root
+    monkeypatch.setattr(judging, "open", refuse, raising=False)  # tests may run as root
     reason = "cannot be read: Permission denied"
     assert told(check_split(root / "train")) == {"cat/0001.jpg": ("bad", reason)}
     assert len(index_folder(root / "train")) == 5
@@ -153,14 +154,14 @@ def test_a_file_that_could_not_be_read_is_tried_again(
 def test_a_file_that_kills_its_decoder_is_bad_and_the_others_are_checked(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = check._judge_image
+    judge = check.judge_image
 
     def crash(path: str):
         if path.endswith("dog/0000.jpg"):
             os._exit(9)
         return judge(path)
 
-    monkeypatch.setattr(check, "_judge_image", crash)
+    monkeypatch.setattr(check, "judge_image", crash)
     monkeypatch.setattr(check, "_CHUNK", 2)
     (root / "train" / "dog" / "empty.jpg").touch()
     report = check_split(root / "train", workers=2)
@@ -175,7 +176,7 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str):
         raise AssertionError(f"{path} was opened")
 
-    for name in ("check._judge_image", "check._judge_other", "folder._header_size"):
+    for name in ("check.judge_image", "check.judge_other", "folder._header_size"):
         monkeypatch.setattr(f"rsfast.data.{name}", fail)
 
 
@@ -268,7 +269,7 @@ def test_the_error_of_a_file_that_breaks_later_says_how_to_leave_it_out(
 def test_the_printed_command_works_in_a_shell(root: Path, tmp_path: Path) -> None:
     split = (root / "train").rename(tmp_path / "it's a split")
     done = subprocess.run(
-        f"{folder.check_command(split)} && {folder.exclude_command(split, 'cat/0000.jpg')}",
+        f"{index.check_command(split)} && {index.exclude_command(split, 'cat/0000.jpg')}",
         shell=True,
         cwd=tmp_path,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
@@ -349,8 +350,8 @@ def test_odd_and_unused_files_alone_are_no_failure_but_an_empty_class_is(root: P
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     split = make_image_folder(tmp_path, classes=("train", "tram"), train=2, val=0) / "train"
-    assert folder.split_folders(split) == [split]
-    assert folder.split_folders(tmp_path) == [tmp_path / "train", tmp_path / "val"]
+    assert split_folders(split) == [split]
+    assert split_folders(tmp_path) == [tmp_path / "train", tmp_path / "val"]
 
 
 @pytest.mark.parametrize("name", ["record", "excluded"])

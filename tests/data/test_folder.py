@@ -17,7 +17,8 @@ from rsfast.data import folder, train_loader, val_loader
 from rsfast.data.__main__ import main
 from rsfast.data.cache import cache_root
 from rsfast.data.check import check_split
-from rsfast.data.folder import FolderIndex, index_folder
+from rsfast.data.folder import index_folder
+from rsfast.data.index import ImageIndex
 
 # Python 3.12 says so of every fork beside a thread; the workers of the check only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -44,7 +45,7 @@ def no_header_is_read(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def contents(index: FolderIndex) -> tuple:
+def contents(index: ImageIndex) -> tuple:
     return (
         index.root,
         index.paths,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rsfast.data.folder import FolderIndex
+from rsfast.data.index import ImageIndex
 from rsfast.data.plan import DRAWS, TrainBatch, TrainPlan, ValPlan, random_windows
 
 EVERY_MODE = pytest.mark.parametrize(
@@ -19,10 +19,10 @@ EVERY_MODE = pytest.mark.parametrize(
 LOG_RATIO = math.log(4 / 3)
 
 
-def index_of(count: int, seed: int = 0) -> FolderIndex:
+def index_of(count: int, seed: int = 0) -> ImageIndex:
     """An index of images of many sizes, without files."""
     sizes = np.random.default_rng(seed).integers(50, 600, (count, 2), dtype=np.int32)
-    return FolderIndex(
+    return ImageIndex(
         root=Path("nowhere"),
         paths=tuple(f"a/{number}.jpg" for number in range(count)),
         labels=np.zeros(count, dtype=np.int64),

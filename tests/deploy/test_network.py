@@ -18,7 +18,7 @@ from deploy_helpers import RESOLUTIONS, Exported, export_small, pixels
 from helpers import smooth_image
 from rsfast.deploy import Manifest, load, network, runtimes
 from rsfast.deploy.manifest import FP32_FILE, INT8_FILE
-from rsfast.deploy.runtimes import MODES, RUNTIMES
+from rsfast.deploy.runtimes import MODES, RUNTIMES, openvino_core
 from rsfast.export.quantize import quantize
 
 BETWEEN, OUTSIDE = 57, 96
@@ -92,8 +92,8 @@ def test_int8_is_near_at_every_trained_size_and_the_same_everywhere(
 
 
 def test_bfloat16_is_near_and_needs_a_cpu_that_has_it(exported: Exported) -> None:
-    openvino = pytest.importorskip("openvino", reason="needs openvino")
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    pytest.importorskip("openvino", reason="needs openvino")
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(ValueError, match="precision bf16 needs a CPU"):
             load(exported.folder, "openvino", precision="bf16")
         return
@@ -229,6 +229,22 @@ def test_a_graph_that_normalises_takes_the_stored_values(
         assert stored.dtype == np.uint8
         wanted = outside(outside.preprocess(pictures, size))
         assert np.abs(net(stored) - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_a_signal_that_python_handles_is_no_crash_once_networks_are_closed(
+    runtime: str, exported: Exported
+) -> None:
+    code = f"""
+import os, signal
+import rsfast.deploy
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+nets = [rsfast.deploy.load({str(exported.folder)!r}, {runtime!r}) for _ in range(2)]
+while nets:
+    del nets[0]
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 WITHOUT = """

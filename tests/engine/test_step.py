@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from rsfast import Pyramid, RSNet, create_model
-from rsfast.data import Batch
+from rsfast.data import Batch, Mix
 from rsfast.engine import TrainStep, is_out_of_memory
 from rsfast.engine.guard import _are_finite
 from rsfast.engine.optim import build_optimizer
 from rsfast.engine.snapshot import Snapshot
+from rsfast.engine.step import _CapturedStep
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 
 RESOLUTIONS = (64, 32)
 
 
-def make_batch(num_images: int = 8) -> Batch:
+def make_batch(num_images: int = 8, *, mixed: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(num_images, 3, r, r, generator=generator) for r in RESOLUTIONS]
     labels = torch.arange(num_images) % 4
-    return Batch(Pyramid.pack(levels), labels, torch.arange(num_images))
+    mix = Mix(labels.flip(0), torch.rand(num_images, generator=generator)) if mixed else None
+    return Batch(Pyramid.pack(levels), labels, torch.arange(num_images), mix)
 
 
 def make_step(
@@ -31,17 +35,18 @@ def make_step(
     return model, TrainStep(model, loss, build_optimizer(model, loss, lr=lr), precision=precision)
 
 
-def test_a_step_is_forward_backward_and_sgd() -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["one label", "mixed labels"])
+def test_a_step_is_forward_backward_and_sgd(mixed: bool) -> None:
     model, step = make_step("fp32", arch="resnet18")
     twin, loss = create_model("resnet18", RESOLUTIONS, 4), MultiResolutionDistillation(2)
     twin.load_state_dict(model.state_dict())
     params = [*twin.parameters(), *loss.parameters()]
     optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
-    batch = make_batch()
+    batch = make_batch(mixed=mixed)
     for _ in range(2):
         terms = step(batch)
         optimizer.zero_grad()
-        exact = loss(twin(batch.images), batch.labels)
+        exact = loss(twin(batch.images), batch.labels, batch.mix)
         exact.total.backward()
         optimizer.step()
         for term, exact_term in zip(terms, exact, strict=True):
@@ -159,8 +164,9 @@ def test_an_infinite_loss_with_finite_gradients_is_left_out_too(fused: bool) -> 
     assert step.guard.read() == (1, 1)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one label", "mixed labels"])
 def test_a_batch_that_does_not_fit_is_named_with_one_that_does(
-    monkeypatch: pytest.MonkeyPatch,
+    mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, step = make_step("fp32")
     forward = model.forward
@@ -172,12 +178,12 @@ def test_a_batch_that_does_not_fit_is_named_with_one_that_does(
 
     monkeypatch.setattr(model, "forward", full_above_three_images)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        step(make_batch(12))
+        step(make_batch(12, mixed=mixed))
     assert str(caught.value) == (
         "batch_size 12 does not fit into the memory of cpu at 64 pixels and below: 3 does (tried)"
     )
     assert all(param.grad is None for param in model.parameters())
-    step(make_batch(3))
+    step(make_batch(3, mixed=mixed))
 
 
 def test_leaving_a_capture_does_not_hide_that_memory_ran_out() -> None:
@@ -217,6 +223,56 @@ def test_warm_up_steps_leave_no_trace(precision: str, steps_before: int) -> None
     assert losses[0] == losses[1]
     for ours, exact in zip(*states, strict=True):
         assert torch.equal(ours, exact)
+
+
+class Graph:
+    """In the place of a CUDA graph: runs the step on the captured memory."""
+
+    def __init__(self, step: TrainStep, memory: Batch, terms: LossTerms) -> None:
+        self._arguments = step, memory, terms
+
+    def replay(self) -> None:
+        step, memory, terms = self._arguments
+        for term, value in zip(terms, step._run(memory), strict=True):
+            term.copy_(value)
+
+
+def make_captured(mixed: bool) -> tuple[TrainStep, _CapturedStep]:
+    """A step, and the same one replayed on memory of its own."""
+    (_, eager), (_, step) = make_step("fp32"), make_step("fp32")
+    memory = make_batch(mixed=mixed)
+    terms = LossTerms(*torch.zeros(3).unbind())
+    return eager, _CapturedStep(Graph(step, memory, terms), memory, terms)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one label", "mixed labels"])
+def test_a_replay_reads_the_labels_of_its_own_batch(mixed: bool) -> None:
+    eager, captured = make_captured(mixed)
+    first, totals = make_batch(mixed=mixed), []
+    second = dataclasses.replace(
+        first,
+        labels=first.labels.roll(1),
+        mix=first.mix and Mix(first.mix.labels.roll(3), 1 - first.mix.share),
+    )
+    for batch in (first, second, first):
+        exact = eager(batch)
+        for term, exact_term in zip(captured(batch), exact, strict=True):
+            assert torch.equal(term, exact_term)
+        totals.append(float(exact.total))
+    assert len(set(totals)) == 3
+
+
+@pytest.mark.parametrize(
+    ("mixed", "words"),
+    [(False, "without mixed labels .* got one with:"), (True, "with mixed .* got one without:")],
+)
+def test_a_captured_step_takes_mixed_labels_always_or_never(mixed: bool, words: str) -> None:
+    _, captured = make_captured(mixed)
+    before = captured._batch.labels.clone()
+    other = make_batch(mixed=not mixed)
+    with pytest.raises(ValueError, match=f"batch must be {words} give all batches"):
+        captured(dataclasses.replace(other, labels=other.labels.flip(0)))
+    assert torch.equal(captured._batch.labels, before)
 
 
 def test_unknown_precision_is_named() -> None:

@@ -29,6 +29,7 @@ from rsfast.kernels.common.launch import OPTIONS
 from rsfast.kernels.common.tiles import TILE_ELEMENTS
 from rsfast.kernels.common.tiles import tile as bn_tile
 from rsfast.kernels.distillation_loss import forward as loss
+from rsfast.kernels.distillation_loss import tiles as loss_tiles
 from rsfast.kernels.distillation_loss.op import teacher_range
 from rsfast.kernels.global_avg_pool import backward as pool_backward
 from rsfast.kernels.global_avg_pool import forward as pool_forward
@@ -61,22 +62,26 @@ def distillation_loss() -> Iterator[Case]:
     passes = [(True, False), (False, True), (True, True)]  # writes terms, gradients
     # Every tile: few and many rows, one block of each size and the loop over several.
     sizes = [(5, 1000), *itertools.product((4, 8), (10, 200, 500, 1000, 2000, 32768)), (1, 1)]
-    for (resolutions, classes), (mode, dtype), (terms, grads) in itertools.product(
-        sizes, modes, passes
+    for (resolutions, classes), (mode, dtype), (terms, grads), mix in itertools.product(
+        sizes, modes, passes, (False, True)
     ):
-        if (resolutions, classes) != (5, 1000) and (mode != "full" or dtype == "fp16"):
+        special = mode != "full" or dtype == "fp16"
+        if special and (mix or (resolutions, classes) != (5, 1000)):
             continue
-        block_k, num_warps = loss.tile(resolutions, classes)
+        block_k, num_warps = loss_tiles.tile(resolutions, classes)
         first, last, _ = teacher_range(mode, resolutions)
         types = {"logits_ptr": "*" + dtype, "labels_ptr": "*i64", "alpha_ptr": "*fp32"}
         types |= dict.fromkeys(["stride_upstream", "stride_terms_n", "stride_dalpha_n"], "i32")
         types |= dict.fromkeys(["hit_target", "miss_target", "teacher_weight"], "fp32")
+        if mix:
+            types |= {"partner_labels_ptr": "*i64", "share_ptr": "*fp32"}
         if terms:
             types |= {"terms_ptr": "*fp32"}
         if grads:
             types |= {"upstream_ptr": "*fp32", "dlogits_ptr": "*" + dtype, "dalpha_ptr": "*fp32"}
         yield Case(
-            f"R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}",
+            f"R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}"
+            + (" mix" if mix else ""),
             loss._distillation_loss_kernel,
             types,
             {
@@ -85,10 +90,11 @@ def distillation_loss() -> Iterator[Case]:
                 "BLOCK_K": block_k,
                 "FIRST_TEACHER": first,
                 "LAST_TEACHER": last,
+                "HAS_MIX": mix,
                 "WRITE_TERMS": terms,
                 "WRITE_GRADS": grads,
             },
-            loss.options(num_warps),
+            loss_tiles.options(num_warps),
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import make_image_folder, torchrun
 from kernel_helpers import skip_unless_it_runs_on
 from rsfast import Pyramid, create_model
-from rsfast.data import Batch
+from rsfast.data import Batch, Mix
 from rsfast.engine import TrainStep
 from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import switchable_bn_act_reference
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from rsfast import Pyramid, create_model
 from rsfast.runtime import distributed
-from rsfast.data import Batch
+from rsfast.data import Batch, Mix
 from rsfast.engine import TrainStep
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.engine.optim import build_optimizer
@@ -43,7 +43,8 @@ model, loss = model.double(), loss.double()
 step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
 images, labels = torch.load("batch.pt")
 half = slice(4 * rank.index, 4 * rank.index + 4)
-batch = Batch(Pyramid.pack([level[half] for level in images]), labels[half], labels[half])
+mix = Mix(labels.flip(0)[half], labels[half] / 4) if sys.argv[1] == "synced" else None
+batch = Batch(Pyramid.pack([level[half] for level in images]), labels[half], labels[half], mix)
 model.train(sys.argv[1] != "eval").sync_batch_norm(sys.argv[1] == "synced")
 losses = []
 if sys.argv[1] == "train":  # a NaN on one rank: both leave the step out
@@ -79,7 +80,10 @@ distributed.leave()
 def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     tmp_path: Path, mode: str
 ) -> None:
-    """In eval mode batch norm does not see the batch, and synced it sees the whole one."""
+    """In eval mode batch norm does not see the batch, and synced it sees the whole one.
+
+    That one has mixed labels.
+    """
     torch.manual_seed(0)
     model, loss = create_model("tiny:network", RESOLUTIONS, 4), MultiResolutionDistillation(2)
     images = [torch.randn(8, 3, r, r, dtype=torch.float64) for r in RESOLUTIONS]
@@ -95,7 +99,8 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     model, loss = model.double(), loss.double()
     step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
     model.train(mode == "synced")
-    batch = Batch(Pyramid.pack(images), labels, labels)
+    mix = Mix(labels.flip(0), labels / 4) if mode == "synced" else None
+    batch = Batch(Pyramid.pack(images), labels, labels, mix)
     losses = torch.stack([torch.stack(step(batch)) for _ in range(3)])
     params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
     close = {"rtol": 1e-9, "atol": 1e-9}  # sums in another order

@@ -18,6 +18,7 @@ from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer
 from rsfast.losses import LossTerms
+from rsfast.models.parts import freeze
 from without_gpu.pretended import BACKWARDS, pretended_gpu
 from without_gpu.watch import FusedSgd, HostWaits
 
@@ -39,14 +40,16 @@ def _gpu() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize(
+    ("arch", "mixed"), [*((arch, False) for arch in KINDS), ("resnet18", True)]
+)
 @pytest.mark.parametrize(("backend", "precision"), CASES)
 def test_a_step_neither_waits_nor_lays_out_memory_as_fused_sgd_refuses(
-    backend: str, precision: str, arch: str
+    backend: str, precision: str, arch: str, mixed: bool
 ) -> None:
     with hollow(), FusedSgd() as sgd:
         model, loss = hollow_network(arch, RESOLUTIONS, 1000, backend)
-        batch = hollow_batch(RESOLUTIONS, 8, precision)
+        batch = hollow_batch(RESOLUTIONS, 8, precision, mixed=mixed)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=precision, graph=False)
         meter = LossMeter(LossTerms._fields, torch.device("cuda"))
@@ -72,10 +75,24 @@ class Graph:
         pass
 
 
+FROZEN = ("stem", "batch-norms", "layer4")
+
+
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize(("backend", "precision"), CASES)
+@pytest.mark.parametrize(
+    ("backend", "precision", "frozen", "mixed"),
+    [
+        *((*case, (), mixed) for case in CASES for mixed in (False, True)),
+        *((backend, "bf16", FROZEN, False) for backend in ("triton", "torch", "cuda")),
+    ],
+    ids=str,
+)
 def test_a_captured_step_does_not_wait_and_its_rate_is_on_the_device(
-    backend: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    precision: str,
+    frozen: tuple[str, ...],
+    mixed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watch = HostWaits()
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: watch)
@@ -86,7 +103,8 @@ def test_a_captured_step_does_not_wait_and_its_rate_is_on_the_device(
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: None)
     with hollow(), FusedSgd() as sgd:
         model, loss = hollow_network("resnet18", RESOLUTIONS, 1000, backend)
-        batch = hollow_batch(RESOLUTIONS, 8, precision)
+        freeze(model, frozen)
+        batch = hollow_batch(RESOLUTIONS, 8, precision, mixed=mixed)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=precision)
         step(batch)

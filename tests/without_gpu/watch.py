@@ -30,7 +30,7 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # On a CPU these come to no operation.
 _READING_METHODS = {Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__}
 # Labels are looked at on a CPU only; a batch comes from the host, on a stream of its own.
-_HARMLESS = ("rsfast.kernels.distillation_loss.op._check,", "rsfast.data.")
+_HARMLESS = ("rsfast.kernels.distillation_loss.checks.", "rsfast.data.")
 
 
 class HostWaits(contextlib.ExitStack):

@@ -27,7 +27,10 @@ def make_inputs(
 def paper_loss(
     logits: Tensor, labels: Tensor, alpha: Tensor, mode: str, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 1 to 10 as written: one KL term for each teacher and student."""
+    """Equations 1 to 10 as written: one KL term for each teacher and student.
+
+    Labels are classes [N] or, as PyTorch's cross entropy takes them, probabilities [N, K].
+    """
     count = len(logits)
     ce = sum(F.cross_entropy(z, labels, label_smoothing=smoothing) for z in logits)
     shares = torch.softmax(alpha, dim=0)
@@ -59,6 +62,30 @@ def test_terms_and_gradients_match_the_papers_sums(
     logits, labels, alpha = make_inputs(num_resolutions)
     exact = paper_loss(logits, labels, alpha, mode, smoothing)
     ours = distillation_loss(logits, labels, alpha, mode, smoothing)
+    for value, exact_value in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value, exact_value, rtol=1e-12, atol=1e-12)
+    exact_grads = torch.autograd.grad(sum(exact), (logits, alpha))
+    grads = torch.autograd.grad(sum(ours), (logits, alpha))
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_resolutions", [1, 5], ids=lambda r: f"R{r}")
+@pytest.mark.parametrize("mode", DISTILL_MODES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
+def test_two_labels_and_a_share_are_soft_labels(
+    mode: str, num_resolutions: int, smoothing: float
+) -> None:
+    logits, labels, alpha = make_inputs(num_resolutions)
+    partner_labels = labels.flip(0)
+    partner_labels[3] = labels[3]
+    share = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.7, 0.1])
+    own, other = (F.one_hot(target, 11).double() for target in (labels, partner_labels))
+    weight = share.double()[:, None]
+    exact = paper_loss(logits, weight * own + (1 - weight) * other, alpha, mode, smoothing)
+    ours = distillation_loss(
+        logits, labels, alpha, mode, smoothing, partner_labels=partner_labels, share=share
+    )
     for value, exact_value in zip(ours, exact, strict=True):
         torch.testing.assert_close(value, exact_value, rtol=1e-12, atol=1e-12)
     exact_grads = torch.autograd.grad(sum(exact), (logits, alpha))

@@ -1,0 +1,140 @@
+"""The images of one split, and how the bytes of each are read.
+
+An index holds what every loader needs before it decodes anything. Its images are files of their
+own below a folder, or lie in an archive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from rsfast.files.pictures import as_rgb
+
+__all__ = [
+    "SPLITS",
+    "Archive",
+    "ImageIndex",
+    "check_command",
+    "decode",
+    "exclude_command",
+    "printable",
+]
+
+SPLITS = ("train", "val")
+
+
+class Archive(Protocol):
+    """Files that hold many images each; workers inherit it, or get it pickled."""
+
+    def read(self, row: int) -> bytes:
+        """An image as it was encoded.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """The images of one split.
+
+    Attributes:
+        root: the split's folder.
+        paths: n paths relative to root, sorted within each folder; in an archive, that of the
+            archive's file with the name within it behind.
+        labels: [n] int64, position of the image's class in class_names.
+        sizes: [n, 2] int32, height and width in pixels as stored (no EXIF rotation).
+        class_names: sub-folder names, sorted.
+        archive: what holds the images; None where they are files of their own.
+        rows: [n] int64, of each image in the archive; None without one.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    sizes: np.ndarray
+    class_names: tuple[str, ...]
+    archive: Archive | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, position: int) -> str:
+        """Absolute path of one image."""
+        return os.path.join(self.root, self.paths[position])
+
+    def read(self, position: int) -> bytes:
+        """One image as it was encoded.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+        if self.archive is not None:
+            assert self.rows is not None
+            return self.archive.read(int(self.rows[position]))
+        with open(self.path(position), "rb") as file:
+            return file.read()
+
+    def take(self, positions: np.ndarray) -> ImageIndex:
+        """Some of the images, with all classes."""
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[i] for i in positions),
+            labels=self.labels[positions],
+            sizes=self.sizes[positions],
+            rows=None if self.rows is None else self.rows[positions],
+        )
+
+    @property
+    def digest(self) -> str:
+        """A name for the images, in order."""
+        paths = os.fsencode("\0".join(self.paths))  # names of any bytes
+        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}"
+
+
+def printable(path: str) -> str:
+    """A path without line breaks and bytes that are no text."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+
+
+def check_command(root: Path) -> str:
+    """What to type for the list of the bad files of a split."""
+    return f"python -m rsfast.data check {shlex.quote(_named(root))}"
+
+
+def exclude_command(root: Path, path: str) -> str:
+    """What to type to have one file of a split left out."""
+    file = os.path.join(root, path)
+    return f"python -m rsfast.data exclude {shlex.quote(_named(root))} {shlex.quote(file)}"
+
+
+def decode(index: ImageIndex, position: int) -> Image.Image:
+    """One whole image, in RGB.
+
+    Raises:
+        RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
+    """
+    try:
+        with Image.open(io.BytesIO(index.read(position))) as file:
+            return as_rgb(file)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+        raise RuntimeError(
+            f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "
+            f"leave it out: {exclude_command(index.root, index.paths[position])}"
+        ) from error
+
+
+def _named(root: Path) -> str:
+    """The folder by which the commands know a split: that of the data set where there is one."""
+    return str(root.parent if root.name in SPLITS else root)

@@ -1,0 +1,129 @@
+"""Judges one file: whether both loaders can decode it, and what is odd about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import BinaryIO
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from rsfast.data.folder import EXTENSIONS, FORMAT_OF, is_supported
+
+__all__ = ["TINY_PX", "UNREAD", "judge_image", "judge_other"]
+
+TINY_PX = 8  # a shorter side below this is odd
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")  # how files of the used formats begin
+UNREAD = "cannot be read"  # such files are looked at again by every check
+
+
+def judge_image(path: str) -> tuple[tuple[int, int], str, str]:
+    """Size in pixels, kind and reason of a file that is an image by name."""
+    size = (0, 0)
+    try:
+        mode = os.stat(path)
+        if not stat.S_ISREG(mode.st_mode):
+            return size, "bad", "no regular file"
+        if mode.st_size == 0:
+            return size, "bad", "empty file"
+        with open(path, "rb") as stream:
+            with Image.open(stream) as image:
+                if not is_supported(image):
+                    return size, "bad", f"{image.format} image, which the loaders do not decode"
+                size = (image.height, image.width)
+                odd = _oddities(path, image)
+                _decode(image)
+            _check_for_dali(stream, path, image.format)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
+        return size, "bad", _reason(path, error)
+    return size, "odd" if odd else "", "; ".join(odd)
+
+
+def _decode(image: Image.Image) -> None:
+    image.load()
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("palette image without a palette")
+    if image.mode != "RGB":
+        image.convert("RGB")
+
+
+def _oddities(path: str, image: Image.Image) -> list[str]:
+    extension = next(end for end in EXTENSIONS if path.lower().endswith(end))
+    known_as = "JPEG" if image.format == "MPO" else image.format
+    limit = Image.MAX_IMAGE_PIXELS or image.width * image.height
+    odd = {
+        "CMYK image": image.mode == "CMYK",
+        f"{known_as} image under the extension {extension}": FORMAT_OF[extension] != known_as,
+        f"tiny image of {image.width} x {image.height} pixels": min(image.size) < TINY_PX,
+        f"huge image of {image.width} x {image.height} pixels": image.width * image.height > limit,
+    }
+    return [reason for reason, applies in odd.items() if applies]
+
+
+def _check_for_dali(stream: BinaryIO, path: str, image_format: str | None) -> None:
+    """Raises an error if DALI would refuse a file that Pillow decodes."""
+    path.encode()  # DALI knows no names of other bytes than UTF-8
+    if image_format == "PNG":
+        _check_png_end(stream)
+    elif image_format in ("JPEG", "MPO"):
+        _check_jpeg_segments(stream)
+
+
+def _check_png_end(stream: BinaryIO) -> None:
+    """Pillow passes over checksums and a missing end; libpng does not."""
+    stream.seek(0)
+    with Image.open(stream) as image:
+        image.verify()  # up to and including the name of the last chunk
+    stream.seek(-8, os.SEEK_CUR)
+    end = stream.read(12)  # length, name and checksum
+    if len(end) < 12:
+        raise ValueError("truncated PNG file")
+    if end[:4] != bytes(4):
+        raise ValueError("the last chunk of the PNG file is damaged")
+
+
+def _check_jpeg_segments(stream: BinaryIO) -> None:
+    """Pillow skips bytes between the segments before the picture; nvImageCodec does not."""
+    stream.seek(2)
+    marker = b""
+    while marker != b"\xff\xda":  # start of the picture
+        marker = stream.read(2)
+        while marker == b"\xff\xff":  # padding
+            marker = b"\xff" + stream.read(1)
+        length = int.from_bytes(stream.read(2), "big")
+        if marker[:1] != b"\xff" or marker[1:] < b"\xc0" or length < 2:
+            raise ValueError("stray bytes between the segments of the JPEG file")
+        stream.seek(length - 2, os.SEEK_CUR)
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why a file is bad, in a few words."""
+    if isinstance(error, UnicodeEncodeError):
+        return "path is not UTF-8, as DALI needs it"
+    text = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        with contextlib.suppress(OSError), open(path, "rb") as stream:
+            if stream.read(4).startswith(_MAGIC):
+                return "damaged or cut-off header"
+        return "no image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: {text}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{UNREAD}: {error.strerror}"
+    return text if "truncated" in text.lower() else f"cannot be decoded: {text}"
+
+
+def judge_other(path: str) -> tuple[tuple[int, int], str, str]:
+    """Whether a file that is no image by name is one by its first bytes."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return (0, 0), "", ""
+        with Image.open(path) as image:
+            # Stubs stand for scientific formats, which Pillow knows but does not decode.
+            if isinstance(image, ImageFile.StubImageFile):
+                return (0, 0), "", ""
+            reason = f"{image.format} image under another extension than {' '.join(EXTENSIONS)}"
+            return (0, 0), "unused", reason
+    except Exception:  # no image, or none that can be read
+        return (0, 0), "", ""
