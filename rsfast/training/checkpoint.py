@@ -157,7 +157,7 @@ def parse_state(path: Path, data: bytes) -> dict[str, Any]:
     if "format" not in content and is_sealed(data) is None:
         raise ValueError(
             f"checkpoint {path} is not of rsfast: it has no 'format' and no checksum, and only a "
-            f"run of rsfast can be continued"
+            f"run of rsfast can be continued; --pretrained trains from such weights"
         )
     _check_state(path, content, data)
     if content["format"] == older.FORMAT:
