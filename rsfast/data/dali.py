@@ -12,13 +12,13 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.index import decode, exclude_command
+from rsfast.data.index import check_size, decode, exclude_command, size_now
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
@@ -45,7 +45,9 @@ _PREFETCH = 2  # batches
 # What DALI says when a file is the culprit: that a sample could not be decoded, or a status of
 # nvImageCodec that readers of headers have. All else, such as a lack of memory, has other causes.
 _SAMPLE = re.compile(r"Failed to decode sample #(\d+)")
-_HEADER = re.compile(r"nvImageCodec failure: '#(3|4|8|9|13|14|17|18|19)'")
+_HEADER = re.compile(r"nvImageCodec failure: '#(2|3|4|8|9|13|14|17|18|19)'")
+_READ = re.compile("Error in CPU operator `nvidia.dali.fn.io.file.read`")
+_READ_TRIES = 3  # of a step whose files DALI could not read, and we can
 
 
 class _Feed:
@@ -87,6 +89,10 @@ class _Feed:
     def _paths(self, images: np.ndarray) -> list[np.ndarray]:
         index = self._plan.index
         return [_as_bytes(index.path(i)) for i in images]
+
+
+class _UnreadError(RuntimeError):
+    """DALI could not read a file."""
 
 
 class _Running(NamedTuple):
@@ -137,8 +143,17 @@ class DaliDecoder:
         # batches that nobody wants, and the next loop builds another one.
         running, self._idle = self._idle or self._build(), None
         running.feed.pending = iter([(epoch, step) for step in steps])
-        for step in steps:
-            yield self._render(running.pipeline, epoch, step)
+        for place, step in enumerate(steps):
+            for tries_left in reversed(range(_READ_TRIES)):
+                try:
+                    rows = self._render(running.pipeline, epoch, step)
+                    break
+                except _UnreadError as error:  # nothing can be had from this pipeline any more
+                    if not (tries_left and self._reads_now(epoch, step)):
+                        raise self._explained(error, epoch, step) from error
+                    running = self._build()
+                    running.feed.pending = iter([(epoch, left) for left in steps[place:]])
+            yield rows
         with contextlib.suppress(StopIteration):
             running.pipeline.run()
         running.pipeline.reset()
@@ -147,9 +162,14 @@ class DaliDecoder:
     def _render(self, pipeline: Pipeline, epoch: int, step: int) -> Tensor:
         stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
         try:
-            levels = pipeline.run(stream)
+            *levels, shapes = pipeline.run(stream)
         except RuntimeError as error:
+            if _READ.search(str(error)):
+                raise _UnreadError(*error.args) from error
             raise self._explained(error, epoch, step) from error
+        # The shapes are those of the files' headers, and lie on the host: nothing is waited for.
+        for position, size in zip(self._images(epoch, step), shapes.as_array(), strict=True):
+            check_size(self._plan.index, position, tuple(size[:2].tolist()))
         return _packed(levels, self._resolutions, self._device, stream)
 
     def _build(self) -> _Running:
@@ -177,11 +197,14 @@ class DaliDecoder:
         )
         train = isinstance(self._plan, TrainPlan)
         with pipeline:
-            levels = self._train_graph(feed) if train else self._val_graph(feed)
-            pipeline.set_outputs(*levels)
+            levels, encoded = self._train_graph(feed) if train else self._val_graph(feed)
+            # A header is read once more for it, by the threads of the CPU.
+            shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
+            pipeline.set_outputs(*levels, shapes)
         return pipeline
 
-    def _train_graph(self, feed: _Feed) -> list:
+    def _train_graph(self, feed: _Feed) -> tuple[list, Any]:
+        """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
         windows = 1 if self._plan.crop == "single" else count
         fields = iter(
@@ -199,20 +222,24 @@ class DaliDecoder:
                 for start, shape in zip(starts, shapes, strict=True)
             ]
         crops = regions * count if windows == 1 else regions
-        return [
+        levels = [
             self._resize(crop, size=(r, r), roi_start=start, roi_end=end, roi_relative=True)
             for crop, r, start, end in zip(crops, self._resolutions, left, right, strict=True)
         ]
+        return levels, encoded
 
-    def _val_graph(self, feed: _Feed) -> list:
+    def _val_graph(self, feed: _Feed) -> tuple[list, Any]:
+        """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
         fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 2 * count))
-        images = self._decode(self._read(next(fields)))
+        encoded = self._read(next(fields))
+        images = self._decode(encoded)
         sizes, corners = _take(fields, count), _take(fields, count)
-        return [
+        levels = [
             fn.slice(self._resize(images, size=size), start=corner, shape=(r, r), axis_names="HW")
             for size, corner, r in zip(sizes, corners, self._resolutions, strict=True)
         ]
+        return levels, encoded
 
     def _read(self, paths):
         return fn.io.file.read(paths, dont_use_mmap=self._dont_use_mmap)
@@ -244,14 +271,27 @@ class DaliDecoder:
             **geometry,
         )
 
+    def _images(self, epoch: int, step: int) -> list[int]:
+        return self._plan.images(epoch, step).tolist()
+
+    def _reads_now(self, epoch: int, step: int) -> bool:
+        """Reads the files of a step, with patience; whether there is something in each.
+
+        Raises:
+            RuntimeError: naming the file that cannot be read.
+        """
+        return all(self._plan.index.read(position) for position in self._images(epoch, step))
+
     def _explained(self, error: RuntimeError, epoch: int, step: int) -> RuntimeError:
-        """Names the file that cannot be decoded, where DALI says that one is to blame."""
-        images = self._plan.batch(epoch, step).images
+        """Names the file that is to blame, where DALI says that one is, or one has changed."""
+        index, images = self._plan.index, self._images(epoch, step)
+        for position in images:  # a window may lie outside of an image that has shrunk
+            if (size := size_now(index, position)) is not None:
+                check_size(index, position, size)
         if sample := _SAMPLE.search(str(error)):
             images = images[int(sample[1]) :][:1]
-        elif not _HEADER.search(str(error)):
+        elif not (_HEADER.search(str(error)) or _READ.search(str(error))):
             return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
-        index = self._plan.index
         for position in images:
             decode(index, position)  # Pillow knows the reason, and names the file
         # Pillow reads them all: the file is one that only DALI refuses.
