@@ -185,6 +185,7 @@ def _report(listing: Listing, record: cache.Record, decoded: int, seconds: float
         if path in record.findings:
             findings.append(Finding(record.findings[path][0], path, record.findings[path][1]))
     empty = [name for name, count in usable.items() if not count]
+    findings += (Finding(*note) for note in listing.notes)
     findings += (Finding("unused", name, "class folder without an image to use") for name in empty)
     findings.sort(key=lambda finding: KINDS.index(finding.kind))
     is_good = not empty and not any(finding.kind == "bad" for finding in findings)

@@ -77,10 +77,10 @@ def test_every_kind_of_broken_or_odd_file_is_named(specimens: Path, workers: int
 
 def test_a_sound_data_set_has_no_findings(root: Path) -> None:
     (root / "train" / "cat" / "notes.txt").write_text("three cats")
-    (root / "train" / "cat" / ".jpg").write_bytes(JPEG)
+    (root / "train" / "cat" / ".DS_Store").write_bytes(b"no image")
     (root / "train" / "cat" / "4.JPEG").write_bytes(JPEG)
     report = check_split(root / "train")
-    assert (report.findings, report.images, report.is_good) == ([], 8, True)
+    assert (report.findings, report.images, report.is_good) == ([], 7, True)
 
 
 def test_training_runs_through_a_folder_that_was_checked(specimens: Path, backend: str) -> None:
