@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rsfast.data.index import check_size, decode, exclude_command, size_now
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.files.pictures import thin_parts
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
 _INSTALL = "pip install -e '.[dali-cuda13]' (or dali-cuda12) in the clone, or use --loader pil"
@@ -81,10 +82,19 @@ class _Feed:
         ]
 
     def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, sizes after the resize, corners of the crops."""
-        batch = self._plan.batch(*next(self.pending))
+        """Paths, start and end of the resizes, sizes after them, corners of the crops."""
+        plan, batch = self._plan, self._plan.batch(*next(self.pending))
+        assert isinstance(plan, ValPlan)
         assert isinstance(batch, ValBatch)
-        return [self._paths(batch.images), *batch.resized.astype(np.float32), *batch.corners]
+        sizes = plan.index.sizes[batch.images]
+        resized, corners = batch.resized.astype(np.float32), batch.corners.copy()
+        starts, ends = np.empty_like(resized), np.empty_like(resized)
+        for level, r in enumerate(plan.resolutions):
+            thin, starts[level], ends[level] = thin_parts(
+                sizes, batch.resized[level], batch.corners[level], r
+            )
+            resized[level, thin], corners[level, thin] = r, 0
+        return [self._paths(batch.images), *starts, *ends, *resized, *corners]
 
     def _paths(self, images: np.ndarray) -> list[np.ndarray]:
         index = self._plan.index
@@ -231,13 +241,18 @@ class DaliDecoder:
     def _val_graph(self, feed: _Feed) -> tuple[list, Any]:
         """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
-        fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 2 * count))
+        fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 4 * count))
         encoded = self._read(next(fields))
         images = self._decode(encoded)
+        starts, ends = _take(fields, count), _take(fields, count)
         sizes, corners = _take(fields, count), _take(fields, count)
+        pictures = [
+            self._resize(images, size=size, roi_start=start, roi_end=end)
+            for size, start, end in zip(sizes, starts, ends, strict=True)
+        ]
         levels = [
-            fn.slice(self._resize(images, size=size), start=corner, shape=(r, r), axis_names="HW")
-            for size, corner, r in zip(sizes, corners, self._resolutions, strict=True)
+            fn.slice(picture, start=corner, shape=(r, r), axis_names="HW")
+            for picture, corner, r in zip(pictures, corners, self._resolutions, strict=True)
         ]
         return levels, encoded
 
