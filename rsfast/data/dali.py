@@ -40,7 +40,7 @@ if tuple(map(int, re.findall(r"\d+", dali.__version__)[:2])) < _OLDEST:
         f"{dali.__version__} is installed: {_INSTALL}"
     )
 
-__all__ = ["DaliDecoder"]
+__all__ = ["DaliDecoder", "OneByOne"]
 
 _PREFETCH = 2  # batches
 # What DALI says when a file is the culprit: that a sample could not be decoded, or a status of
@@ -261,16 +261,8 @@ class DaliDecoder:
 
     def _decode(self, encoded, **region):
         """Whole images, or the part of each that lies in a region."""
-        how = {
-            "device": "mixed" if self._on_gpu else "cpu",
-            "adjust_orientation": False,
-            # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
-            "jpeg_fancy_upsampling": True,
-            "hw_decoder_load": self._hw_decoder_load,
-        }
-        if region:
-            return fn.decoders.image_slice(encoded, axis_names="HW", **region, **how)
-        return fn.decoders.image(encoded, **how)
+        device = "mixed" if self._on_gpu else "cpu"
+        return _decoded(encoded, device, hw_decoder_load=self._hw_decoder_load, **region)
 
     def _resize(self, images, **geometry):
         # Pillow's bilinear: antialiased, and the scale is that of the whole pixels.
@@ -320,27 +312,56 @@ class DaliDecoder:
         )
 
 
+def _decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
+    """Whole images, or the part of each that lies in a region."""
+    how = {
+        "device": device,
+        "adjust_orientation": False,
+        # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
+        "jpeg_fancy_upsampling": True,
+        **means,
+    }
+    if start is None:
+        return fn.decoders.image(encoded, **how)
+    return fn.decoders.image_slice(encoded, axis_names="HW", start=start, shape=shape, **how)
+
+
+class OneByOne:
+    """Decodes files on a CPU, one after the other, as the loader does."""
+
+    def __init__(self) -> None:
+        self._pipeline: Pipeline | None = None
+        self._path = ""
+
+    def decode(self, path: str) -> np.ndarray:
+        """[H, W, 3] uint8.
+
+        Raises:
+            RuntimeError: with the cause in DALI's words.
+        """
+        self._path = path
+        if self._pipeline is None:
+            self._pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
+            with self._pipeline as pipeline:
+                source = fn.external_source(source=lambda: [_as_bytes(self._path)])
+                pipeline.set_outputs(_decoded(fn.io.file.read(source)))
+        try:
+            (images,) = self._pipeline.run()
+            return np.array(images[0])
+        except RuntimeError as error:
+            self._pipeline = None  # nothing can be had from it any more
+            raise RuntimeError(_cause(error)) from error
+
+
 def _first_refused(root: str | os.PathLike[str], paths: Sequence[str]) -> str | None:
     """The first file that DALI cannot decode on a CPU."""
-    left = iter(paths)
-    current = ""
-
-    def next_path() -> list[np.ndarray]:
-        nonlocal current
-        current = next(left)
-        return [_as_bytes(os.path.join(root, current))]
-
-    pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
-    with pipeline:
-        encoded = fn.io.file.read(fn.external_source(source=next_path))
-        pipeline.set_outputs(fn.decoders.image(encoded))
-    try:
-        while True:
-            pipeline.run()
-    except StopIteration:
-        return None
-    except RuntimeError:
-        return current
+    decoder = OneByOne()
+    for path in paths:
+        try:
+            decoder.decode(os.path.join(root, path))
+        except RuntimeError:
+            return path
+    return None
 
 
 def _take(fields: Iterator, count: int) -> list:
@@ -348,7 +369,7 @@ def _take(fields: Iterator, count: int) -> list:
 
 
 def _as_bytes(path: str) -> np.ndarray:
-    return np.frombuffer(path.encode(), dtype=np.uint8)
+    return np.frombuffer(os.fsencode(path), dtype=np.uint8)  # names of any bytes
 
 
 def _cause(error: RuntimeError) -> str:

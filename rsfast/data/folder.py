@@ -28,25 +28,19 @@ from rsfast.data.cache import (
     save_arrays,
     save_excluded,
 )
+from rsfast.data.formats import EXTENSIONS, is_supported, unread
 from rsfast.data.index import SPLITS, ImageIndex, check_command, printable
 from rsfast.data.walking import Note, is_hidden, walk
 
 __all__ = [
-    "EXTENSIONS",
-    "FORMAT_OF",
     "Listing",
     "exclude",
     "index_folder",
-    "is_supported",
     "list_split",
     "save_sizes",
     "split_folders",
 ]
 
-# Pillow's names of what every loader can decode, by the extension it usually has.
-FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
-EXTENSIONS = tuple(FORMAT_OF)
-_FORMATS = {*FORMAT_OF.values(), "MPO"}  # whatever the file is called; MPO is JPEG
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1  # of the cache file; raise it when its contents change
 
@@ -134,6 +128,12 @@ def list_split(root: str | Path) -> Listing:
         raise ValueError(message) from error
     if not found.class_names:
         raise ValueError(f"data folder {root} must have one sub-folder per class, found none")
+    for name in found.class_names:
+        if not _is_text(name):
+            raise ValueError(
+                f"class folder {printable(str(root / name))} must have a name in UTF-8, because "
+                "checkpoints and tables hold it; rename the folder"
+            )
     paths: list[str] = []
     others: list[str] = []
     digest = hashlib.sha256(os.fsencode(f"{_FORMAT}:{root}"))
@@ -147,9 +147,12 @@ def list_split(root: str | Path) -> Listing:
     return Listing(root, found.class_names, paths, others, key, found.notes)
 
 
-def is_supported(image: Image.Image) -> bool:
-    """Whether every loader can decode images of this format."""
-    return image.format in _FORMATS
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_folders(folder: str | Path) -> list[Path]:
@@ -309,6 +312,13 @@ def _warn_of_left_out(
 
 
 def _warn_of_notes(listing: Listing) -> None:
+    if counts := unread(listing.others):
+        _LOG.warning(
+            "images in %s that not every loader reads are no part of the data set: %s; to use "
+            "them, convert them to PNG or JPEG",
+            listing.root,
+            counts,
+        )
     for kind, what in (
         ("unused", "passed over, being hidden or visited already"),
         ("odd", "taken for two classes"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 __all__ = ["BILINEAR", "VAL_CROPS", "VAL_SCALE", "as_rgb", "cut", "thin_parts", "val_geometry"]
 
@@ -17,6 +17,10 @@ BILINEAR = Image.Resampling.BILINEAR  # Pillow's, which is antialiased
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB, as it is stored: EXIF's orientation is not applied."""
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for one of Adobe's, which hold the negative; libjpeg's users,
+        # DALI among them, only those that say so.
+        image = ImageChops.invert(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.astype(np.uint8))

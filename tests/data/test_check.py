@@ -99,16 +99,15 @@ def test_dali_refuses_what_is_bad_only_for_its_sake(root: Path, name: str) -> No
         epoch(root, "dali")
 
 
-def test_a_name_that_is_no_text_is_bad_and_printed_without_its_bytes(
+def test_names_are_printed_without_bytes_that_are_no_text(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (root / "train" / "cat" / os.fsdecode(b"\xff.jpg")).write_bytes(JPEG)
-    (root / "train" / "cat" / "a\tb.jpg").write_bytes(b"")
+    for name in (b"\xff.jpg", b"a\tb.jpg"):
+        (root / "train" / "cat" / os.fsdecode(name)).write_bytes(b"")
     assert main(["check", str(root)]) == 1
     out = capsys.readouterr().out
-    assert r"train/cat/\udcff.jpg  path is not UTF-8" in out
+    assert r"train/cat/\udcff.jpg  empty file" in out
     assert r"train/cat/a\tb.jpg  empty file" in out
-    assert len(index_folder(root / "train")) == 6
 
 
 def test_a_decompression_bomb_is_bad_and_a_huge_image_odd(
