@@ -178,7 +178,9 @@ class DaliDecoder:
                 raise _UnreadError(*error.args) from error
             raise self._explained(error, epoch, step) from error
         # The shapes are those of the files' headers, and lie on the host: nothing is waited for.
-        for position, size in zip(self._images(epoch, step), shapes.as_array(), strict=True):
+        for position, size in zip(
+            self._images(epoch, step), np.asarray(shapes.as_tensor()), strict=True
+        ):
             check_size(self._plan.index, position, tuple(size[:2].tolist()))
         return _packed(levels, self._resolutions, self._device, stream)
 

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 __all__ = ["EXTENSIONS", "FORMAT_OF", "is_supported", "unread"]
 
@@ -51,15 +51,15 @@ def is_supported(image: Image.Image) -> bool:
         # Pillow turns a TIFF image as its orientation says; no other image is turned.
         upright = image.tag_v2.get(_ORIENTATION, 1) == 1
         return image.mode in _TIFF_MODES and set(bits) == {8} and upright
-    if image.format == "PPM":
+    if image.format == "PPM" and isinstance(image, ImageFile.ImageFile):
         return image.mode == "1" or (image.mode in ("L", "RGB") and _has_whole_bytes(image))
     return image.format in _WHOLLY
 
 
-def _has_whole_bytes(image: Image.Image) -> bool:
+def _has_whole_bytes(image: ImageFile.ImageFile) -> bool:
     """Whether 255 is the largest value of a PPM image; DALI does not scale others."""
     decoder, _, _, arguments = image.tile[0]
-    return decoder == "raw" or arguments[-1] == 255
+    return decoder == "raw" or (isinstance(arguments, tuple) and arguments[-1] == 255)
 
 
 def unread(paths: Iterable[str]) -> str:

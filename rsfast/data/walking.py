@@ -115,7 +115,7 @@ def _visit(
     """Adds the folders of one class; which they are, and where each lies."""
     visited: dict[_Identity, str] = {}
     folders = []
-    inner, linked = [name], []
+    inner, linked = [name], list[str]()
     while inner or linked:
         # Links come last, so that a folder of the class goes by its own name.
         path = inner.pop() if inner else linked.pop(0)
