@@ -76,8 +76,8 @@ def index_folder(
     (by size and modification time), and those which were excluded by hand. Every process that sees
     the same files and the same cache folder gets the same index.
 
-    An image that is overwritten in place by one of another size needs its folder touched, unless
-    it was a bad one.
+    An image that was overwritten in place by one of another size keeps its old size here, until a
+    check; loaders notice it when they read it.
 
     Args:
         root: a folder with one sub-folder per class.
