@@ -24,6 +24,7 @@ __all__ = ["FARTHEST", "compare", "is_available", "main"]
 
 # Decoders round differently: by 0.5 of 255 on average for 16 bits, and not at all for most files.
 FARTHEST = 2.0
+_REFUSED = "DALI cannot decode it"
 _READY = b"ready"
 _ANSWER = struct.Struct("<?qq")  # whether it was decoded; height and width, or bytes of a message
 _child: subprocess.Popen | None = None
@@ -65,7 +66,7 @@ def compare(path: str, picture: np.ndarray) -> str:
         _child = None
         return "crashes DALI"
     if not decoded:
-        return f"DALI cannot decode it: {content.decode(errors='replace')}"
+        return content.decode(errors="replace")
     if (height, width) != picture.shape[:2]:
         return f"DALI decodes it to {width} x {height} pixels"
     theirs = np.frombuffer(content, dtype=np.uint8).reshape(picture.shape)
@@ -119,11 +120,14 @@ def main() -> None:
     answers.flush()
     for path in _paths(sys.stdin.buffer):
         try:
-            picture = decoder.decode(path)
+            with open(path, "rb") as file:
+                picture = decoder.decode(file.read())
             answers.write(_ANSWER.pack(True, *picture.shape[:2]))
             answers.write(np.ascontiguousarray(picture).data)
-        except RuntimeError as error:
-            said = str(error).encode()
+        except (RuntimeError, OSError) as error:
+            # What cannot be read is looked at again by the next check, which knows it by the words.
+            unread = isinstance(error, OSError)
+            said = (f"cannot be read: {error}" if unread else f"{_REFUSED}: {error}").encode()
             answers.write(_ANSWER.pack(False, len(said), 0) + said)
         answers.flush()
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.index import check_size, decode, exclude_command, size_now
+from rsfast.data.index import ImageIndex, check_size, decode, exclude_command, size_now
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.files.pictures import thin_parts
 
@@ -294,23 +294,25 @@ class DaliDecoder:
     def _explained(self, error: RuntimeError, epoch: int, step: int) -> RuntimeError:
         """Names the file that is to blame, where DALI says that one is, or one has changed."""
         index, images = self._plan.index, self._images(epoch, step)
+        failed = f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}"
         for position in images:  # a window may lie outside of an image that has shrunk
             if (size := size_now(index, position)) is not None:
                 check_size(index, position, size)
         if sample := _SAMPLE.search(str(error)):
             images = images[int(sample[1]) :][:1]
         elif not (_HEADER.search(str(error)) or _READ.search(str(error))):
-            return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
+            return RuntimeError(failed)
         for position in images:
             decode(index, position)  # Pillow knows the reason, and names the file
         # Pillow reads them all: the file is one that only DALI refuses.
-        suspects = [index.paths[i] for i in images]
-        path = suspects[0] if sample else _first_refused(index.root, suspects)
-        if path is None:
-            return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
+        culprit = images[0] if sample else _first_refused(index, images)
+        if culprit is None:
+            mapped = _READ.search(str(error)) and not self._dont_use_mmap
+            remedy = "; --dont-use-mmap does not map files into memory" if mapped else ""
+            return RuntimeError(failed + remedy)
         return RuntimeError(
-            f"DALI cannot decode {os.path.join(index.root, path)}: {_cause(error)}; to leave it "
-            f"out: {exclude_command(index.root, path)}"
+            f"DALI cannot decode {index.path(culprit)}: {_cause(error)}; to leave it out: "
+            f"{exclude_command(index.root, index.paths[culprit])}"
         )
 
 
@@ -333,20 +335,19 @@ class OneByOne:
 
     def __init__(self) -> None:
         self._pipeline: Pipeline | None = None
-        self._path = ""
+        self._encoded = b""
 
-    def decode(self, path: str) -> np.ndarray:
+    def decode(self, encoded: bytes) -> np.ndarray:
         """[H, W, 3] uint8.
 
         Raises:
             RuntimeError: with the cause in DALI's words.
         """
-        self._path = path
+        self._encoded = encoded
         if self._pipeline is None:
             self._pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
             with self._pipeline as pipeline:
-                source = fn.external_source(source=lambda: [_as_bytes(self._path)])
-                pipeline.set_outputs(_decoded(fn.io.file.read(source)))
+                pipeline.set_outputs(_decoded(fn.external_source(source=self._next)))
         try:
             (images,) = self._pipeline.run()
             return np.array(images[0])
@@ -354,15 +355,19 @@ class OneByOne:
             self._pipeline = None  # nothing can be had from it any more
             raise RuntimeError(_cause(error)) from error
 
+    def _next(self) -> list[np.ndarray]:
+        return [np.frombuffer(self._encoded, dtype=np.uint8)]
 
-def _first_refused(root: str | os.PathLike[str], paths: Sequence[str]) -> str | None:
-    """The first file that DALI cannot decode on a CPU."""
+
+def _first_refused(index: ImageIndex, positions: Sequence[int]) -> int | None:
+    """The first image that DALI cannot decode on a CPU."""
     decoder = OneByOne()
-    for path in paths:
+    for position in positions:
+        encoded = index.read(position)
         try:
-            decoder.decode(os.path.join(root, path))
+            decoder.decode(encoded)
         except RuntimeError:
-            return path
+            return position
     return None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import JPEG, make_image_folder, smooth_image
+from helpers import make_image_folder, smooth_image
 from rsfast.data import Loader, index, index_folder, reading, train_loader, val_loader
 from rsfast.data.__main__ import main
 
@@ -175,7 +175,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
             left -= 1
             if not left:
                 away.rename(file)
-            return JPEG
+            return away.read_bytes() if left else read(self, position)
 
         monkeypatch.setattr(index.ImageIndex, "read", found)
         return file
@@ -204,6 +204,8 @@ def test_dali_gives_up_on_a_file_that_only_python_can_read(root: Path, absent: C
     file = absent(root / "val" / "dog" / "0001.jpg", 99)
     with pytest.raises(RuntimeError, match=re.escape(str(file))) as caught:
         rows_of(loader)
+    assert str(caught.value).startswith("DALI failed at epoch 0, step 2: ")
+    assert str(caught.value).endswith("; --dont-use-mmap does not map files into memory")
     assert "\n" not in str(caught.value)
 
 
