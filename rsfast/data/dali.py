@@ -210,7 +210,6 @@ class DaliDecoder:
         train = isinstance(self._plan, TrainPlan)
         with pipeline:
             levels, encoded = self._train_graph(feed) if train else self._val_graph(feed)
-            # A header is read once more for it, by the threads of the CPU.
             shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
             pipeline.set_outputs(*levels, shapes)
         return pipeline
