@@ -18,6 +18,7 @@ from rsfast import figures
 from rsfast.config.flags import DECODING, add_common_flags, common_settings, parse_resolutions
 from rsfast.data import ImageIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
+from rsfast.data.labels import warn_of_numbers
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.files.folders import make_writable
@@ -243,6 +244,7 @@ def _val_batches(
             f"data folder {settings.data} must have the {model.num_classes} classes of the "
             f"checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
         )
+    warn_of_numbers(settings.data, () if known else names)
     return loader
 
 

@@ -122,12 +122,14 @@ class Record:
         stats: [n, 2] int64, `file_stat` of each just before it was looked at.
         sizes: [n, 2] int32 height and width in pixels; 0 where no decoder could tell.
         findings: path to (kind, reason), of the files about which there is something to say.
+        rules: a name for what was looked for.
     """
 
     paths: list[str]
     stats: np.ndarray
     sizes: np.ndarray
     findings: dict[str, tuple[str, str]]
+    rules: str = ""
 
 
 def has_record(root: Path) -> bool:
@@ -149,7 +151,9 @@ def load_record(root: Path) -> Record | None:
         return None
     if not stats.shape == sizes.shape == (len(paths), 2) or not findings.keys() <= set(paths):
         return None
-    return Record(paths, stats.astype(np.int64), sizes.astype(np.int32), findings)
+    rules = load_arrays(_record_file(root), "rules")  # absent in older records
+    name = "" if rules is None else rules[0].tobytes().decode(errors="replace")
+    return Record(paths, stats.astype(np.int64), sizes.astype(np.int32), findings, name)
 
 
 def save_record(root: Path, record: Record) -> None:
@@ -162,6 +166,7 @@ def save_record(root: Path, record: Record) -> None:
     save_arrays(
         _record_file(root),
         paths=_pack(record.paths),
+        rules=np.frombuffer(record.rules.encode(), dtype=np.uint8),
         stats=record.stats,
         sizes=record.sizes,
         # Repeated apart from the others, because every start of a training reads only these.

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rsfast.data import cache
+from rsfast.data import cache, comparing
 from rsfast.data.folder import Listing, list_split, save_sizes
 from rsfast.data.judging import UNREAD, judge_image, judge_other
 from rsfast.files.progress import progress
@@ -37,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 KINDS = ("bad", "odd", "unused", "excluded")
 _CHUNK = 32  # files per message to a worker
 _BLOCK = 1024  # messages under way at once; many more may deadlock (CPython issue 105829)
+_RULES = "2"  # raise it when judges look for more, so that a next check looks at every file again
+_WITH_DALI = " and DALI"
 _NEW = -2  # in place of the size of a file that no check has seen
 
 
@@ -128,9 +130,10 @@ def _known(listing: Listing) -> cache.Record:
     paths = [*listing.paths, *listing.others]
     stats = np.full((len(paths), 2), _NEW, dtype=np.int64)
     sizes = np.zeros((len(paths), 2), dtype=np.int32)
+    rules = _RULES + (_WITH_DALI if comparing.is_available() else "")
     old = cache.load_record(listing.root)
-    if old is None:
-        return cache.Record(paths, stats, sizes, {})
+    if old is None or old.rules not in (rules, _RULES + _WITH_DALI):
+        return cache.Record(paths, stats, sizes, {}, rules)
     row_of = {path: row for row, path in enumerate(old.paths)}
     findings = {}
     for row, path in enumerate(paths):
@@ -139,7 +142,7 @@ def _known(listing: Listing) -> cache.Record:
         stats[row], sizes[row] = old.stats[old_row], old.sizes[old_row]
         if path in old.findings:
             findings[path] = old.findings[path]
-    return cache.Record(paths, stats, sizes, findings)
+    return cache.Record(paths, stats, sizes, findings, rules)
 
 
 def _trusted(record: cache.Record) -> np.ndarray:
@@ -162,7 +165,9 @@ def _save(root: Path, record: cache.Record) -> None:
     """Keeps the part of a record that some check has come to."""
     seen = record.stats[:, 0] != _NEW
     paths = [path for path, was in zip(record.paths, seen, strict=True) if was]
-    part = cache.Record(paths, record.stats[seen], record.sizes[seen], record.findings)
+    part = cache.Record(
+        paths, record.stats[seen], record.sizes[seen], record.findings, record.rules
+    )
     try:
         cache.save_record(root, part)
     except OSError as error:
@@ -185,6 +190,7 @@ def _report(listing: Listing, record: cache.Record, decoded: int, seconds: float
         if path in record.findings:
             findings.append(Finding(record.findings[path][0], path, record.findings[path][1]))
     empty = [name for name, count in usable.items() if not count]
+    findings += (Finding(*note) for note in listing.notes)
     findings += (Finding("unused", name, "class folder without an image to use") for name in empty)
     findings.sort(key=lambda finding: KINDS.index(finding.kind))
     is_good = not empty and not any(finding.kind == "bad" for finding in findings)

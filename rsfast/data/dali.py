@@ -12,14 +12,15 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.index import decode, exclude_command
+from rsfast.data.index import ImageIndex, check_size, decode, exclude_command, size_now
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.files.pictures import thin_parts
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
 _INSTALL = "pip install -e '.[dali-cuda13]' (or dali-cuda12) in the clone, or use --loader pil"
@@ -39,13 +40,15 @@ if tuple(map(int, re.findall(r"\d+", dali.__version__)[:2])) < _OLDEST:
         f"{dali.__version__} is installed: {_INSTALL}"
     )
 
-__all__ = ["DaliDecoder"]
+__all__ = ["DaliDecoder", "OneByOne"]
 
 _PREFETCH = 2  # batches
 # What DALI says when a file is the culprit: that a sample could not be decoded, or a status of
 # nvImageCodec that readers of headers have. All else, such as a lack of memory, has other causes.
 _SAMPLE = re.compile(r"Failed to decode sample #(\d+)")
-_HEADER = re.compile(r"nvImageCodec failure: '#(3|4|8|9|13|14|17|18|19)'")
+_HEADER = re.compile(r"nvImageCodec failure: '#(2|3|4|8|9|13|14|17|18|19)'")
+_READ = re.compile("Error in CPU operator `nvidia.dali.fn.io.file.read`")
+_READ_TRIES = 3  # of a step whose files DALI could not read, and we can
 
 
 class _Feed:
@@ -79,14 +82,27 @@ class _Feed:
         ]
 
     def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, sizes after the resize, corners of the crops."""
-        batch = self._plan.batch(*next(self.pending))
+        """Paths, start and end of the resizes, sizes after them, corners of the crops."""
+        plan, batch = self._plan, self._plan.batch(*next(self.pending))
+        assert isinstance(plan, ValPlan)
         assert isinstance(batch, ValBatch)
-        return [self._paths(batch.images), *batch.resized.astype(np.float32), *batch.corners]
+        sizes = plan.index.sizes[batch.images]
+        resized, corners = batch.resized.astype(np.float32), batch.corners.copy()
+        starts, ends = np.empty_like(resized), np.empty_like(resized)
+        for level, r in enumerate(plan.resolutions):
+            thin, starts[level], ends[level] = thin_parts(
+                sizes, batch.resized[level], batch.corners[level], r
+            )
+            resized[level, thin], corners[level, thin] = r, 0
+        return [self._paths(batch.images), *starts, *ends, *resized, *corners]
 
     def _paths(self, images: np.ndarray) -> list[np.ndarray]:
         index = self._plan.index
         return [_as_bytes(index.path(i)) for i in images]
+
+
+class _UnreadError(RuntimeError):
+    """DALI could not read a file."""
 
 
 class _Running(NamedTuple):
@@ -137,8 +153,17 @@ class DaliDecoder:
         # batches that nobody wants, and the next loop builds another one.
         running, self._idle = self._idle or self._build(), None
         running.feed.pending = iter([(epoch, step) for step in steps])
-        for step in steps:
-            yield self._render(running.pipeline, epoch, step)
+        for place, step in enumerate(steps):
+            for tries_left in reversed(range(_READ_TRIES)):
+                try:
+                    rows = self._render(running.pipeline, epoch, step)
+                    break
+                except _UnreadError as error:  # nothing can be had from this pipeline any more
+                    if not (tries_left and self._reads_now(epoch, step)):
+                        raise self._explained(error, epoch, step) from error
+                    running = self._build()
+                    running.feed.pending = iter([(epoch, left) for left in steps[place:]])
+            yield rows
         with contextlib.suppress(StopIteration):
             running.pipeline.run()
         running.pipeline.reset()
@@ -147,9 +172,16 @@ class DaliDecoder:
     def _render(self, pipeline: Pipeline, epoch: int, step: int) -> Tensor:
         stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
         try:
-            levels = pipeline.run(stream)
+            *levels, shapes = pipeline.run(stream)
         except RuntimeError as error:
+            if _READ.search(str(error)):
+                raise _UnreadError(*error.args) from error
             raise self._explained(error, epoch, step) from error
+        # The shapes are those of the files' headers, and lie on the host: nothing is waited for.
+        for position, size in zip(
+            self._images(epoch, step), np.asarray(shapes.as_tensor()), strict=True
+        ):
+            check_size(self._plan.index, position, tuple(size[:2].tolist()))
         return _packed(levels, self._resolutions, self._device, stream)
 
     def _build(self) -> _Running:
@@ -177,11 +209,13 @@ class DaliDecoder:
         )
         train = isinstance(self._plan, TrainPlan)
         with pipeline:
-            levels = self._train_graph(feed) if train else self._val_graph(feed)
-            pipeline.set_outputs(*levels)
+            levels, encoded = self._train_graph(feed) if train else self._val_graph(feed)
+            shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
+            pipeline.set_outputs(*levels, shapes)
         return pipeline
 
-    def _train_graph(self, feed: _Feed) -> list:
+    def _train_graph(self, feed: _Feed) -> tuple[list, Any]:
+        """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
         windows = 1 if self._plan.crop == "single" else count
         fields = iter(
@@ -199,36 +233,37 @@ class DaliDecoder:
                 for start, shape in zip(starts, shapes, strict=True)
             ]
         crops = regions * count if windows == 1 else regions
-        return [
+        levels = [
             self._resize(crop, size=(r, r), roi_start=start, roi_end=end, roi_relative=True)
             for crop, r, start, end in zip(crops, self._resolutions, left, right, strict=True)
         ]
+        return levels, encoded
 
-    def _val_graph(self, feed: _Feed) -> list:
+    def _val_graph(self, feed: _Feed) -> tuple[list, Any]:
+        """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
-        fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 2 * count))
-        images = self._decode(self._read(next(fields)))
+        fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 4 * count))
+        encoded = self._read(next(fields))
+        images = self._decode(encoded)
+        starts, ends = _take(fields, count), _take(fields, count)
         sizes, corners = _take(fields, count), _take(fields, count)
-        return [
-            fn.slice(self._resize(images, size=size), start=corner, shape=(r, r), axis_names="HW")
-            for size, corner, r in zip(sizes, corners, self._resolutions, strict=True)
+        pictures = [
+            self._resize(images, size=size, roi_start=start, roi_end=end)
+            for size, start, end in zip(sizes, starts, ends, strict=True)
         ]
+        levels = [
+            fn.slice(picture, start=corner, shape=(r, r), axis_names="HW")
+            for picture, corner, r in zip(pictures, corners, self._resolutions, strict=True)
+        ]
+        return levels, encoded
 
     def _read(self, paths):
         return fn.io.file.read(paths, dont_use_mmap=self._dont_use_mmap)
 
     def _decode(self, encoded, **region):
         """Whole images, or the part of each that lies in a region."""
-        how = {
-            "device": "mixed" if self._on_gpu else "cpu",
-            "adjust_orientation": False,
-            # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
-            "jpeg_fancy_upsampling": True,
-            "hw_decoder_load": self._hw_decoder_load,
-        }
-        if region:
-            return fn.decoders.image_slice(encoded, axis_names="HW", **region, **how)
-        return fn.decoders.image(encoded, **how)
+        device = "mixed" if self._on_gpu else "cpu"
+        return _decoded(encoded, device, hw_decoder_load=self._hw_decoder_load, **region)
 
     def _resize(self, images, **geometry):
         # Pillow's bilinear: antialiased, and the scale is that of the whole pixels.
@@ -244,48 +279,95 @@ class DaliDecoder:
             **geometry,
         )
 
+    def _images(self, epoch: int, step: int) -> list[int]:
+        return self._plan.images(epoch, step).tolist()
+
+    def _reads_now(self, epoch: int, step: int) -> bool:
+        """Reads the files of a step, with patience; whether there is something in each.
+
+        Raises:
+            RuntimeError: naming the file that cannot be read.
+        """
+        return all(self._plan.index.read(position) for position in self._images(epoch, step))
+
     def _explained(self, error: RuntimeError, epoch: int, step: int) -> RuntimeError:
-        """Names the file that cannot be decoded, where DALI says that one is to blame."""
-        images = self._plan.batch(epoch, step).images
+        """Names the file that is to blame, where DALI says that one is, or one has changed."""
+        index, images = self._plan.index, self._images(epoch, step)
+        failed = f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}"
+        for position in images:  # a window may lie outside of an image that has shrunk
+            if (size := size_now(index, position)) is not None:
+                check_size(index, position, size)
         if sample := _SAMPLE.search(str(error)):
             images = images[int(sample[1]) :][:1]
-        elif not _HEADER.search(str(error)):
-            return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
-        index = self._plan.index
+        elif not (_HEADER.search(str(error)) or _READ.search(str(error))):
+            return RuntimeError(failed)
         for position in images:
             decode(index, position)  # Pillow knows the reason, and names the file
         # Pillow reads them all: the file is one that only DALI refuses.
-        suspects = [index.paths[i] for i in images]
-        path = suspects[0] if sample else _first_refused(index.root, suspects)
-        if path is None:
-            return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
+        culprit = images[0] if sample else _first_refused(index, images)
+        if culprit is None:
+            mapped = _READ.search(str(error)) and not self._dont_use_mmap
+            remedy = "; --dont-use-mmap does not map files into memory" if mapped else ""
+            return RuntimeError(failed + remedy)
         return RuntimeError(
-            f"DALI cannot decode {os.path.join(index.root, path)}: {_cause(error)}; to leave it "
-            f"out: {exclude_command(index.root, path)}"
+            f"DALI cannot decode {index.path(culprit)}: {_cause(error)}; to leave it out: "
+            f"{exclude_command(index.root, index.paths[culprit])}"
         )
 
 
-def _first_refused(root: str | os.PathLike[str], paths: Sequence[str]) -> str | None:
-    """The first file that DALI cannot decode on a CPU."""
-    left = iter(paths)
-    current = ""
+def _decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
+    """Whole images, or the part of each that lies in a region."""
+    how = {
+        "device": device,
+        "adjust_orientation": False,
+        # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
+        "jpeg_fancy_upsampling": True,
+        **means,
+    }
+    if start is None:
+        return fn.decoders.image(encoded, **how)
+    return fn.decoders.image_slice(encoded, axis_names="HW", start=start, shape=shape, **how)
 
-    def next_path() -> list[np.ndarray]:
-        nonlocal current
-        current = next(left)
-        return [_as_bytes(os.path.join(root, current))]
 
-    pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
-    with pipeline:
-        encoded = fn.io.file.read(fn.external_source(source=next_path))
-        pipeline.set_outputs(fn.decoders.image(encoded))
-    try:
-        while True:
-            pipeline.run()
-    except StopIteration:
-        return None
-    except RuntimeError:
-        return current
+class OneByOne:
+    """Decodes files on a CPU, one after the other, as the loader does."""
+
+    def __init__(self) -> None:
+        self._pipeline: Pipeline | None = None
+        self._encoded = b""
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        """[H, W, 3] uint8.
+
+        Raises:
+            RuntimeError: with the cause in DALI's words.
+        """
+        self._encoded = encoded
+        if self._pipeline is None:
+            self._pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
+            with self._pipeline as pipeline:
+                pipeline.set_outputs(_decoded(fn.external_source(source=self._next)))
+        try:
+            (images,) = self._pipeline.run()
+            return np.array(images[0])
+        except RuntimeError as error:
+            self._pipeline = None  # nothing can be had from it any more
+            raise RuntimeError(_cause(error)) from error
+
+    def _next(self) -> list[np.ndarray]:
+        return [np.frombuffer(self._encoded, dtype=np.uint8)]
+
+
+def _first_refused(index: ImageIndex, positions: Sequence[int]) -> int | None:
+    """The first image that DALI cannot decode on a CPU."""
+    decoder = OneByOne()
+    for position in positions:
+        encoded = index.read(position)
+        try:
+            decoder.decode(encoded)
+        except RuntimeError:
+            return position
+    return None
 
 
 def _take(fields: Iterator, count: int) -> list:
@@ -293,7 +375,7 @@ def _take(fields: Iterator, count: int) -> list:
 
 
 def _as_bytes(path: str) -> np.ndarray:
-    return np.frombuffer(path.encode(), dtype=np.uint8)
+    return np.frombuffer(os.fsencode(path), dtype=np.uint8)  # names of any bytes
 
 
 def _cause(error: RuntimeError) -> str:

@@ -27,25 +27,20 @@ from rsfast.data.cache import (
     save_arrays,
     save_excluded,
 )
+from rsfast.data.formats import EXTENSIONS, is_supported, unread
 from rsfast.data.index import SPLITS, ImageIndex, check_command, printable
+from rsfast.data.walking import Note, is_hidden, walk
 from rsfast.files.progress import progress
 
 __all__ = [
-    "EXTENSIONS",
-    "FORMAT_OF",
     "Listing",
     "exclude",
     "index_folder",
-    "is_supported",
     "list_split",
     "save_sizes",
     "split_folders",
 ]
 
-# Pillow's names of what every loader can decode, by the extension it usually has.
-FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
-EXTENSIONS = tuple(FORMAT_OF)
-_FORMATS = {*FORMAT_OF.values(), "MPO"}  # whatever the file is called; MPO is JPEG
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1  # of the cache file; raise it when its contents change
 
@@ -60,6 +55,7 @@ class Listing:
         paths: of the files that are images by name, relative to root, sorted within each folder.
         others: of all other files.
         digest: changes with root, with the paths and with the folders' modification times.
+        notes: on what was passed over, and on folders that two classes share.
     """
 
     root: Path
@@ -67,6 +63,7 @@ class Listing:
     paths: list[str]
     others: list[str]
     digest: str
+    notes: list[Note]
 
 
 def index_folder(
@@ -79,8 +76,8 @@ def index_folder(
     (by size and modification time), and those which were excluded by hand. Every process that sees
     the same files and the same cache folder gets the same index.
 
-    An image that is overwritten in place by one of another size needs its folder touched, unless
-    it was a bad one.
+    An image that was overwritten in place by one of another size keeps its old size here, until a
+    check; loaders notice it when they read it.
 
     Args:
         root: a folder with one sub-folder per class.
@@ -109,11 +106,14 @@ def index_folder(
             f"is {first}; to list them: {check_command(root)}"
         )
     _warn_of_left_out(root, paths, bad, excluded)
+    _warn_of_notes(listing)
     return _usable(listing, sizes, ~(bad | excluded))
 
 
 def list_split(root: str | Path) -> Listing:
     """The files of all class folders, with those in sub-folders of them and behind links.
+
+    What is hidden, and what a class has visited already, is passed over (see `walk`).
 
     Raises:
         ValueError: if the folder does not exist, has no class folders, or one cannot be read.
@@ -121,32 +121,38 @@ def list_split(root: str | Path) -> Listing:
     root = Path(root).absolute()
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist")
-    class_names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
-    if not class_names:
+    try:
+        found = walk(root, EXTENSIONS)
+    except OSError as error:  # otherwise it would be a folder without images
+        message = f"folder {error.filename} must be readable: {error.strerror}"
+        raise ValueError(message) from error
+    if not found.class_names:
         raise ValueError(f"data folder {root} must have one sub-folder per class, found none")
+    for name in found.class_names:
+        if not _is_text(name):
+            raise ValueError(
+                f"class folder {printable(str(root / name))} must have a name in UTF-8, because "
+                "checkpoints and tables hold it; rename the folder"
+            )
     paths: list[str] = []
     others: list[str] = []
     digest = hashlib.sha256(os.fsencode(f"{_FORMAT}:{root}"))
-    for name in class_names:
-        for folder, subfolders, files in os.walk(root / name, onerror=_refuse, followlinks=True):
-            subfolders.sort()
-            digest.update(os.fsencode(f"{folder}:{os.stat(folder).st_mtime_ns}"))
-            relative = os.path.relpath(folder, root)
-            for file in sorted(files):
-                is_image = file.lower().endswith(EXTENSIONS)
-                (paths if is_image else others).append(os.path.join(relative, file))
+    for folder in found.folders:
+        digest.update(os.fsencode(f"{root / folder.path}:{folder.mtime_ns}"))
+        for file in folder.files:
+            is_image = file.lower().endswith(EXTENSIONS)
+            (paths if is_image else others).append(os.path.join(folder.path, file))
     digest.update(os.fsencode("\0".join(paths)))
-    return Listing(root, class_names, paths, others, digest.hexdigest()[:32])
+    key = digest.hexdigest()[:32]
+    return Listing(root, found.class_names, paths, others, key, found.notes)
 
 
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be read would otherwise be one without images."""
-    raise ValueError(f"folder {error.filename} must be readable: {error.strerror}") from error
-
-
-def is_supported(image: Image.Image) -> bool:
-    """Whether every loader can decode images of this format."""
-    return image.format in _FORMATS
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_folders(folder: str | Path) -> list[Path]:
@@ -162,8 +168,12 @@ def split_folders(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist")
     splits = [folder / name for name in SPLITS if (folder / name).is_dir()]
-    found = [split for split in splits if any(entry.is_dir() for entry in split.iterdir())]
+    found = [split for split in splits if any(map(_is_class, split.iterdir()))]
     return found or [folder]
+
+
+def _is_class(path: Path) -> bool:
+    return not is_hidden(path.name) and path.is_dir()
 
 
 def exclude(folder: str | Path, files: Sequence[str], *, undo: bool = False) -> dict[Path, int]:
@@ -299,6 +309,31 @@ def _warn_of_left_out(
             ", ".join(printable(paths[row]) for row in rows[:5]),
             ", ..." if len(rows) > 5 else "",
         )
+
+
+def _warn_of_notes(listing: Listing) -> None:
+    if counts := unread(listing.others):
+        _LOG.warning(
+            "images in %s that not every loader reads are no part of the data set: %s; to use "
+            "them, convert them to PNG or JPEG",
+            listing.root,
+            counts,
+        )
+    for kind, what in (
+        ("unused", "passed over, being hidden or visited already"),
+        ("odd", "taken for two classes"),
+    ):
+        paths = [printable(note.path) for note in listing.notes if note.kind == kind]
+        if paths:
+            _LOG.warning(
+                "%d files or folders in %s are %s (to list them: %s): %s%s",
+                len(paths),
+                listing.root,
+                what,
+                check_command(listing.root),
+                ", ".join(paths[:5]),
+                ", ..." if len(paths) > 5 else "",
+            )
 
 
 def _usable(listing: Listing, sizes: np.ndarray, good: np.ndarray) -> ImageIndex:

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from rsfast.data import reading
 from rsfast.files.pictures import as_rgb
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "Archive",
     "ImageIndex",
     "check_command",
+    "check_size",
     "decode",
     "exclude_command",
     "printable",
+    "size_now",
 ]
 
 SPLITS = ("train", "val")
@@ -75,11 +78,18 @@ class ImageIndex:
         return os.path.join(self.root, self.paths[position])
 
     def read(self, position: int) -> bytes:
-        """One image as it was encoded.
+        """One image as it was encoded; errors that may pass are waited for, some seconds long.
 
         Raises:
-            OSError: if it cannot be read.
+            RuntimeError: naming the file, if it is gone or cannot be read.
         """
+        path = self.path(position)
+        try:
+            return reading.patiently(lambda: self._read_once(position), path)
+        except OSError as error:
+            raise reading.unreadable(self.root, path, error) from error
+
+    def _read_once(self, position: int) -> bytes:
         if self.archive is not None:
             assert self.rows is not None
             return self.archive.read(int(self.rows[position]))
@@ -123,16 +133,53 @@ def decode(index: ImageIndex, position: int) -> Image.Image:
     """One whole image, in RGB.
 
     Raises:
-        RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
+        RuntimeError: naming the file, if it cannot be read, is of another size than the index says,
+            or cannot be decoded; and what to do about it.
     """
+    encoded = index.read(position)
     try:
-        with Image.open(io.BytesIO(index.read(position))) as file:
-            return as_rgb(file)
+        with Image.open(io.BytesIO(encoded)) as file:
+            size = file.height, file.width
+            # An image of another size may be huge, and is not wanted.
+            picture = as_rgb(file) if _is_known(index, position, size) else None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
             f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "
             f"leave it out: {exclude_command(index.root, index.paths[position])}"
         ) from error
+    check_size(index, position, size)
+    assert picture is not None
+    return picture
+
+
+def check_size(index: ImageIndex, position: int, size: tuple[int, int]) -> None:
+    """Compares the height and width of an image in pixels, as stored, with those in the index.
+
+    Raises:
+        RuntimeError: naming the file, and the check, if it has changed.
+    """
+    if not _is_known(index, position, size):
+        height, width = index.sizes[position].tolist()
+        command = check_command(index.root)
+        raise reading.changed(index.path(position), (height, width), size, command)
+
+
+def size_now(index: ImageIndex, position: int) -> tuple[int, int] | None:
+    """Height and width of an image in pixels, as stored; None if its header cannot be read.
+
+    Raises:
+        RuntimeError: naming the file, if it is gone or cannot be read.
+    """
+    encoded = index.read(position)
+    try:
+        with Image.open(io.BytesIO(encoded)) as file:
+            return file.height, file.width
+    except Exception:  # Pillow's readers raise nearly anything on a damaged header
+        return None
+
+
+def _is_known(index: ImageIndex, position: int, size: tuple[int, int]) -> bool:
+    return tuple(index.sizes[position].tolist()) == tuple(size)
 
 
 def _named(root: Path) -> str:

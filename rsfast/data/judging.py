@@ -7,9 +7,12 @@ import os
 import stat
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from rsfast.data.folder import EXTENSIONS, FORMAT_OF, is_supported
+from rsfast.data.comparing import compare
+from rsfast.data.formats import EXTENSIONS, FORMAT_OF, is_supported
+from rsfast.files.pictures import as_rgb
 
 __all__ = ["TINY_PX", "UNREAD", "judge_image", "judge_other"]
 
@@ -30,22 +33,40 @@ def judge_image(path: str) -> tuple[tuple[int, int], str, str]:
         with open(path, "rb") as stream:
             with Image.open(stream) as image:
                 if not is_supported(image):
-                    return size, "bad", f"{image.format} image, which the loaders do not decode"
+                    return size, "bad", f"{_kind(image)}, which the loaders do not decode"
                 size = (image.height, image.width)
                 odd = _oddities(path, image)
-                _decode(image)
-            _check_for_dali(stream, path, image.format)
+                picture = _decode(image)
+            _check_for_dali(stream, image.format)
+            if reason := _told_apart(path, image, picture):
+                return size, "bad", reason
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         return size, "bad", _reason(path, error)
     return size, "odd" if odd else "", "; ".join(odd)
 
 
-def _decode(image: Image.Image) -> None:
+def _kind(image: Image.Image) -> str:
+    """Of images of some kind or other, the mode matters, too."""
+    mode = f" in mode {image.mode}" if image.format in FORMAT_OF.values() else ""
+    return f"{image.format} image{mode}"
+
+
+def _decode(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "P" and image.palette is None:
         raise ValueError("palette image without a palette")
-    if image.mode != "RGB":
-        image.convert("RGB")
+    return as_rgb(image)
+
+
+def _told_apart(path: str, image: Image.Image, picture: Image.Image) -> str:
+    """Why DALI does not decode the file alike, or nothing.
+
+    JPEGs in grey or YCbCr are left out: libjpeg decodes them for both, and to compare them would
+    double the time of a check.
+    """
+    if image.format in ("JPEG", "MPO") and image.mode != "CMYK":
+        return ""
+    return compare(path, np.asarray(picture))
 
 
 def _oddities(path: str, image: Image.Image) -> list[str]:
@@ -61,13 +82,14 @@ def _oddities(path: str, image: Image.Image) -> list[str]:
     return [reason for reason, applies in odd.items() if applies]
 
 
-def _check_for_dali(stream: BinaryIO, path: str, image_format: str | None) -> None:
+def _check_for_dali(stream: BinaryIO, image_format: str | None) -> None:
     """Raises an error if DALI would refuse a file that Pillow decodes."""
-    path.encode()  # DALI knows no names of other bytes than UTF-8
     if image_format == "PNG":
         _check_png_end(stream)
     elif image_format in ("JPEG", "MPO"):
         _check_jpeg_segments(stream)
+    elif image_format == "WEBP":
+        _check_webp_chunks(stream)
 
 
 def _check_png_end(stream: BinaryIO) -> None:
@@ -97,10 +119,20 @@ def _check_jpeg_segments(stream: BinaryIO) -> None:
         stream.seek(length - 2, os.SEEK_CUR)
 
 
+def _check_webp_chunks(stream: BinaryIO) -> None:
+    """nvImageCodec forgets the byte behind chunks of odd length on its way to the EXIF data."""
+    stream.seek(12)
+    is_odd = False
+    while len(head := stream.read(8)) == 8:
+        if head[:4] == b"EXIF" and is_odd:
+            raise ValueError("EXIF data behind a chunk of odd length in the WebP file")
+        length = int.from_bytes(head[4:], "little")
+        is_odd |= length % 2 == 1
+        stream.seek(length + length % 2, os.SEEK_CUR)
+
+
 def _reason(path: str, error: Exception) -> str:
     """Why a file is bad, in a few words."""
-    if isinstance(error, UnicodeEncodeError):
-        return "path is not UTF-8, as DALI needs it"
     text = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         with contextlib.suppress(OSError), open(path, "rb") as stream:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rsfast.data.index import ImageIndex, decode
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.data.sharing import PREFETCHED, check_shared_memory
 from rsfast.files.pictures import BILINEAR, cut
 from rsfast.runtime.interrupt import ignore_in_worker
 
@@ -95,6 +96,9 @@ class PillowDecoder:
         resolutions: r of each level.
         workers: processes; 0 renders in this one.
         device: where the rows are wanted; page-locked memory is used on the way to a GPU.
+
+    Raises:
+        ValueError: if the batches of the workers do not fit into shared memory.
     """
 
     def __init__(
@@ -106,8 +110,10 @@ class PillowDecoder:
         device: torch.device,
     ) -> None:
         self._batches = _Batches(plan, tuple(resolutions))
-        self._workers = workers
+        self._workers = min(workers, plan.steps)
         self._device = device
+        pixels = plan.batch_size * sum(r * r for r in resolutions)
+        check_shared_memory(self._workers, 3 * pixels, plan.steps)
 
     def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
         """[M, 3] uint8 of each step, on the device."""
@@ -116,6 +122,7 @@ class PillowDecoder:
             batch_size=None,
             sampler=[(epoch, step) for step in steps],
             num_workers=min(self._workers, len(steps)),
+            prefetch_factor=PREFETCHED if self._workers else None,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # it draws a seed, which nobody uses, from here

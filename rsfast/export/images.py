@@ -10,6 +10,7 @@ from PIL import Image
 
 from rsfast.data.folder import index_folder
 from rsfast.data.index import ImageIndex, decode
+from rsfast.data.labels import warn_of_numbers
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
@@ -32,6 +33,8 @@ def index_split(data: str | Path, split: str, manifest: Manifest) -> ImageIndex:
             f"data folder {data} must have the {manifest.num_classes} classes of the network, "
             f"got {len(names)} ({', '.join(names[:3])}, ...)"
         )
+    if manifest.class_names is None:
+        warn_of_numbers(data, names)
     return index
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
-__all__ = ["BILINEAR", "VAL_CROPS", "VAL_SCALE", "as_rgb", "cut", "val_geometry"]
+__all__ = ["BILINEAR", "VAL_CROPS", "VAL_SCALE", "as_rgb", "cut", "thin_parts", "val_geometry"]
 
 VAL_CROPS = ("center", "none")
 VAL_SCALE = 0.875  # share of the shorter side that the centre crop keeps
+# Of images that are longer than so many times their shorter side, only the part that is cut is
+# resized: a row of 20000 pixels would need 4 GB for 224 px.
+_THIN = 16
 BILINEAR = Image.Resampling.BILINEAR  # Pillow's, which is antialiased
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB, as it is stored: EXIF's orientation is not applied."""
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for one of Adobe's, which hold the negative; libjpeg's users,
+        # DALI among them, only those that say so.
+        image = ImageChops.invert(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
@@ -49,5 +56,35 @@ def cut(
     """The r x r crop at a corner (top, left) of the image resized to (height, width)."""
     height, width = resized.tolist()
     top, left = corner.tolist()
+    size = np.array([[image.height, image.width]])
+    thin, start, end = thin_parts(size, resized[None], corner[None], resolution)
+    if thin.any():
+        (upper, first), (lower, last) = start[0].tolist(), end[0].tolist()
+        part = (first, upper, last, lower)
+        return image.resize((resolution, resolution), BILINEAR, box=part)
     box = (left, top, left + resolution, top + resolution)
     return image.resize((width, height), BILINEAR).crop(box)
+
+
+def thin_parts(
+    sizes: np.ndarray, resized: np.ndarray, corners: np.ndarray, resolution: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which images are so thin that only a part of them is to be resized, and the part of each.
+
+    The pixels are those of the whole image resized and cut, but for rounding.
+
+    Args:
+        sizes: [n, 2] height and width in pixels.
+        resized: [n, 2] height and width that the whole image is resized to.
+        corners: [n, 2] top and left of the crop out of that.
+        resolution: r, of the crop.
+
+    Returns:
+        [n] bool, and [n, 2] float64 top and left, bottom and right of the part in pixels of the
+        image: of thin images what becomes the crop, of others the whole.
+    """
+    thin = resized.max(axis=1) > _THIN * np.maximum(resized.min(axis=1), resolution)
+    scale = sizes / resized
+    start = np.where(thin[:, None], corners * scale, 0.0)
+    end = np.where(thin[:, None], (corners + resolution) * scale, sizes)
+    return thin, start, np.minimum(end, sizes)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import Loader, default_workers, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
+from rsfast.data.labels import warn_of_numbers
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import AveragedModel
 from rsfast.engine.optim import build_optimizer
@@ -202,6 +203,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             f"train/ and val/ of {root} must have the same classes, "
             f"but {len(odd)} are in one only: {odd[:3]}"
         )
+    warn_of_numbers(root, training.class_names)
     return training, validation
 
 

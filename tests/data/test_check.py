@@ -77,10 +77,10 @@ def test_every_kind_of_broken_or_odd_file_is_named(specimens: Path, workers: int
 
 def test_a_sound_data_set_has_no_findings(root: Path) -> None:
     (root / "train" / "cat" / "notes.txt").write_text("three cats")
-    (root / "train" / "cat" / ".jpg").write_bytes(JPEG)
+    (root / "train" / "cat" / ".DS_Store").write_bytes(b"no image")
     (root / "train" / "cat" / "4.JPEG").write_bytes(JPEG)
     report = check_split(root / "train")
-    assert (report.findings, report.images, report.is_good) == ([], 8, True)
+    assert (report.findings, report.images, report.is_good) == ([], 7, True)
 
 
 def test_training_runs_through_a_folder_that_was_checked(specimens: Path, backend: str) -> None:
@@ -99,16 +99,15 @@ def test_dali_refuses_what_is_bad_only_for_its_sake(root: Path, name: str) -> No
         epoch(root, "dali")
 
 
-def test_a_name_that_is_no_text_is_bad_and_printed_without_its_bytes(
+def test_names_are_printed_without_bytes_that_are_no_text(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (root / "train" / "cat" / os.fsdecode(b"\xff.jpg")).write_bytes(JPEG)
-    (root / "train" / "cat" / "a\tb.jpg").write_bytes(b"")
+    for name in (b"\xff.jpg", b"a\tb.jpg"):
+        (root / "train" / "cat" / os.fsdecode(name)).write_bytes(b"")
     assert main(["check", str(root)]) == 1
     out = capsys.readouterr().out
-    assert r"train/cat/\udcff.jpg  path is not UTF-8" in out
+    assert r"train/cat/\udcff.jpg  empty file" in out
     assert r"train/cat/a\tb.jpg  empty file" in out
-    assert len(index_folder(root / "train")) == 6
 
 
 def test_a_decompression_bomb_is_bad_and_a_huge_image_odd(

@@ -265,7 +265,7 @@ def test_a_file_that_only_dali_cannot_decode_is_named(
 ) -> None:
     """GIF files do not pass the index, so the index is made to let one through."""
     pytest.importorskip("nvidia.dali", reason="the dali loader needs NVIDIA DALI")
-    monkeypatch.setattr("rsfast.data.folder._FORMATS", {"JPEG", "GIF"})
+    monkeypatch.setattr("rsfast.data.formats._WHOLLY", {"JPEG", "GIF"})
     make_image_folder(tmp_path, train=2, val=2)
     odd = tmp_path / "val" / "dog" / "0001.jpg"
     Image.new("RGB", (40, 30)).save(odd, format="GIF")
