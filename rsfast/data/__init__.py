@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rsfast.data.augment import Augment as Augment
     from rsfast.data.decoding import default_workers as default_workers
     from rsfast.data.folder import index_folder as index_folder
     from rsfast.data.index import ImageIndex as ImageIndex
@@ -16,16 +17,19 @@ if TYPE_CHECKING:
     from rsfast.data.loader import NORMALIZATIONS as NORMALIZATIONS
     from rsfast.data.loader import Batch as Batch
     from rsfast.data.loader import Loader as Loader
+    from rsfast.data.loader import Mix as Mix
     from rsfast.data.loader import train_loader as train_loader
     from rsfast.data.loader import val_loader as val_loader
     from rsfast.data.prefetching import prefetch as prefetch
 
 _SOURCES = {
+    "Augment": "augment",
     "BACKENDS": "loader",
     "NORMALIZATIONS": "loader",
     "Batch": "loader",
     "ImageIndex": "index",
     "Loader": "loader",
+    "Mix": "loader",
     "default_workers": "decoding",
     "index_folder": "folder",
     "prefetch": "prefetching",

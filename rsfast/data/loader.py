@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from rsfast import kernels
+from rsfast.data.augment import NOTHING, Augment
 from rsfast.data.cache import cache_root, has_record
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.folder import index_folder
 from rsfast.data.index import SPLITS, ImageIndex, check_command
+from rsfast.data.mixing import Mix, mixed
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
 from rsfast.pyramid import Pyramid, check_resolutions
 
-__all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "train_loader", "val_loader"]
+__all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
 
 _LOG = logging.getLogger(__name__)
 BACKENDS = ("dali", "pil", "synthetic")
@@ -43,11 +45,14 @@ class Batch:
             otherwise, and then perhaps with channels of zeros behind the colours.
         labels: [N] int64 on the device of the images.
         indices: [N] int64 positions in the data set's index, on the CPU.
+        mix: the labels that the images have besides their own, on their device; None where no
+            image is mixed with another.
     """
 
     images: Pyramid
     labels: Tensor
     indices: Tensor
+    mix: Mix | None = None
 
 
 class Decoder(Protocol):
@@ -126,6 +131,10 @@ class Loader:
         ):
             indices = self.plan.images(epoch, step)
             labels = torch.from_numpy(self.plan.index.labels[indices])
+            blends = self.plan.blends(epoch, step) if isinstance(self.plan, TrainPlan) else None
+            mix = None
+            if blends is not None:
+                rows, mix = mixed(rows, self.resolutions, labels.numpy(), blends)
             if self._device.type == "cuda":  # a copy of other memory waits for the stream
                 labels = labels.pin_memory()
             yield Batch(
@@ -143,6 +152,7 @@ class Loader:
                 ),
                 labels=labels.to(self._device, non_blocking=True),
                 indices=torch.from_numpy(indices),
+                mix=mix,
             )
         self.epoch = epoch + 1
 
@@ -159,6 +169,7 @@ def train_loader(
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
+    augment: Augment = NOTHING,
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
@@ -184,6 +195,7 @@ def train_loader(
         normalize: "imagenet", "none" (plain [0, 1]), or (mean, std) of RGB values in [0, 1].
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
+        augment: what else happens to the images.
         rank, world_size: which part of each step this process gets.
         workers: decoder threads (dali) or processes (pil; 0 decodes in this one); None for
             the cores of this process, at most 32.
@@ -216,6 +228,7 @@ def train_loader(
         crop=crop,
         flip=flip,
         crop_area=crop_area,
+        augment=augment,
     )
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
     return _loader(plan, resolutions, backend, normalize, means, torch.device(device), max_steps)

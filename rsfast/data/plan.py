@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from rsfast.data.augment import NOTHING, Augment, Blends, draw_blends
 from rsfast.data.index import ImageIndex
 from rsfast.files.pictures import VAL_CROPS, val_geometry
 
@@ -22,6 +23,7 @@ __all__ = ["TrainBatch", "TrainPlan", "ValBatch", "ValPlan", "random_windows"]
 CROP_MODES = ("single", "multi")
 FLIP_MODES = ("shared", "independent", "none")
 _TRIES = 10
+_MIXING = 1  # last part of the seed of what is drawn besides windows and flips; not 0
 DRAWS = 2 * _TRIES + 2  # random numbers per window: area and ratio of each try, top and left
 
 
@@ -109,6 +111,7 @@ class TrainPlan:
         crop: "single" window for all levels, or "multi" (one each; Table 6 of the paper).
         flip: "shared" by all levels, "independent", or "none".
         crop_area: range of the window's share of the image.
+        augment: what else happens to the images; it moves no window and no flip.
     """
 
     index: ImageIndex
@@ -120,6 +123,7 @@ class TrainPlan:
     crop: str = "single"
     flip: str = "shared"
     crop_area: tuple[float, float] = (0.08, 1.0)
+    augment: Augment = NOTHING
 
     def __post_init__(self) -> None:
         _check_share(self.batch_size, self.rank, self.world_size)
@@ -129,6 +133,11 @@ class TrainPlan:
             raise ValueError(f"flip must be one of {FLIP_MODES}, got {self.flip!r}")
         if not 0.0 < self.crop_area[0] <= self.crop_area[1] <= 1.0:
             raise ValueError(f"crop_area must be a range within (0, 1], got {self.crop_area}")
+        if self.augment.mixes and self.batch_size < 2:
+            raise ValueError(
+                "batch_size must be at least 2 for mixup and cutmix, which mix the images of a "
+                f"batch, got {self.batch_size}"
+            )
 
     @property
     def steps(self) -> int:
@@ -143,11 +152,9 @@ class TrainPlan:
 
     def batch(self, epoch: int, step: int) -> TrainBatch:
         """This rank's part of one step, both counted from 0."""
-        whole = self.batch_size * self.world_size
+        whole, own = self._share
         images = self.images(epoch, step)
         rng = np.random.default_rng((self.seed, epoch, 1 + step))
-        # Drawn for all ranks and then cut, so that the pictures do not depend on the split.
-        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         # The largest level's window, then flips, then other windows: the first two are the same for
         # any number of levels, so that trainings of one seed see the same pictures.
         draws = rng.random((1, whole, DRAWS))
@@ -160,6 +167,24 @@ class TrainPlan:
         windows = np.stack([random_windows(part[own], sizes, self.crop_area) for part in draws])
         windows = np.broadcast_to(windows, (self.num_levels, self.batch_size, 4))
         return TrainBatch(images, windows, flips, self.crop == "single")
+
+    def blends(self, epoch: int, step: int) -> Blends | None:
+        """How this rank's images of one step are mixed; None where none are."""
+        if not self.augment.mixes:
+            return None
+        whole, own = self._share
+        rng = np.random.default_rng((self.seed, epoch, 1 + step, _MIXING))
+        drawn = draw_blends(rng, whole, self.augment.mixup, self.augment.cutmix)
+        return Blends(*(part[own] for part in drawn))
+
+    @property
+    def _share(self) -> tuple[int, slice]:
+        """The images of a whole step, and this rank's part of them.
+
+        All is drawn for all ranks and then cut, so that the pictures do not depend on the split.
+        """
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return self.batch_size * self.world_size, own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,102 @@
+"""What is drawn for training images beyond window and flip: pure functions of generator and count.
+
+Everything is drawn once per image, in shares of its sides, and serves all its resolutions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["NOTHING", "Augment", "Blends", "draw_blends", "partners"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augment:
+    """What happens to training images beyond window and flip; by default nothing.
+
+    Attributes:
+        mixup: alpha of Beta(alpha, alpha), of which the share of an image in its mixture with
+            another one is drawn; 0 for no mixtures.
+        cutmix: alpha of Beta(alpha, alpha), of which the share of an image that another one's box
+            leaves visible is drawn; 0 for no boxes. With both, each image gets one of the two,
+            either with probability 1/2.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            if not 0.0 <= alpha < np.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {alpha}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others, so that labels become soft."""
+        return bool(self.mixup or self.cutmix)
+
+
+NOTHING = Augment()
+
+
+class Blends(NamedTuple):
+    """How images are mixed with their partners: within a box, so much of the own image is kept.
+
+    Mixup's box is the whole image, and CutMix keeps nothing within the box.
+
+    Attributes:
+        boxes: [N, 4] float32 top, left, bottom, right in shares of the sides, within [0, 1].
+        kept: [N] float32 share of the own image within the box, in [0, 1].
+    """
+
+    boxes: np.ndarray
+    kept: np.ndarray
+
+    @property
+    def share(self) -> np.ndarray:
+        """[N] float32 of the own image in the whole picture, and so of its label."""
+        height, width = (self.boxes[:, 2:] - self.boxes[:, :2]).T
+        return 1.0 - height * width * (1.0 - self.kept)
+
+
+def draw_blends(rng: np.random.Generator, count: int, mixup: float, cutmix: float) -> Blends:
+    """Draws for `count` images, as timm does with a share for each image.
+
+    A CutMix box has the sides sqrt(1 - share), its centre is anywhere in the image, and what lies
+    outside the image is cut off, so that the share that is left visible grows.
+
+    Args:
+        rng: moved on.
+        count: of images.
+        mixup, cutmix: as in :class:`Augment`, not both 0.
+    """
+    cuts = np.full(count, not mixup)
+    if mixup and cutmix:
+        cuts = rng.random(count) < 0.5
+    shares = np.where(
+        cuts,
+        rng.beta(cutmix, cutmix, count) if cutmix else 0.0,
+        rng.beta(mixup, mixup, count) if mixup else 0.0,
+    )
+    centres = rng.random((count, 2))
+    half = np.sqrt(1.0 - shares)[:, None] / 2.0
+    boxes = np.concatenate([centres - half, centres + half], axis=1).clip(0.0, 1.0)
+    boxes[~cuts] = (0.0, 0.0, 1.0, 1.0)
+    return Blends(boxes.astype(np.float32), np.where(cuts, 0.0, shares).astype(np.float32))
+
+
+def partners(count: int) -> np.ndarray:
+    """[count] int64: of each image of a batch, the one that it is mixed with.
+
+    Neighbours are each other's partners. So batches of an even number of images hold the same
+    pictures however many ranks a step is spread over. The last image of an odd number takes the
+    first one.
+    """
+    own = np.arange(count)
+    other = own ^ 1
+    other[other == count] = 0
+    return other
