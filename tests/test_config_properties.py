@@ -44,7 +44,10 @@ OF_KIND = {
 }
 TUPLES = ("resolutions", "crop_area")
 AT_LEAST_ONE = ("batch_size", "epochs", "log_every", "max_skipped", "keep")
-NOT_NEGATIVE = ("steps_per_epoch", "workers", "seed", "lr", "weight_decay", "warmup_epochs")
+NOT_NEGATIVE = (
+    *("steps_per_epoch", "workers", "seed", "lr", "weight_decay", "warmup_epochs"),
+    *("mixup", "cutmix"),
+)
 SHARES = ("label_smoothing", "ema_decay", "momentum")
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1)

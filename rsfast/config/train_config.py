@@ -10,6 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from rsfast.config.rules import check, cut, is_count, setting
+from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
@@ -92,6 +93,12 @@ class TrainConfig:
     """one random flip per image, one for each of its levels, or none"""
     crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
     """range of the window's share of the image's area"""
+    mixup: float = setting(0.0, at_least=0)
+    """alpha of Beta(alpha, alpha), of which the share of an image in its mixture with another one
+    of the batch is drawn; 0 for no mixtures"""
+    cutmix: float = setting(0.0, at_least=0)
+    """alpha of Beta(alpha, alpha), of which the share of an image that a box of another one leaves
+    visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
     val_crop: str = setting("center", choices=VAL_CROPS)
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
     normalize: str = setting("imagenet", choices=tuple(NORMALIZATIONS))
@@ -182,6 +189,11 @@ class TrainConfig:
             raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    @property
+    def augment(self) -> Augment:
+        """What happens to training images beyond window and flip."""
+        return Augment(mixup=self.mixup, cutmix=self.cutmix)
 
     @property
     def folder(self) -> Path:

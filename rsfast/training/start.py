@@ -171,6 +171,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             normalize=cfg.normalize,
             seed=cfg.seed,
             crop_area=(cfg.crop_area[0], cfg.crop_area[1]),
+            augment=cfg.augment,
             max_steps=cfg.steps_per_epoch,
             **common,
         )
