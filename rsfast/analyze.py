@@ -230,6 +230,7 @@ def _analyze(args: argparse.Namespace) -> None:
         resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
         val_crop=model.val_crop,
+        exif=model.exif,
         calibration_batches=0,
         **common_settings(args),
     )

@@ -19,6 +19,7 @@ from rsfast.data import BACKENDS, ImageIndex, Loader, prefetch, train_loader, va
 from rsfast.data.builtin import builtin_root
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.tables import write_rows
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import choose_backend
@@ -97,13 +98,18 @@ class Settings:
     hw_decoder_load: float | None
     dont_use_mmap: bool
     val_crop: str
+    exif: str
     precision: str | None
     calibration_batches: int
 
     @property
     def loading(self) -> dict[str, Any]:
         """What every loader is told."""
-        return {"backend": self.loader, **{name: getattr(self, name) for name in _DECODING}}
+        return {
+            "backend": self.loader,
+            "exif": self.exif,
+            **{n: getattr(self, n) for n in _DECODING},
+        }
 
 
 def parse_resolutions(text: str) -> list[int]:
@@ -172,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             resolutions=tuple(resolutions),
             between=args.between,
             val_crop=args.val_crop or model.val_crop,
+            exif=args.exif or model.exif,
             calibration_batches=args.calibration_batches,
             **common_settings(args),
         )
@@ -213,6 +220,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--between", choices=BETWEEN, default="interpolate", help="batch norm of the others")
     add_common_flags(parser)
     add("--val-crop", choices=VAL_CROPS, help="by default as in training")
+    add("--exif", choices=EXIF_MODES, help="by default as in training")
     add("--calibration-batches", type=int, default=20, help="training batches to calibrate on")
     add(
         "--trained-resolutions",

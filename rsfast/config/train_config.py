@@ -16,6 +16,7 @@ from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.registry import ARCHITECTURES, check_arch
@@ -101,6 +102,8 @@ class TrainConfig:
     visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
     val_crop: str = setting("center", choices=VAL_CROPS)
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
+    exif: str = setting("ignore", choices=EXIF_MODES)
+    """leave images as they are stored, or turn them as their EXIF says"""
     normalize: str = setting("imagenet", choices=tuple(NORMALIZATIONS))
     """subtract mean and divide by deviation, or feed [0, 1]"""
     batch_size: int = setting(256, at_least=1, on_resume="at an epoch")

@@ -221,7 +221,7 @@ class DaliDecoder:
         """Whole images, or the part of each that lies in a region."""
         how = {
             "device": "mixed" if self._on_gpu else "cpu",
-            "adjust_orientation": False,
+            "adjust_orientation": self._plan.index.exif == "honour",
             # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
             "jpeg_fancy_upsampling": True,
             "hw_decoder_load": self._hw_decoder_load,

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from rsfast.files.orientation import upright
 from rsfast.files.pictures import as_rgb
 
 __all__ = [
@@ -53,10 +54,12 @@ class ImageIndex:
         paths: n paths relative to root, sorted within each folder; in an archive, that of the
             archive's file with the name within it behind.
         labels: [n] int64, position of the image's class in class_names.
-        sizes: [n, 2] int32, height and width in pixels as stored (no EXIF rotation).
+        sizes: [n, 2] int32, height and width in pixels, as stored or as EXIF has them shown.
         class_names: sub-folder names, sorted.
         archive: what holds the images; None where they are files of their own.
         rows: [n] int64, of each image in the archive; None without one.
+        exif: what becomes of EXIF's orientation: "ignore" it, or "honour" it by a turn, after
+            which the sizes are.
     """
 
     root: Path
@@ -66,6 +69,7 @@ class ImageIndex:
     class_names: tuple[str, ...]
     archive: Archive | None = None
     rows: np.ndarray | None = None
+    exif: str = "ignore"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,9 +102,10 @@ class ImageIndex:
 
     @property
     def digest(self) -> str:
-        """A name for the images, in order."""
+        """A name for the images, in order, and for what becomes of their orientation."""
         paths = os.fsencode("\0".join(self.paths))  # names of any bytes
-        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}"
+        suffix = "" if self.exif == "ignore" else f":{self.exif}"
+        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}{suffix}"
 
 
 def printable(path: str) -> str:
@@ -120,14 +125,14 @@ def exclude_command(root: Path, path: str) -> str:
 
 
 def decode(index: ImageIndex, position: int) -> Image.Image:
-    """One whole image, in RGB.
+    """One whole image, in RGB, turned as EXIF says if the index honours it.
 
     Raises:
         RuntimeError: naming the file, if it cannot be decoded, and how to leave it out.
     """
     try:
         with Image.open(io.BytesIO(index.read(position))) as file:
-            return as_rgb(file)
+            return as_rgb(upright(file) if index.exif == "honour" else file)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
             f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "

@@ -23,6 +23,8 @@ from rsfast.data.mixing import Mix, mixed
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
+from rsfast.data.turning import turned
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
@@ -170,6 +172,7 @@ def train_loader(
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
     augment: Augment = NOTHING,
+    exif: str = "ignore",
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
@@ -196,6 +199,7 @@ def train_loader(
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
         augment: what else happens to the images.
+        exif: "ignore" the orientation that EXIF has, or "honour" it, and turn images so.
         rank, world_size: which part of each step this process gets.
         workers: decoder threads (dali) or processes (pil; 0 decodes in this one); None for
             the cores of this process, at most 32.
@@ -219,7 +223,7 @@ def train_loader(
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
-        index=_index(root, "train", backend, limit, num_images, num_classes, strict),
+        index=_index(root, "train", backend, limit, num_images, num_classes, strict, exif),
         num_levels=len(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -243,6 +247,7 @@ def val_loader(
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     crop: str = "center",
     split: str = "val",
+    exif: str = "ignore",
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
@@ -264,7 +269,7 @@ def val_loader(
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
         split: "val", or "train" for training images prepared like these.
-        rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
+        exif, rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
             :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
         strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
@@ -276,7 +281,7 @@ def val_loader(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     plan = ValPlan(
-        index=_index(root, split, backend, limit, num_images, num_classes, strict),
+        index=_index(root, split, backend, limit, num_images, num_classes, strict, exif),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -295,7 +300,10 @@ def _index(
     num_images: int,
     num_classes: int,
     strict: bool,
+    exif: str,
 ) -> ImageIndex:
+    if exif not in EXIF_MODES:
+        raise ValueError(f"exif must be one of {EXIF_MODES}, got {exif!r}")
     if limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     if backend not in BACKENDS:
@@ -305,6 +313,8 @@ def _index(
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
         index = index_folder(Path(root) / split, strict=strict)
         _warn_if_unchecked(index.root)
+        if exif == "honour":
+            index = turned(index)
         return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
     return ImageIndex(
         root=Path("synthetic"),

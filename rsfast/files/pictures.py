@@ -13,7 +13,7 @@ BILINEAR = Image.Resampling.BILINEAR  # Pillow's, which is antialiased
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, as it is stored: EXIF's orientation is not applied."""
+    """The picture in RGB, as it is stored: see `rsfast.files.orientation` for EXIF's."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.astype(np.uint8))

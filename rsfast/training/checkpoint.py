@@ -44,7 +44,8 @@ __all__ = [
 _FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
-_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "class_names")
+_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "class_names")
+_YOUNGER: dict[str, Any] = {"exif": "ignore"}  # what older checkpoints lack means this
 
 
 def save(payload: dict[str, Any], *paths: Path) -> None:
@@ -215,6 +216,7 @@ def load_model(
         _check_arch(path, model.arch, arch)
         alpha = official.alpha_of(content)
         return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
+    content = {**_YOUNGER, **content}
     missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
     if missing:
         raise ValueError(
@@ -236,7 +238,7 @@ def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata["sha256"] != _digest(metadata["rsfast"], tensors):
             raise ValueError("its checksum does not match")
-        about = json.loads(metadata["rsfast"])
+        about = {**_YOUNGER, **json.loads(metadata["rsfast"])}
         alpha = tensors.pop("ensemble.alpha")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged or not of rsfast: {error}") from error

@@ -131,6 +131,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
+    model.exif = cfg.exif
     return model
 
 
@@ -153,6 +154,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "hw_decoder_load": cfg.hw_decoder_load,
         "dont_use_mmap": cfg.dont_use_mmap,
         "strict": cfg.strict,
+        "exif": cfg.exif,
         "device": rank.device,
     }
     with first_rank_first(rank):
