@@ -30,6 +30,8 @@ try:
     from nvidia.dali import types
     from nvidia.dali.pipeline import Pipeline
     from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    from rsfast.data.dali_operations import fields_of, num_fields, operated
 except ImportError as error:
     raise ImportError(f"the dali loader needs NVIDIA DALI: {_INSTALL}") from error
 
@@ -60,7 +62,7 @@ class _Feed:
         self.pending: Iterator[tuple[int, int]] = iter(())
 
     def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, corner and shape of the windows, start and end of the resizes."""
+        """Paths, corner and shape of the windows, start and end of the resizes, operations."""
         batch = self._plan.batch(*next(self.pending))
         assert isinstance(batch, TrainBatch)
         windows = batch.windows[:1] if batch.shared_window else batch.windows
@@ -76,6 +78,7 @@ class _Feed:
             *np.ascontiguousarray(windows[:, :, 2:]),
             *start,
             *end,
+            *(fields_of(batch.operations, windows[:, :, 2:]) if batch.operations else ()),
         ]
 
     def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
@@ -184,9 +187,9 @@ class DaliDecoder:
     def _train_graph(self, feed: _Feed) -> list:
         count = len(self._resolutions)
         windows = 1 if self._plan.crop == "single" else count
-        fields = iter(
-            fn.external_source(source=feed.next_train, num_outputs=1 + 2 * windows + 2 * count)
-        )
+        number, magnitude = self._plan.augment.rand_augment or (0, 0)
+        told = 1 + 2 * windows + 2 * count + num_fields(number, windows)
+        fields = iter(fn.external_source(source=feed.next_train, num_outputs=told))
         encoded = self._read(next(fields))
         starts, shapes = _take(fields, windows), _take(fields, windows)
         left, right = _take(fields, count), _take(fields, count)
@@ -198,6 +201,8 @@ class DaliDecoder:
                 fn.slice(images, start=start, shape=shape, axis_names="HW")
                 for start, shape in zip(starts, shapes, strict=True)
             ]
+        if number:
+            regions = operated(regions, list(fields), magnitude, self._on_gpu)
         crops = regions * count if windows == 1 else regions
         return [
             self._resize(crop, size=(r, r), roi_start=start, roi_end=end, roi_relative=True)

@@ -19,7 +19,7 @@ from rsfast.data.cache import cache_root, has_record
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.folder import index_folder
 from rsfast.data.index import SPLITS, ImageIndex, check_command
-from rsfast.data.mixing import Mix, mixed
+from rsfast.data.mixing import Mix, erase, mixed
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
@@ -139,16 +139,19 @@ class Loader:
                 rows, mix = mixed(rows, self.resolutions, labels.numpy(), blends)
             if self._device.type == "cuda":  # a copy of other memory waits for the stream
                 labels = labels.pin_memory()
+            rows = kernels.normalize(
+                rows,
+                self.mean,
+                self.std,
+                dtype=self.dtype,
+                channels=self.channels,
+                backend=self.backend,
+            )
+            if isinstance(self.plan, TrainPlan):
+                erase(rows, self.resolutions, self.plan.erasures(epoch, step))
             yield Batch(
                 images=Pyramid(
-                    rows=kernels.normalize(
-                        rows,
-                        self.mean,
-                        self.std,
-                        dtype=self.dtype,
-                        channels=self.channels,
-                        backend=self.backend,
-                    ),
+                    rows=rows,
                     sizes=tuple((r, r) for r in self.resolutions),
                     num_images=len(indices),
                 ),
