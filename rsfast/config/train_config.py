@@ -59,6 +59,24 @@ def checkpoint_interval(text: str | None) -> tuple[int, float]:
     return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
 
 
+def operations_of(text: str | None) -> tuple[int, int] | None:
+    """The N and M of "N:M", operations of RandAugment and their magnitude.
+
+    Raises:
+        ValueError: if the text is something else, or a number out of range.
+    """
+    if text is None:
+        return None
+    number, colon, magnitude = text.partition(":")
+    if not (colon and is_count(number) and is_count(magnitude)):
+        raise ValueError(f"rand_augment must look like 2:9, got {cut(text)!r}")
+    return Augment(rand_augment=(int(number), int(magnitude))).rand_augment
+
+
+def _check_probability(share: float) -> None:
+    Augment(random_erasing=share)
+
+
 def _check_area(area: tuple[float, ...]) -> None:
     if len(area) != 2 or not 0.0 < area[0] <= area[1] <= 1.0:
         raise ValueError(f"crop_area must be a range within (0, 1], got {area}")
@@ -100,6 +118,11 @@ class TrainConfig:
     cutmix: float = setting(0.0, at_least=0)
     """alpha of Beta(alpha, alpha), of which the share of an image that a box of another one leaves
     visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
+    rand_augment: str | None = setting(None, check=operations_of)
+    """operations N and magnitude M (0 to 30) of RandAugment as N:M, such as 2:9; one draw for all
+    resolutions; by default none"""
+    random_erasing: float = setting(0.0, check=_check_probability)
+    """probability that a rectangle of an image is erased, the same at all its resolutions"""
     val_crop: str = setting("center", choices=VAL_CROPS)
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
     exif: str = setting("ignore", choices=EXIF_MODES)
@@ -196,7 +219,12 @@ class TrainConfig:
     @property
     def augment(self) -> Augment:
         """What happens to training images beyond window and flip."""
-        return Augment(mixup=self.mixup, cutmix=self.cutmix)
+        return Augment(
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            rand_augment=operations_of(self.rand_augment),
+            random_erasing=self.random_erasing,
+        )
 
     @property
     def folder(self) -> Path:
