@@ -5,6 +5,7 @@ Everything is drawn once per image, in shares of its sides, and serves all its r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ __all__ = [
 MOST_OPERATIONS = 10  # per image: DALI's graph grows with them
 _TRIES = 10
 _ERASED = (0.02, 1 / 3)  # shares of the area, uniform
-_ERASED_RATIO = (0.3, 3.3)  # of height to width, log-uniform
+_ERASED_LOG_RATIO = (math.log(0.3), math.log(3.3))  # of height to width, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,12 +143,12 @@ def draw_erasures(rng: np.random.Generator, count: int, probability: float) -> n
     """
     chosen = rng.random(count) < probability
     areas = rng.uniform(*_ERASED, (count, _TRIES))
-    ratios = np.exp(rng.uniform(*np.log(_ERASED_RATIO), (count, _TRIES)))
+    ratios = np.exp(rng.uniform(*_ERASED_LOG_RATIO, (count, _TRIES)))
     places = rng.random((count, 2))
     tried = np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=2)
-    fits = (tried < 1.0).all(axis=2)
+    fits = np.all(tried < 1.0, axis=2)
     sides = np.take_along_axis(tried, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
     corners = places * (1.0 - sides)
     boxes = np.concatenate([corners, corners + sides], axis=1)
-    boxes[~(chosen & fits.any(axis=1))] = 0.0
+    boxes[~(chosen & np.any(fits, axis=1))] = 0.0
     return boxes.astype(np.float32)

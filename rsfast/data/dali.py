@@ -186,6 +186,7 @@ class DaliDecoder:
 
     def _train_graph(self, feed: _Feed) -> list:
         count = len(self._resolutions)
+        assert isinstance(self._plan, TrainPlan)
         windows = 1 if self._plan.crop == "single" else count
         number, magnitude = self._plan.augment.rand_augment or (0, 0)
         told = 1 + 2 * windows + 2 * count + num_fields(number, windows)

@@ -54,7 +54,8 @@ def operate(image: Image.Image, name: str, amount: float, magnitude: int) -> Ima
         mask = posterize_mask(magnitude)
         return image.point([value & mask for value in range(256)] * 3)
     if name == "solarize":
-        return ImageOps.solarize(image, solarize_threshold(magnitude))
+        threshold = solarize_threshold(magnitude)
+        return image.point([v if v < threshold else 255 - v for v in range(256)] * 3)
     if name == "autocontrast":
         return ImageOps.autocontrast(image)
     return _equalized(image) if name == "equalize" else image

@@ -147,12 +147,13 @@ def test_equalize_spreads_the_ranks_over_all_values() -> None:
     assert np.array_equal(green, 255 - expected)
     assert (blue == 7).all()
     # Without many black pixels, whose number Pillow does not subtract, its formula is near.
-    large = noisy_image(400, 500, seed=3).point([value // 2 + 60 for value in range(256)] * 3)
+    values = np.random.default_rng(0).normal(128, 30, (400, 500, 3)).clip(0, 255)
+    large = Image.fromarray(values.astype(np.uint8))
     ours, pillows = (
         np.asarray(image).astype(int)
         for image in (operate(large, "equalize", 0.0, 9), ImageOps.equalize(large))
     )
-    assert np.abs(ours - pillows).max() <= 3
+    assert np.abs(ours - pillows).max() <= 5
 
 
 def by_dali(pictures: list[Image.Image], operations: Operations) -> list[np.ndarray]:
