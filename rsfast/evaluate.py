@@ -210,13 +210,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="of rsfast (model_best.pt, last.pt) or of the authors' code")
-    add(
-        "--resolutions",
-        nargs="+",
-        default=[],
-        metavar="R",
-        help="besides the trained ones: 176, or 64:448:16 for a range with both ends",
-    )
+    wanted = "besides the trained ones: 176, or 64:448:16 for a range with both ends"
+    add("--resolutions", nargs="+", default=[], metavar="R", help=wanted)
     add("--between", choices=BETWEEN, default="interpolate", help="batch norm of the others")
     add_common_flags(parser)
     add("--val-crop", choices=VAL_CROPS, help="by default as in training")
@@ -228,11 +223,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         help="of an authors' checkpoint not at 224..96",
     )
-    add(
-        "--per-image",
-        action="store_true",
-        help="write per_image.csv, too: the place of each image's class among all, from 1",
-    )
+    places = "write per_image.csv, too: the place of each image's class among all, from 1"
+    add("--per-image", action="store_true", help=places)
     add(
         "--output",
         help="folder for accuracy.csv and accuracy.png; by default evaluation/ beside the "

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,6 +61,8 @@ class ImageIndex:
         rows: [n] int64, of each image in the archive; None without one.
         exif: what becomes of EXIF's orientation: "ignore" it, or "honour" it by a turn, after
             which the sizes are.
+        copies: path -> absolute path of what is read in place of the file, of those cut-off images
+            that are tolerated; None where there are none.
     """
 
     root: Path
@@ -70,13 +73,15 @@ class ImageIndex:
     archive: Archive | None = None
     rows: np.ndarray | None = None
     exif: str = "ignore"
+    copies: Mapping[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, position: int) -> str:
-        """Absolute path of one image."""
-        return os.path.join(self.root, self.paths[position])
+        """Absolute path of the file that one image is read from."""
+        path = self.paths[position]
+        return os.path.join(self.root, (self.copies or {}).get(path, path))
 
     def read(self, position: int) -> bytes:
         """One image as it was encoded.

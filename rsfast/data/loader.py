@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -187,6 +187,7 @@ def train_loader(
     num_images: int = 1_281_167,
     num_classes: int = 1000,
     strict: bool = False,
+    tolerate_truncated: bool = False,
 ) -> Loader:
     """Shuffled training batches: one decode, one window and one flip per image, R resizes.
 
@@ -214,7 +215,7 @@ def train_loader(
         max_steps: end epochs after so many batches; 0 for whole epochs.
         limit: take so many images only, evenly spaced over the data set; 0 for all.
         num_images, num_classes: size of the synthetic data set.
-        strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
+        strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -222,11 +223,12 @@ def train_loader(
     """
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
+    damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     resolutions = [r for r in check_resolutions(resolutions) for _ in range(copies)]
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
-        index=_index(root, "train", backend, limit, num_images, num_classes, strict, exif),
+        index=_index(root, "train", backend, limit, num_images, num_classes, exif, damage),
         num_levels=len(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -261,6 +263,7 @@ def val_loader(
     num_images: int = 50_000,
     num_classes: int = 1000,
     strict: bool = False,
+    tolerate_truncated: bool = False,
 ) -> Loader:
     """Validation batches: every image exactly once over all ranks, the last batch may be smaller.
 
@@ -275,7 +278,7 @@ def val_loader(
         exif, rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
             :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
-        strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
+        strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -283,8 +286,9 @@ def val_loader(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     plan = ValPlan(
-        index=_index(root, split, backend, limit, num_images, num_classes, strict, exif),
+        index=_index(root, split, backend, limit, num_images, num_classes, exif, damage),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -302,8 +306,8 @@ def _index(
     limit: int,
     num_images: int,
     num_classes: int,
-    strict: bool,
     exif: str,
+    damage: Mapping[str, bool],
 ) -> ImageIndex:
     if exif not in EXIF_MODES:
         raise ValueError(f"exif must be one of {EXIF_MODES}, got {exif!r}")
@@ -314,7 +318,7 @@ def _index(
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        index = index_folder(Path(root) / split, strict=strict)
+        index = index_folder(Path(root) / split, **damage)
         _warn_if_unchecked(index.root)
         if exif == "honour":
             index = turned(index)

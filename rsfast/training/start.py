@@ -155,6 +155,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "dont_use_mmap": cfg.dont_use_mmap,
         "strict": cfg.strict,
         "exif": cfg.exif,
+        "tolerate_truncated": cfg.tolerate_truncated,
         "device": rank.device,
     }
     with first_rank_first(rank):
@@ -217,6 +218,9 @@ def _open_folder(run: Run) -> None:
         "config_hash": config_hash(run.cfg),
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
+        "truncated_images": sum(
+            len(loader.plan.index.copies or ()) for loader in (run.train_loader, run.val_loader)
+        ),
         "classes": len(run.train_loader.class_names),
         "workers": default_workers() if run.cfg.workers is None else run.cfg.workers,
         "train_set": run.data_set["train"],
