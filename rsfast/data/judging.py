@@ -68,6 +68,8 @@ def _check_for_dali(stream: BinaryIO, path: str, image_format: str | None) -> No
         _check_png_end(stream)
     elif image_format in ("JPEG", "MPO"):
         _check_jpeg_segments(stream)
+    elif image_format == "WEBP":
+        _check_webp_chunks(stream)
 
 
 def _check_png_end(stream: BinaryIO) -> None:
@@ -95,6 +97,18 @@ def _check_jpeg_segments(stream: BinaryIO) -> None:
         if marker[:1] != b"\xff" or marker[1:] < b"\xc0" or length < 2:
             raise ValueError("stray bytes between the segments of the JPEG file")
         stream.seek(length - 2, os.SEEK_CUR)
+
+
+def _check_webp_chunks(stream: BinaryIO) -> None:
+    """On its way to EXIF nvImageCodec 0.9 forgets the byte that follows a chunk of odd length."""
+    stream.seek(12)
+    is_odd = False
+    while len(head := stream.read(8)) == 8:
+        length = int.from_bytes(head[4:], "little")
+        if head[:4] == b"EXIF" and is_odd:
+            raise ValueError("EXIF behind a chunk of odd length in the WebP file")
+        is_odd |= length % 2 == 1
+        stream.seek(length + length % 2, os.SEEK_CUR)
 
 
 def _reason(path: str, error: Exception) -> str:
