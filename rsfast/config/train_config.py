@@ -159,7 +159,7 @@ class TrainConfig:
     """data loader; synthetic repeats one random batch"""
     strict: bool = setting(False, on_resume="freely")
     """refuse a data set with unreadable images instead of leaving them out"""
-    tolerate_truncated: bool = setting(False, on_resume="at an epoch")
+    tolerate_truncated: bool = setting(False, on_resume="freely")
     """use the images that the last check found to be cut off, as far as they can be decoded"""
     workers: int | None = setting(None, at_least=0, below=TOO_MANY_WORKERS, on_resume="freely")
     """loader threads (dali) or processes (pil) per rank; by default its share of the cores that it
