@@ -4,7 +4,7 @@ Of each operation only the images that it is drawn for are computed: the batch i
 and merged behind it, which moves no pixel. Pillow rounds results of its enhancements down, so that
 is done here, too. On a CPU the pictures are Pillow's bit for bit, with two exceptions: sharpness at
 the outermost pixels of a crop, which Pillow leaves as they are while DALI mirrors what lies behind
-them, and up to one pixel in 500 of a rotated picture, whose source lies between two pixels.
+them, and about one pixel in 1000 of a rotated picture, whose source lies between two pixels.
 """
 
 from __future__ import annotations

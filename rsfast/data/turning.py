@@ -35,8 +35,8 @@ def turned(index: ImageIndex) -> ImageIndex:
         index: whose sizes are as stored.
 
     Raises:
-        ValueError: naming the file whose EXIF contradicts itself: DALI takes its memory for a
-            picture of another shape, and may end the process.
+        ValueError: naming the file whose EXIF contradicts itself: DALI 2.4 makes wrong pixels of
+            such a file, and may end the process.
     """
     file = cache_root() / "orientation" / f"{_key(index)}.npz"
     stored = load_arrays(file, "orientations")
