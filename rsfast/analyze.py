@@ -228,6 +228,7 @@ def _analyze(args: argparse.Namespace) -> None:
         resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
         val_crop=model.val_crop,
+        exif=model.exif,
         calibration_batches=0,
         **common_settings(args),
     )

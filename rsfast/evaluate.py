@@ -22,6 +22,7 @@ from rsfast.data.labels import warn_of_numbers
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.files.folders import make_writable
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.tables import write_rows
 from rsfast.kernels import choose_backend
 from rsfast.models import RSNet
@@ -95,13 +96,18 @@ class Settings:
     hw_decoder_load: float | None
     dont_use_mmap: bool
     val_crop: str
+    exif: str
     precision: str | None
     calibration_batches: int
 
     @property
     def loading(self) -> dict[str, Any]:
         """What every loader is told."""
-        return {"backend": self.loader, **{name: getattr(self, name) for name in DECODING}}
+        return {
+            "backend": self.loader,
+            "exif": self.exif,
+            **{name: getattr(self, name) for name in DECODING},
+        }
 
 
 def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Evaluation:
@@ -168,6 +174,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         resolutions=tuple(resolutions),
         between=args.between,
         val_crop=args.val_crop or model.val_crop,
+        exif=args.exif or model.exif,
         calibration_batches=args.calibration_batches,
         **common_settings(args),
     )
@@ -189,16 +196,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="of rsfast (model_best.pt, last.pt) or of the authors' code")
-    add(
-        "--resolutions",
-        nargs="+",
-        default=[],
-        metavar="R",
-        help="besides the trained ones: 176, or 64:448:16 for a range with both ends",
-    )
+    wanted = "besides the trained ones: 176, or 64:448:16 for a range with both ends"
+    add("--resolutions", nargs="+", default=[], metavar="R", help=wanted)
     add("--between", choices=BETWEEN, default="interpolate", help="batch norm of the others")
     add_common_flags(parser)
     add("--val-crop", choices=VAL_CROPS, help="by default as in training")
+    add("--exif", choices=EXIF_MODES, help="by default as in training")
     add("--calibration-batches", type=int, default=20, help="training batches to calibrate on")
     add(
         "--trained-resolutions",
@@ -206,11 +209,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         help="of an authors' checkpoint not at 224..96",
     )
-    add(
-        "--per-image",
-        action="store_true",
-        help="write per_image.csv, too: the place of each image's class among all, from 1",
-    )
+    places = "write per_image.csv, too: the place of each image's class among all, from 1"
+    add("--per-image", action="store_true", help=places)
     add(
         "--output",
         help="folder for accuracy.csv and accuracy.png; by default evaluation/ beside the "

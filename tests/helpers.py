@@ -119,8 +119,10 @@ PICTURE = smooth_image(60, 80, np.random.default_rng(7))
 JPEG, PNG = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG")
 WEBP, BMP = encoded(PICTURE, "WEBP"), encoded(PICTURE, "BMP")
 EXIF = Image.Exif()
-EXIF[0x0112] = 1
+EXIF[0x0112] = 6
 LOSSLESS = encoded(PICTURE, "WEBP", lossless=True, exif=EXIF, icc_profile=bytes(3))
+# Of odd length are the pixels of this one.
+ODD_WEBP = encoded(PICTURE.crop((0, 0, 80, 59)), "WEBP", lossless=True, exif=EXIF)
 TABLE = JPEG.index(b"\xff\xdb")  # a segment before the picture
 DATA = PNG.index(b"IDAT")  # its name, with the length before it
 CHECKSUM = DATA + 4 + int.from_bytes(PNG[DATA - 4 : DATA], "big")
@@ -153,5 +155,6 @@ FOR_DALI: dict[str, tuple[bytes, str]] = {
     "without_checksum.png": (PNG[:-1], "truncated"),
     "long_end.png": (PNG[:-9] + b"\1" + PNG[-8:], "last chunk"),
     "exif.webp": (LOSSLESS, "EXIF data behind a chunk of odd length"),
+    "odd_before_exif.webp": (ODD_WEBP, "EXIF data behind a chunk of odd length"),
     "wrong_checksum.png": (PNG[:CHECKSUM] + bytes(4) + PNG[CHECKSUM + 4 :], "checksum in b'IDAT'"),
 }

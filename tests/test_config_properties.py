@@ -26,7 +26,7 @@ SETTINGS = settings(max_examples=250, derandomize=True, deadline=None, database=
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 RULES = rules_of(TrainConfig)
 WITH_CHOICES = (
-    "bn distill crop flip val_crop normalize loader precision decay device kernels optimizer"
+    "bn distill crop flip val_crop exif normalize loader precision decay device kernels optimizer"
 )
 CHOICES = {name: RULES[name].choices or () for name in WITH_CHOICES.split()}
 # What a plain test would choose to put around the one bad thing.
@@ -48,6 +48,7 @@ NOT_NEGATIVE = (
     *("steps_per_epoch", "workers", "seed", "lr", "weight_decay", "warmup_epochs"),
     *("mixup", "cutmix"),
 )
+PROBABILITIES = ("random_erasing",)
 SHARES = ("label_smoothing", "ema_decay", "momentum")
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1)
@@ -112,6 +113,8 @@ bad_values = st.one_of(
     pairs(set(NOT_NEGATIVE) & set(OF_KIND[int]), negative_ints),
     pairs(set(NOT_NEGATIVE) & set(OF_KIND[float]), negative_floats),
     pairs(SHARES, beyond_shares),
+    pairs(PROBABILITIES, st.one_of(negative_floats, st.floats(min_value=1.01), broken_floats)),
+    pairs(["rand_augment"], words.filter(lambda text: not profile_like(text.replace(":", ":9")))),
     pairs(["resolutions"], bad_resolutions),
     pairs(["crop_area"], bad_areas),
     pairs(["profile"], words.filter(lambda text: not profile_like(text))),

@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers import make_image_folder
 from kernel_helpers import host_must_not_wait
 from rsfast import Pyramid, create_model, train
-from rsfast.data import Batch, Loader, Mix, prefetch, train_loader, val_loader
+from rsfast.data import Augment, Batch, Loader, Mix, prefetch, train_loader, val_loader
 from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer, set_lr
@@ -297,6 +297,25 @@ def test_dali_does_not_wait_for_the_step(tmp_path: Path) -> None:
     for _ in range(3):
         next(batches)
     assert not step_done.query()
+
+
+def test_mixed_and_erased_batches_are_those_of_a_cpu(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, train=20)
+    augment = Augment(mixup=0.4, cutmix=1.0, random_erasing=0.5)
+    here, there = (
+        train_loader(root, RESOLUTIONS, 4, backend="pil", workers=0, augment=augment, device=device)
+        for device in ("cpu", "cuda")
+    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    for exact, batch in zip(here, prefetch(there, device), strict=True):
+        torch.cuda._sleep(1_000_000)  # the step, while the next batch is mixed
+        assert batch.mix is not None
+        assert exact.mix is not None
+        assert torch.equal(batch.mix.labels.cpu(), exact.mix.labels)
+        assert torch.equal(batch.mix.share.cpu(), exact.mix.share)
+        error = (batch.images.rows.cpu() - exact.images.rows).abs()
+        assert error.max() < 1.5 / (255 * 0.22)  # a step of 255 where the sum lies between two
+        assert error.mean() < 1e-4
 
 
 def test_the_command_trains_on_the_gpu_in_bf16_by_default(tmp_path: Path) -> None:

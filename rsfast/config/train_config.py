@@ -16,6 +16,7 @@ from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.registry import ARCHITECTURES, check_arch
@@ -56,6 +57,24 @@ def checkpoint_interval(text: str | None) -> tuple[int, float]:
             f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {cut(text)!r}"
         )
     return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
+
+
+def operations_of(text: str | None) -> tuple[int, int] | None:
+    """The N and M of "N:M", operations of RandAugment and their magnitude.
+
+    Raises:
+        ValueError: if the text is something else, or a number out of range.
+    """
+    if text is None:
+        return None
+    number, colon, magnitude = text.partition(":")
+    if not (colon and is_count(number) and is_count(magnitude)):
+        raise ValueError(f"rand_augment must look like 2:9, got {cut(text)!r}")
+    return Augment(rand_augment=(int(number), int(magnitude))).rand_augment
+
+
+def _check_probability(share: float) -> None:
+    Augment(random_erasing=share)
 
 
 def _check_area(area: tuple[float, ...]) -> None:
@@ -111,8 +130,15 @@ class TrainConfig:
     cutmix: float = setting(0.0, at_least=0)
     """alpha of Beta(alpha, alpha), of which the share of an image that a box of another one leaves
     visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
+    rand_augment: str | None = setting(None, check=operations_of)
+    """operations N and magnitude M (0 to 30) of RandAugment as N:M, such as 2:9; one draw for all
+    resolutions; by default none"""
+    random_erasing: float = setting(0.0, check=_check_probability)
+    """probability that a rectangle of an image is erased, the same at all its resolutions"""
     val_crop: str = setting("center", choices=VAL_CROPS)
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
+    exif: str = setting("ignore", choices=EXIF_MODES)
+    """leave images as they are stored, or turn them as their EXIF says"""
     normalize: str = setting("imagenet", choices=tuple(NORMALIZATIONS))
     """subtract mean and divide by deviation, or feed [0, 1]"""
     batch_size: int = setting(256, at_least=1, on_resume="at an epoch")
@@ -148,6 +174,8 @@ class TrainConfig:
     """data loader; synthetic repeats one random batch"""
     strict: bool = setting(False, on_resume="freely")
     """refuse a data set with unreadable images instead of leaving them out"""
+    tolerate_truncated: bool = setting(False, on_resume="freely")
+    """use the images that the last check found to be cut off, as far as they can be decoded"""
     workers: int | None = setting(None, at_least=0, below=TOO_MANY_WORKERS, on_resume="freely")
     """loader threads (dali) or processes (pil) per rank; by default its share of the cores that it
     may run on, at most 32"""
@@ -213,7 +241,12 @@ class TrainConfig:
     @property
     def augment(self) -> Augment:
         """What happens to training images beyond window and flip."""
-        return Augment(mixup=self.mixup, cutmix=self.cutmix)
+        return Augment(
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            rand_augment=operations_of(self.rand_augment),
+            random_erasing=self.random_erasing,
+        )
 
     @property
     def folder(self) -> Path:

@@ -5,12 +5,28 @@ Everything is drawn once per image, in shares of its sides, and serves all its r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["NOTHING", "Augment", "Blends", "draw_blends", "partners"]
+from rsfast.data.operations import LARGEST_MAGNITUDE
+
+__all__ = [
+    "MOST_OPERATIONS",
+    "NOTHING",
+    "Augment",
+    "Blends",
+    "draw_blends",
+    "draw_erasures",
+    "partners",
+]
+
+MOST_OPERATIONS = 10  # per image: DALI's graph grows with them
+_TRIES = 10
+_ERASED = (0.02, 1 / 3)  # shares of the area, uniform
+_ERASED_LOG_RATIO = (math.log(0.3), math.log(3.3))  # of height to width, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,16 +39,30 @@ class Augment:
         cutmix: alpha of Beta(alpha, alpha), of which the share of an image that another one's box
             leaves visible is drawn; 0 for no boxes. With both, each image gets one of the two,
             either with probability 1/2.
+        rand_augment: how many of RandAugment's operations each image gets, from 1 to 10, and their
+            magnitude, from 0 to 30.
+        random_erasing: probability that a rectangle of an image is erased, in [0, 1].
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
+    rand_augment: tuple[int, int] | None = None
+    random_erasing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
             alpha = getattr(self, name)
             if not 0.0 <= alpha < np.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {alpha}")
+        if not 0.0 <= self.random_erasing <= 1.0:
+            raise ValueError(f"random_erasing must be in [0, 1], got {self.random_erasing}")
+        if self.rand_augment is not None:
+            number, magnitude = self.rand_augment
+            if not (1 <= number <= MOST_OPERATIONS and 0 <= magnitude <= LARGEST_MAGNITUDE):
+                raise ValueError(
+                    f"rand_augment must be 1 to {MOST_OPERATIONS} operations of a magnitude from 0 "
+                    f"to {LARGEST_MAGNITUDE}, got {number} of {magnitude}"
+                )
 
     @property
     def mixes(self) -> bool:
@@ -100,3 +130,25 @@ def partners(count: int) -> np.ndarray:
     other = own ^ 1
     other[other == count] = 0
     return other
+
+
+def draw_erasures(rng: np.random.Generator, count: int, probability: float) -> np.ndarray:
+    """Draws what is erased of `count` images, as torchvision and timm do, in shares of the sides.
+
+    The area is uniform in [0.02, 1/3], the ratio of the sides log-uniform in [0.3, 3.3], the place
+    anywhere; ten tries to fit the rectangle into the image.
+
+    Returns:
+        [count, 4] float32 top, left, bottom, right; all 0 where nothing is erased.
+    """
+    chosen = rng.random(count) < probability
+    areas = rng.uniform(*_ERASED, (count, _TRIES))
+    ratios = np.exp(rng.uniform(*_ERASED_LOG_RATIO, (count, _TRIES)))
+    places = rng.random((count, 2))
+    tried = np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=2)
+    fits = np.all(tried < 1.0, axis=2)
+    sides = np.take_along_axis(tried, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+    corners = places * (1.0 - sides)
+    boxes = np.concatenate([corners, corners + sides], axis=1)
+    boxes[~(chosen & np.any(fits, axis=1))] = 0.0
+    return boxes.astype(np.float32)

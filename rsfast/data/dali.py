@@ -31,6 +31,8 @@ try:
     from nvidia.dali import types
     from nvidia.dali.pipeline import Pipeline
     from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    from rsfast.data.dali_operations import fields_of, num_fields, operated
 except ImportError as error:
     raise ImportError(f"the dali loader needs NVIDIA DALI: {_INSTALL}") from error
 
@@ -63,7 +65,7 @@ class _Feed:
         self.pending: Iterator[tuple[int, int]] = iter(())
 
     def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, corner and shape of the windows, start and end of the resizes."""
+        """Paths, corner and shape of the windows, start and end of the resizes, operations."""
         batch = self._plan.batch(*next(self.pending))
         assert isinstance(batch, TrainBatch)
         windows = batch.windows[:1] if batch.shared_window else batch.windows
@@ -79,6 +81,7 @@ class _Feed:
             *np.ascontiguousarray(windows[:, :, 2:]),
             *start,
             *end,
+            *(fields_of(batch.operations, windows[:, :, 2:]) if batch.operations else ()),
         ]
 
     def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
@@ -210,17 +213,19 @@ class DaliDecoder:
         train = isinstance(self._plan, TrainPlan)
         with pipeline:
             levels, encoded = self._train_graph(feed) if train else self._val_graph(feed)
-            shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
+            turns = self._plan.index.exif == "honour"
+            shapes = fn.peek_image_shape(encoded, adjust_orientation=turns)
             pipeline.set_outputs(*levels, shapes)
         return pipeline
 
     def _train_graph(self, feed: _Feed) -> tuple[list, Any]:
         """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
+        assert isinstance(self._plan, TrainPlan)
         windows = 1 if self._plan.crop == "single" else count
-        fields = iter(
-            fn.external_source(source=feed.next_train, num_outputs=1 + 2 * windows + 2 * count)
-        )
+        number, magnitude = self._plan.augment.rand_augment or (0, 0)
+        told = 1 + 2 * windows + 2 * count + num_fields(number, windows)
+        fields = iter(fn.external_source(source=feed.next_train, num_outputs=told))
         encoded = self._read(next(fields))
         starts, shapes = _take(fields, windows), _take(fields, windows)
         left, right = _take(fields, count), _take(fields, count)
@@ -232,6 +237,8 @@ class DaliDecoder:
                 fn.slice(images, start=start, shape=shape, axis_names="HW")
                 for start, shape in zip(starts, shapes, strict=True)
             ]
+        if number:
+            regions = operated(regions, list(fields), magnitude, self._on_gpu)
         crops = regions * count if windows == 1 else regions
         levels = [
             self._resize(crop, size=(r, r), roi_start=start, roi_end=end, roi_relative=True)
@@ -263,7 +270,8 @@ class DaliDecoder:
     def _decode(self, encoded, **region):
         """Whole images, or the part of each that lies in a region."""
         device = "mixed" if self._on_gpu else "cpu"
-        return _decoded(encoded, device, hw_decoder_load=self._hw_decoder_load, **region)
+        load, turns = self._hw_decoder_load, self._plan.index.exif == "honour"
+        return _decoded(encoded, device, hw_decoder_load=load, adjust_orientation=turns, **region)
 
     def _resize(self, images, **geometry):
         # Pillow's bilinear: antialiased, and the scale is that of the whole pixels.

@@ -7,6 +7,7 @@ What `python -m rsfast.data check` found bad, and what was excluded by hand, is 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -29,6 +30,7 @@ from rsfast.data.cache import (
 )
 from rsfast.data.formats import EXTENSIONS, is_supported, unread
 from rsfast.data.index import SPLITS, ImageIndex, check_command, printable
+from rsfast.data.repairing import repair
 from rsfast.data.walking import Note, is_hidden, walk
 from rsfast.files.progress import progress
 
@@ -67,7 +69,12 @@ class Listing:
 
 
 def index_folder(
-    root: str | Path, *, workers: int = 8, cache: bool = True, strict: bool = False
+    root: str | Path,
+    *,
+    workers: int = 8,
+    cache: bool = True,
+    strict: bool = False,
+    tolerate_truncated: bool = False,
 ) -> ImageIndex:
     """Lists the images below `root` and reads the size of each.
 
@@ -86,10 +93,13 @@ def index_folder(
             folders' modification times stay the same.
         strict: take bad files, other than those excluded by hand, for an error. Truncated ones are
             known only after a check.
+        tolerate_truncated: take in the images that the last check found to be cut off, as far as
+            they can be decoded; they are then no bad ones.
 
     Raises:
         ValueError: if the folder does not exist, has no class folders, or a class has no image; if
-            strict, also if there is a bad file.
+            strict, also if there is a bad file; if truncated images are to be tolerated, also if
+            there was no check.
     """
     listing = list_split(root)
     root, paths = listing.root, listing.paths
@@ -99,6 +109,8 @@ def index_folder(
         if cache:
             save_sizes(listing, sizes)
     bad, excluded = _left_out(root, paths, sizes)
+    copies = repair(root, [paths[row] for row in np.flatnonzero(bad)]) if tolerate_truncated else {}
+    bad &= np.array([path not in copies for path in paths], dtype=bool)
     if strict and bad.any():
         first = printable(paths[int(np.flatnonzero(bad)[0])])
         raise ValueError(
@@ -107,7 +119,7 @@ def index_folder(
         )
     _warn_of_left_out(root, paths, bad, excluded)
     _warn_of_notes(listing)
-    return _usable(listing, sizes, ~(bad | excluded))
+    return dataclasses.replace(_usable(listing, sizes, ~(bad | excluded)), copies=copies or None)
 
 
 def list_split(root: str | Path) -> Listing:

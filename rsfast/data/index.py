@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from rsfast.data import reading
+from rsfast.files.orientation import shown_size, upright
 from rsfast.files.pictures import as_rgb
 
 __all__ = [
@@ -56,10 +58,14 @@ class ImageIndex:
         paths: n paths relative to root, sorted within each folder; in an archive, that of the
             archive's file with the name within it behind.
         labels: [n] int64, position of the image's class in class_names.
-        sizes: [n, 2] int32, height and width in pixels as stored (no EXIF rotation).
+        sizes: [n, 2] int32, height and width in pixels, as stored or as EXIF has them shown.
         class_names: sub-folder names, sorted.
         archive: what holds the images; None where they are files of their own.
         rows: [n] int64, of each image in the archive; None without one.
+        exif: what becomes of EXIF's orientation: "ignore" it, or "honour" it by a turn, after
+            which the sizes are.
+        copies: path -> absolute path of what is read in place of the file, of those cut-off images
+            that are tolerated; None where there are none.
     """
 
     root: Path
@@ -69,13 +75,16 @@ class ImageIndex:
     class_names: tuple[str, ...]
     archive: Archive | None = None
     rows: np.ndarray | None = None
+    exif: str = "ignore"
+    copies: Mapping[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, position: int) -> str:
-        """Absolute path of one image."""
-        return os.path.join(self.root, self.paths[position])
+        """Absolute path of the file that one image is read from."""
+        path = self.paths[position]
+        return os.path.join(self.root, (self.copies or {}).get(path, path))
 
     def read(self, position: int) -> bytes:
         """One image as it was encoded; errors that may pass are waited for, some seconds long.
@@ -108,9 +117,10 @@ class ImageIndex:
 
     @property
     def digest(self) -> str:
-        """A name for the images, in order."""
+        """A name for the images, in order, and for what becomes of their orientation."""
         paths = os.fsencode("\0".join(self.paths))  # names of any bytes
-        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}"
+        suffix = "" if self.exif == "ignore" else f":{self.exif}"
+        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}{suffix}"
 
 
 def printable(path: str) -> str:
@@ -130,7 +140,7 @@ def exclude_command(root: Path, path: str) -> str:
 
 
 def decode(index: ImageIndex, position: int) -> Image.Image:
-    """One whole image, in RGB.
+    """One whole image, in RGB, turned as EXIF says if the index honours it.
 
     Raises:
         RuntimeError: naming the file, if it cannot be read, is of another size than the index says,
@@ -139,9 +149,9 @@ def decode(index: ImageIndex, position: int) -> Image.Image:
     encoded = index.read(position)
     try:
         with Image.open(io.BytesIO(encoded)) as file:
-            size = file.height, file.width
+            size = _size(index, file)
             # An image of another size may be huge, and is not wanted.
-            picture = as_rgb(file) if _is_known(index, position, size) else None
+            picture = _rgb(index, file) if _is_known(index, position, size) else None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
             f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "
@@ -153,7 +163,7 @@ def decode(index: ImageIndex, position: int) -> Image.Image:
 
 
 def check_size(index: ImageIndex, position: int, size: tuple[int, int]) -> None:
-    """Compares the height and width of an image in pixels, as stored, with those in the index.
+    """Compares the height and width of an image in pixels with those in the index.
 
     Raises:
         RuntimeError: naming the file, and the check, if it has changed.
@@ -165,7 +175,7 @@ def check_size(index: ImageIndex, position: int, size: tuple[int, int]) -> None:
 
 
 def size_now(index: ImageIndex, position: int) -> tuple[int, int] | None:
-    """Height and width of an image in pixels, as stored; None if its header cannot be read.
+    """Height and width of an image in pixels; None if its header cannot be read.
 
     Raises:
         RuntimeError: naming the file, if it is gone or cannot be read.
@@ -173,9 +183,18 @@ def size_now(index: ImageIndex, position: int) -> tuple[int, int] | None:
     encoded = index.read(position)
     try:
         with Image.open(io.BytesIO(encoded)) as file:
-            return file.height, file.width
+            return _size(index, file)
     except Exception:  # Pillow's readers raise nearly anything on a damaged header
         return None
+
+
+def _size(index: ImageIndex, image: Image.Image) -> tuple[int, int]:
+    """Height and width in pixels, after the turn if the index honours it."""
+    return shown_size(image) if index.exif == "honour" else (image.height, image.width)
+
+
+def _rgb(index: ImageIndex, image: Image.Image) -> Image.Image:
+    return as_rgb(upright(image) if index.exif == "honour" else image)
 
 
 def _is_known(index: ImageIndex, position: int, size: tuple[int, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +19,12 @@ from rsfast.data.cache import cache_root, has_record
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.folder import index_folder
 from rsfast.data.index import SPLITS, ImageIndex, check_command
-from rsfast.data.mixing import Mix, mixed
+from rsfast.data.mixing import Mix, erase, mixed
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
+from rsfast.data.turning import turned
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
@@ -137,16 +139,19 @@ class Loader:
                 rows, mix = mixed(rows, self.resolutions, labels.numpy(), blends)
             if self._device.type == "cuda":  # a copy of other memory waits for the stream
                 labels = labels.pin_memory()
+            rows = kernels.normalize(
+                rows,
+                self.mean,
+                self.std,
+                dtype=self.dtype,
+                channels=self.channels,
+                backend=self.backend,
+            )
+            if isinstance(self.plan, TrainPlan):
+                erase(rows, self.resolutions, self.plan.erasures(epoch, step))
             yield Batch(
                 images=Pyramid(
-                    rows=kernels.normalize(
-                        rows,
-                        self.mean,
-                        self.std,
-                        dtype=self.dtype,
-                        channels=self.channels,
-                        backend=self.backend,
-                    ),
+                    rows=rows,
                     sizes=tuple((r, r) for r in self.resolutions),
                     num_images=len(indices),
                 ),
@@ -170,6 +175,7 @@ def train_loader(
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
     augment: Augment = NOTHING,
+    exif: str = "ignore",
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
@@ -181,6 +187,7 @@ def train_loader(
     num_images: int = 1_281_167,
     num_classes: int = 1000,
     strict: bool = False,
+    tolerate_truncated: bool = False,
 ) -> Loader:
     """Shuffled training batches: one decode, one window and one flip per image, R resizes.
 
@@ -196,6 +203,7 @@ def train_loader(
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
         augment: what else happens to the images.
+        exif: "ignore" the orientation that EXIF has, or "honour" it, and turn images so.
         rank, world_size: which part of each step this process gets.
         workers: decoder threads (dali) or processes (pil; 0 decodes in this one); None for
             the cores of this process, at most 32.
@@ -207,7 +215,7 @@ def train_loader(
         max_steps: end epochs after so many batches; 0 for whole epochs.
         limit: take so many images only, evenly spaced over the data set; 0 for all.
         num_images, num_classes: size of the synthetic data set.
-        strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
+        strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -215,11 +223,12 @@ def train_loader(
     """
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
+    damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     resolutions = [r for r in check_resolutions(resolutions) for _ in range(copies)]
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
-        index=_index(root, "train", backend, limit, num_images, num_classes, strict),
+        index=_index(root, "train", backend, limit, num_images, num_classes, exif, damage),
         num_levels=len(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -243,6 +252,7 @@ def val_loader(
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     crop: str = "center",
     split: str = "val",
+    exif: str = "ignore",
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
@@ -253,6 +263,7 @@ def val_loader(
     num_images: int = 50_000,
     num_classes: int = 1000,
     strict: bool = False,
+    tolerate_truncated: bool = False,
 ) -> Loader:
     """Validation batches: every image exactly once over all ranks, the last batch may be smaller.
 
@@ -264,10 +275,10 @@ def val_loader(
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
         split: "val", or "train" for training images prepared like these.
-        rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
+        exif, rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
             :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
-        strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
+        strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -275,8 +286,9 @@ def val_loader(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     plan = ValPlan(
-        index=_index(root, split, backend, limit, num_images, num_classes, strict),
+        index=_index(root, split, backend, limit, num_images, num_classes, exif, damage),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -294,8 +306,11 @@ def _index(
     limit: int,
     num_images: int,
     num_classes: int,
-    strict: bool,
+    exif: str,
+    damage: Mapping[str, bool],
 ) -> ImageIndex:
+    if exif not in EXIF_MODES:
+        raise ValueError(f"exif must be one of {EXIF_MODES}, got {exif!r}")
     if limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     if backend not in BACKENDS:
@@ -303,8 +318,10 @@ def _index(
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        index = index_folder(Path(root) / split, strict=strict)
+        index = index_folder(Path(root) / split, **damage)
         _warn_if_unchecked(index.root)
+        if exif == "honour":
+            index = turned(index)
         return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
     return ImageIndex(
         root=Path("synthetic"),

@@ -1,4 +1,6 @@
-"""Mixup and CutMix of a batch's pixels, at all resolutions, on the device.
+"""Mixup, CutMix and erasing of a batch's pixels, at all resolutions, on the device.
+
+Mixtures are
 
     y[n] = x[n] + w[n] * (x[partner(n)] - x[n])
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from rsfast.data.augment import Blends, partners
 
-__all__ = ["Mix", "mixed"]
+__all__ = ["Mix", "erase", "mixed"]
 
 
 class Mix(NamedTuple):
@@ -58,18 +60,11 @@ def mixed(
     boxes, weights, share = _on(
         rows.device, np.column_stack([blends.boxes, 1.0 - blends.kept, blends.share])
     ).tensor_split((4, 5), dim=1)
-    # Centres of the pixels of all levels, one after another.
-    centres = _on(
-        rows.device,
-        np.concatenate([(np.arange(r) + 0.5) / r for r in resolutions]).astype(np.float32),
-    )
-    top, left, bottom, right = boxes.split(1, dim=1)
-    down = ((centres >= top) & (centres < bottom)) * weights  # [N, sum of r]
-    across = ((centres >= left) & (centres < right)).float()
+    down, across = _inside(boxes, resolutions)
     result = torch.empty_like(rows)
     levels = zip(
         *(part.split([count * r * r for r in resolutions]) for part in (rows, result)),
-        *(part.split(list(resolutions), dim=1) for part in (down, across)),
+        *(part.split(list(resolutions), dim=1) for part in (down * weights, across.float())),
         strict=True,
     )
     for (source, target, of_row, of_column), r in zip(levels, resolutions, strict=True):
@@ -78,6 +73,39 @@ def mixed(
         blend = torch.lerp(own.float(), own.index_select(0, partner).float(), weight)
         target.view(count, r * r, 3).copy_(blend.round_())
     return result, Mix(labels_there, share.flatten().contiguous())
+
+
+def erase(rows: Tensor, resolutions: Sequence[int], boxes: np.ndarray | None) -> None:
+    """Sets the pixels whose centres lie in their image's box to 0, the mean of normalised images.
+
+    Two launches for each level, and the host does not wait.
+
+    Args:
+        rows: [M, C] normalised, levels one after another, each of N square images; overwritten.
+        resolutions: r of each level.
+        boxes: [N, 4] float32 top, left, bottom, right in shares of the sides; None for none.
+    """
+    if boxes is None:
+        return
+    count = len(boxes)
+    down, across = _inside(_on(rows.device, boxes), resolutions)
+    levels = zip(
+        rows.split([count * r * r for r in resolutions]),
+        *(part.split(list(resolutions), dim=1) for part in (down, across)),
+        resolutions,
+        strict=True,
+    )
+    for level, of_row, of_column, r in levels:
+        erased = of_row[:, :, None, None] & of_column[:, None, :, None]
+        level.view(count, r, r, rows.shape[1]).masked_fill_(erased, 0.0)
+
+
+def _inside(boxes: Tensor, resolutions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """[N, sum of r] bool twice: which rows and columns of pixels have their centre in a box."""
+    centres = np.concatenate([(np.arange(r) + 0.5) / r for r in resolutions])
+    there = _on(boxes.device, centres.astype(np.float32))
+    top, left, bottom, right = boxes.split(1, dim=1)
+    return (there >= top) & (there < bottom), (there >= left) & (there < right)
 
 
 def _on(device: torch.device, array: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rsfast.data.index import ImageIndex, decode
+from rsfast.data.pil_operations import operated
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.data.sharing import PREFETCHED, check_shared_memory
 from rsfast.files.pictures import BILINEAR, cut
@@ -59,6 +60,8 @@ def _train_levels(
         if crop is None or not batch.shared_window:
             top, left, height, width = batch.windows[level, n].tolist()
             crop = image.crop((left, top, left + width, top + height))
+            if batch.operations is not None:
+                crop = operated(crop, batch.operations, n)
         picture = crop.resize((r, r), BILINEAR)
         yield picture.transpose(_FLIP) if batch.flips[level, n] else picture
 

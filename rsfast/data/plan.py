@@ -14,8 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from rsfast.data.augment import NOTHING, Augment, Blends, draw_blends
+from rsfast.data.augment import NOTHING, Augment, Blends, draw_blends, draw_erasures
 from rsfast.data.index import ImageIndex
+from rsfast.data.operations import Operations, draw_operations
 from rsfast.files.pictures import VAL_CROPS, val_geometry
 
 __all__ = ["TrainBatch", "TrainPlan", "ValBatch", "ValPlan", "random_windows"]
@@ -23,7 +24,8 @@ __all__ = ["TrainBatch", "TrainPlan", "ValBatch", "ValPlan", "random_windows"]
 CROP_MODES = ("single", "multi")
 FLIP_MODES = ("shared", "independent", "none")
 _TRIES = 10
-_MIXING = 1  # last part of the seed of what is drawn besides windows and flips; not 0
+# Last part of the seed of what is drawn besides windows and flips; not 0.
+_MIXING, _OPERATING, _ERASING = 1, 2, 3
 DRAWS = 2 * _TRIES + 2  # random numbers per window: area and ratio of each try, top and left
 
 
@@ -36,12 +38,14 @@ class TrainBatch:
         windows: [L, N, 4] int32 top, left, height, width in pixels of the stored image.
         flips: [L, N] bool, horizontal.
         shared_window: all levels have the same window, so one decode and one cut serve them.
+        operations: what is done to each window before it is resized; None for nothing.
     """
 
     images: np.ndarray
     windows: np.ndarray
     flips: np.ndarray
     shared_window: bool
+    operations: Operations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +156,9 @@ class TrainPlan:
 
     def batch(self, epoch: int, step: int) -> TrainBatch:
         """This rank's part of one step, both counted from 0."""
-        whole, own = self._share
+        whole, own = self._part
         images = self.images(epoch, step)
-        rng = np.random.default_rng((self.seed, epoch, 1 + step))
+        rng = self._generator(epoch, step)
         # The largest level's window, then flips, then other windows: the first two are the same for
         # any number of levels, so that trainings of one seed see the same pictures.
         draws = rng.random((1, whole, DRAWS))
@@ -166,19 +170,39 @@ class TrainPlan:
         sizes = self.index.sizes[images]
         windows = np.stack([random_windows(part[own], sizes, self.crop_area) for part in draws])
         windows = np.broadcast_to(windows, (self.num_levels, self.batch_size, 4))
-        return TrainBatch(images, windows, flips, self.crop == "single")
+        operations = self._operations(epoch, step)
+        return TrainBatch(images, windows, flips, self.crop == "single", operations)
 
     def blends(self, epoch: int, step: int) -> Blends | None:
         """How this rank's images of one step are mixed; None where none are."""
         if not self.augment.mixes:
             return None
-        whole, own = self._share
-        rng = np.random.default_rng((self.seed, epoch, 1 + step, _MIXING))
+        whole, own = self._part
+        rng = self._generator(epoch, step, _MIXING)
         drawn = draw_blends(rng, whole, self.augment.mixup, self.augment.cutmix)
         return Blends(*(part[own] for part in drawn))
 
+    def erasures(self, epoch: int, step: int) -> np.ndarray | None:
+        """[N, 4] what is erased of this rank's images of one step; None where nothing is."""
+        if not self.augment.random_erasing:
+            return None
+        whole, own = self._part
+        rng = self._generator(epoch, step, _ERASING)
+        return draw_erasures(rng, whole, self.augment.random_erasing)[own]
+
+    def _operations(self, epoch: int, step: int) -> Operations | None:
+        if self.augment.rand_augment is None:
+            return None
+        whole, own = self._part
+        rng = self._generator(epoch, step, _OPERATING)
+        drawn = draw_operations(rng, whole, *self.augment.rand_augment)
+        return Operations(drawn.numbers[own], drawn.amounts[own], drawn.magnitude)
+
+    def _generator(self, epoch: int, step: int, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, epoch, 1 + step, *purpose))
+
     @property
-    def _share(self) -> tuple[int, slice]:
+    def _part(self) -> tuple[int, slice]:
         """The images of a whole step, and this rank's part of them.
 
         All is drawn for all ranks and then cut, so that the pictures do not depend on the split.

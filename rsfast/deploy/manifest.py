@@ -48,6 +48,8 @@ class Manifest:
         crop: "center": the shorter side is resized to int(r / scale) and the centre r x r cut out;
             "none": the whole image is resized to r x r.
         scale: share of the shorter side that a centre crop keeps.
+        exif: "honour": pictures are turned as EXIF's orientation says before they are resized;
+            "ignore": they are taken as stored.
         filter: of the resizing, "bilinear" with antialiasing (Pillow's).
         calibration_images: that the int8 file's ranges were taken from; 0 where there is no file.
         checkpoint: name of the file that was exported.
@@ -71,6 +73,7 @@ class Manifest:
     checkpoint: str
     checkpoint_sha256: str
     versions: dict[str, str]
+    exif: str = "ignore"  # which rsfast.json of older versions does not name
 
     def text(self) -> str:
         """As in rsfast.json."""
@@ -114,6 +117,7 @@ class Manifest:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{source} must be of format {_FORMAT}, got {found!r}")
+        content.setdefault("exif", "ignore")
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ set(content)):
             raise ValueError(f"{source} must have the entries {sorted(names)}, differs in {odd}")

@@ -16,6 +16,7 @@ __all__ = ["check_contract", "normalised", "preprocess"]
 
 _KNOWN = {
     "crop": ("center", "none"),
+    "exif": ("ignore", "honour"),
     "filter": ("bilinear",),
     "input_dtype": ("float32", "uint8"),
 }
@@ -35,7 +36,7 @@ def preprocess(images: Sequence[Image.Image], resolution: int, manifest: Manifes
     Args:
         images: N pictures of Pillow, of any size and mode.
         resolution: r, in pixels.
-        manifest: of the network: crop, scale, normalisation, dtype.
+        manifest: of the network: orientation, crop, scale, normalisation, dtype.
 
     Returns:
         [N, 3, r, r] contiguous; float32, (value / 255 - mean) / std, or uint8.
@@ -45,10 +46,12 @@ def preprocess(images: Sequence[Image.Image], resolution: int, manifest: Manifes
         ImportError: if Pillow is absent.
     """
     try:
-        from rsfast.files import pictures
+        from rsfast.files import orientation, pictures
     except ImportError as error:
         raise ImportError("preprocess needs Pillow: pip install pillow") from error
     _check(images, pictures.Image.Image)
+    if manifest.exif == "honour":
+        images = [orientation.upright(image) for image in images]
     pixels = np.empty((len(images), resolution, resolution, 3), dtype=np.uint8)
     sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
     geometry = pictures.val_geometry(sizes, resolution, manifest.crop, manifest.scale)

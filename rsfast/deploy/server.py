@@ -163,7 +163,7 @@ class _Service:
         """
         begin = time.monotonic()
         resolution = self._chooser.resolution
-        pixels = self._net.preprocess([_read_image(body)], resolution)
+        pixels = self._net.preprocess([_read_image(body, self._net.manifest.exif)], resolution)
         start = time.monotonic()
         logits = self._net(pixels)[0]
         now = time.monotonic()
@@ -196,16 +196,16 @@ def _read_body(environ: dict[str, Any]) -> bytes:
     return body
 
 
-def _read_image(body: bytes) -> Image.Image:
-    """In RGB."""
+def _read_image(body: bytes, exif: str) -> Image.Image:
+    """In RGB, and turned if EXIF is to be honoured."""
     try:
-        from rsfast.files import pictures
+        from rsfast.files import orientation, pictures
     except ImportError as error:
         raise ImportError("the server needs Pillow: pip install pillow") from error
     try:
         image = pictures.Image.open(io.BytesIO(body), formats=FORMATS)
         if math.prod(image.size) <= MAX_PIXELS and max(image.size) <= MAX_ASPECT * min(image.size):
-            return pictures.as_rgb(image)
+            return pictures.as_rgb(orientation.upright(image) if exif == "honour" else image)
         reason = (
             f"it must have at most {MAX_PIXELS} pixels and a longer side of at most {MAX_ASPECT} "
             f"times the shorter, got {image.width} x {image.height}"

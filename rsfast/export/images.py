@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def index_split(data: str | Path, split: str, manifest: Manifest) -> ImageIndex:
     Raises:
         ValueError: if there are none, or they have other classes than the network.
     """
-    index = index_folder(Path(data) / split)
+    index = dataclasses.replace(index_folder(Path(data) / split), exif=manifest.exif)
     names = index.class_names
     wrong = manifest.class_names not in (None, names)
     if len(names) != manifest.num_classes or wrong:

@@ -65,6 +65,7 @@ def describe(
         std=tuple(model.input_std),
         crop=model.val_crop,
         scale=VAL_SCALE,
+        exif=model.exif,
         filter="bilinear",
         calibration_images=calibration_images,
         checkpoint=checkpoint.name,
@@ -126,6 +127,12 @@ model_warmup [
     write_whole(target / "config.pbtxt", [text.encode()])
 
 
+def _turning(manifest: Manifest) -> str:
+    if manifest.exif == "honour":
+        return "pictures are turned as EXIF says first"
+    return "EXIF's orientation is not applied"
+
+
 def _plain(name: str) -> str:
     """A name that is a folder's, too."""
     return "".join(char if char.isalnum() else "_" for char in name)
@@ -182,7 +189,7 @@ best = logits.argmax(axis=1)  # lines of {LABELS_FILE}, counted from 0
 | input `{INPUT}` | [N, 3, r, r] {manifest.input_dtype}, RGB, square |
 | r | trained at {sizes} pixels; from {low} to {high} it runs, as accurate as you find it to be |
 | output `{OUTPUT}` | [N, {classes}] float32, before softmax, in the order of {LABELS_FILE} |
-| geometry | {_geometry(manifest)}, bilinear with antialiasing; EXIF's orientation is not applied |
+| geometry | {_geometry(manifest)}, bilinear with antialiasing; {_turning(manifest)} |
 | normalisation | {_normalisation(manifest)} |
 | other r | {_between(manifest)} |
 | weights from | {manifest.checkpoint}, SHA-256 {manifest.checkpoint_sha256} |

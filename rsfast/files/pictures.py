@@ -16,7 +16,7 @@ BILINEAR = Image.Resampling.BILINEAR  # Pillow's, which is antialiased
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, as it is stored: EXIF's orientation is not applied."""
+    """The picture in RGB, as it is stored: see `rsfast.files.orientation` for EXIF's."""
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for one of Adobe's, which hold the negative; libjpeg's users,
         # DALI among them, only those that say so.

@@ -37,6 +37,7 @@ class RSNet(nn.Module):
         input_mean, input_std: the normalisation of the input that the weights expect, on values
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
+        exif: whether images were turned as their EXIF says, "honour", or not, "ignore".
         class_names: names of the classes if known.
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
     """
@@ -58,6 +59,7 @@ class RSNet(nn.Module):
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
         self.val_crop = "center"
+        self.exif = "ignore"
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
 

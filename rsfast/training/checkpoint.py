@@ -53,7 +53,8 @@ __all__ = [
 _FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
-_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "class_names")
+_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "class_names")
+_YOUNGER: dict[str, Any] = {"exif": "ignore"}  # what older checkpoints lack means this
 
 
 def save(payload: dict[str, Any], *paths: Path) -> None:
@@ -251,6 +252,7 @@ def load_model(
         _check_arch(path, model.arch, arch)
         alpha = official.alpha_of(content)
         return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
+    content = {**_YOUNGER, **content}
     missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
     if missing:
         raise ValueError(
@@ -281,6 +283,7 @@ def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:
             f"checkpoint {path} is not of rsfast, and does not say which network its weights are "
             f"of: train from it with --pretrained"
         )
+    about = {**_YOUNGER, **about}
     alpha = tensors.pop("ensemble.alpha")
     return _rebuild(path, about, tensors, arch), alpha
 

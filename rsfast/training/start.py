@@ -143,6 +143,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     check_map_sizes(model, cfg.batch_size, rank.world_size if cfg.sync_bn else 1)
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
+    model.exif = cfg.exif
     return model
 
 
@@ -165,6 +166,8 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "hw_decoder_load": cfg.hw_decoder_load,
         "dont_use_mmap": cfg.dont_use_mmap,
         "strict": cfg.strict,
+        "exif": cfg.exif,
+        "tolerate_truncated": cfg.tolerate_truncated,
         "device": rank.device,
     }
     with first_rank_first(rank):
@@ -228,6 +231,9 @@ def _open_folder(run: Run) -> None:
         "config_hash": config_hash(run.cfg),
         "train_images": run.train_loader.num_images,
         "val_images": run.val_loader.num_images,
+        "truncated_images": sum(
+            len(loader.plan.index.copies or ()) for loader in (run.train_loader, run.val_loader)
+        ),
         "classes": len(run.train_loader.class_names),
         "workers": default_workers() if run.cfg.workers is None else run.cfg.workers,
         "train_set": run.data_set["train"],

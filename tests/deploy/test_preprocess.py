@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from helpers import smooth_image
 from rsfast.data import val_loader
 from rsfast.deploy import Manifest
 from rsfast.deploy.preprocess import preprocess
+from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.pictures import VAL_CROPS
 from rsfast.kernels import normalize_reference
 
@@ -67,8 +69,9 @@ def contract() -> Manifest:
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 @pytest.mark.parametrize("crop", VAL_CROPS)
+@pytest.mark.parametrize("exif", EXIF_MODES)
 def test_pixels_are_those_of_the_validation_loader(
-    crop: str, resolution: int, photographs: Path, contract: Manifest
+    exif: str, crop: str, resolution: int, photographs: Path, contract: Manifest
 ) -> None:
     loader = val_loader(
         photographs,
@@ -77,6 +80,7 @@ def test_pixels_are_those_of_the_validation_loader(
         backend="pil",
         normalize=(contract.mean, contract.std),
         crop=crop,
+        exif=exif,
         workers=0,
     )
     (batch,) = loader
@@ -85,7 +89,7 @@ def test_pixels_are_those_of_the_validation_loader(
         with Image.open(loader.plan.index.root / path) as file:
             file.load()
             pictures.append(file)
-    found = preprocess(pictures, resolution, dataclasses.replace(contract, crop=crop))
+    found = preprocess(pictures, resolution, dataclasses.replace(contract, crop=crop, exif=exif))
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
     assert np.array_equal(found, batch.images.level(0).numpy())
@@ -100,6 +104,13 @@ def test_a_graph_that_normalises_is_given_the_stored_values(contract: Manifest) 
     expected = normalize_reference(rows, contract.mean, contract.std).reshape(1, 48, 48, 3)
     floats = preprocess([picture], 48, contract)
     assert np.array_equal(floats, expected.permute(0, 3, 1, 2).numpy())
+
+
+def test_a_manifest_that_says_nothing_of_exif_takes_pictures_as_stored(contract: Manifest) -> None:
+    content = json.loads(dataclasses.replace(contract, exif="honour").text())
+    assert Manifest.parse(json.dumps(content), "a").exif == "honour"
+    del content["exif"]
+    assert Manifest.parse(json.dumps(content), "a").exif == "ignore"
 
 
 def test_the_scale_of_the_crop_is_the_manifests(contract: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -101,6 +102,25 @@ def sleeping_server() -> Iterator[int]:
     """In a process of its own; its port."""
     with process("-m", "sleeping_server", str(OBJECTIVE_MS)) as started:
         yield int(first_line(started))
+
+
+@pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("honour", (40, 60))])
+def test_an_image_is_turned_if_the_network_was_trained_so(exif: str, size: tuple[int, int]) -> None:
+    sizes = []
+
+    class TurningNet(SleepingNet):
+        manifest = dataclasses.replace(SleepingNet.manifest, exif=exif)
+
+        def preprocess(self, images: list[Image.Image], resolution: int) -> np.ndarray:
+            sizes.extend(image.size for image in images)
+            return super().preprocess(images, resolution)
+
+    body, orientation = io.BytesIO(), Image.Exif()
+    orientation[0x0112] = 6
+    Image.new("RGB", (60, 40), "red").save(body, "JPEG", exif=orientation)
+    app = sleeping_app(net=TurningNet())
+    assert call(app, "POST", "/classify", body.getvalue())[0] == 200
+    assert sizes == [size]
 
 
 @pytest.mark.parametrize("kind", server.FORMATS)

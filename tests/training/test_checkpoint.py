@@ -33,7 +33,7 @@ def payload() -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("resnet18", (48, 32), 3)
     model.input_mean, model.input_std = (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)
-    model.val_crop, model.class_names = "none", ("a", "b", "c")
+    model.val_crop, model.exif, model.class_names = "none", "honour", ("a", "b", "c")
     loss = MultiResolutionDistillation(2)
     return {**checkpoint.model_payload(model), "loss": loss.state_dict()}
 
@@ -44,7 +44,8 @@ def test_a_network_comes_back_whole(tmp_path: Path) -> None:
     model, alpha = checkpoint.load_model(tmp_path / "a.pt")
     assert (model.arch, model.resolutions, model.num_classes) == ("resnet18", (48, 32), 3)
     assert (model.input_mean, model.input_std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
-    assert (model.val_crop, model.class_names) == ("none", ("a", "b", "c"))
+    assert (model.val_crop, model.exif) == ("none", "honour")
+    assert model.class_names == ("a", "b", "c")
     assert torch.equal(alpha, torch.ones(2))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, content["model"][key])
@@ -194,13 +195,23 @@ def test_weights_as_safetensors_hold_all_it_takes_to_use_them(tmp_path: Path) ->
     found, found_alpha = checkpoint.load_model(tmp_path / "a.safetensors")
     assert torch.equal(found_alpha, alpha)
     assert found.settings() == model.settings()
-    for name in ("input_mean", "input_std", "val_crop", "class_names"):
+    for name in ("input_mean", "input_std", "val_crop", "exif", "class_names"):
         assert getattr(found, name) == getattr(model, name)
     for key, tensor in found.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key])
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert json.loads(file.metadata()["rsfast"])["resolutions"] == [48, 32]
     assert not found.training
+
+
+def test_a_checkpoint_that_says_nothing_of_exif_was_trained_on_images_as_stored(
+    tmp_path: Path,
+) -> None:
+    content = payload()
+    del content["exif"]
+    checkpoint.save(content, tmp_path / "a.pt")
+    model, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert model.exif == "ignore"
 
 
 @pytest.mark.parametrize("damage", ["header", "end", "weight", "settings", "other"])

@@ -68,6 +68,15 @@ def test_no_step_makes_a_gpus_host_wait(
     assert not watch.found
 
 
+def test_mixing_and_erasing_make_no_host_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--mixup", "0.4", "--cutmix", "1", "--random-erasing", "0.9"]
+    watch = steps_under_watch(tmp_path, monkeypatch, *flags)
+    assert {"aten.lerp.Tensor", "aten.masked_fill_.Scalar"} <= watch.seen
+    assert not watch.found
+
+
 def test_a_step_that_waits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(run: Run) -> None:
         run.step.guard.read()
