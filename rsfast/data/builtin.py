@@ -120,7 +120,7 @@ def builtin_root(
 
     cache_dir = cache_root() if cache_dir is None else Path(cache_dir)
     root = cache_dir / f"builtin-v{FORMAT_VERSION}-{num_train}-{num_val}-{seed}"
-    if exists(root):
+    if exists(root) and root.is_dir():
         return root
 
     # A sibling, so that the rename stays within one file system and is atomic.

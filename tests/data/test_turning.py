@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import struct
 import zlib
@@ -214,7 +213,7 @@ def test_an_index_that_honours_exif_decodes_so(all_ways: Path) -> None:
     index = index_folder(all_ways / "val")
     position = index.paths.index("only/PNG_6.png")
     assert decode(index, position).size == (90, 60)
-    assert decode(dataclasses.replace(index, exif="honour"), position).size == (60, 90)
+    assert decode(turned(index), position).size == (60, 90)
 
 
 def test_exif_that_contradicts_itself_is_refused_before_dali_sees_it(
