@@ -35,9 +35,12 @@ __all__ = [
     "FORMAT_OF",
     "Listing",
     "exclude",
+    "index_files",
     "index_folder",
     "is_supported",
     "list_split",
+    "listing_of",
+    "report_left_out",
     "save_sizes",
     "split_folders",
 ]
@@ -95,6 +98,51 @@ def index_folder(
             strict, also if there is a bad file.
     """
     listing = list_split(root)
+    sizes, good = _sizes(listing, workers, cache, strict)
+    return _usable(listing, sizes, good)
+
+
+def index_files(
+    root: Path,
+    files: Sequence[str],
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    *,
+    workers: int = 8,
+    cache: bool = True,
+    strict: bool = False,
+) -> ImageIndex:
+    """Reads the sizes of images whose labels are known; otherwise as :func:`index_folder`.
+
+    Args:
+        root: the split's folder, absolute.
+        files: n paths relative to root.
+        labels: [n] int64.
+        class_names: in the order of the labels.
+        workers, cache, strict: as in :func:`index_folder`.
+
+    Raises:
+        ValueError: if no image is left; if strict, also if there is a bad file.
+    """
+    listing = listing_of(root, files, class_names)
+    sizes, good = _sizes(listing, workers, cache, strict)
+    if not good.any():
+        raise ValueError(f"data folder {root} must hold one image that is not bad, found none")
+    kept = tuple(path for path, ok in zip(files, good, strict=True) if ok)
+    return ImageIndex(root, kept, labels[good], sizes[good], class_names)
+
+
+def listing_of(root: Path, files: Sequence[str], class_names: tuple[str, ...]) -> Listing:
+    """Files of a folder without class folders."""
+    digest = hashlib.sha256(os.fsencode(f"{_FORMAT}:{root}:{os.stat(root).st_mtime_ns}"))
+    digest.update(os.fsencode("\0".join(files)))
+    return Listing(root, class_names, list(files), [], digest.hexdigest()[:32])
+
+
+def _sizes(
+    listing: Listing, workers: int, cache: bool, strict: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """[n, 2] sizes, and [n] bool which images are used."""
     root, paths = listing.root, listing.paths
     sizes = _load_sizes(listing) if cache else None
     if sizes is None:
@@ -102,14 +150,8 @@ def index_folder(
         if cache:
             save_sizes(listing, sizes)
     bad, excluded = _left_out(root, paths, sizes)
-    if strict and bad.any():
-        first = printable(paths[int(np.flatnonzero(bad)[0])])
-        raise ValueError(
-            f"data folder {root} must hold no bad image when strict, found {bad.sum()}, the first "
-            f"is {first}; to list them: {check_command(root)}"
-        )
-    _warn_of_left_out(root, paths, bad, excluded)
-    return _usable(listing, sizes, ~(bad | excluded))
+    report_left_out(root, paths, bad, excluded, strict)
+    return sizes, ~(bad | excluded)
 
 
 def list_split(root: str | Path) -> Listing:
@@ -282,9 +324,26 @@ def _left_out(root: Path, paths: Sequence[str], sizes: np.ndarray) -> tuple[np.n
     return bad & ~excluded, excluded
 
 
-def _warn_of_left_out(
-    root: Path, paths: Sequence[str], bad: np.ndarray, excluded: np.ndarray
+def report_left_out(
+    root: Path, paths: Sequence[str], bad: np.ndarray, excluded: np.ndarray, strict: bool
 ) -> None:
+    """Warns of the images that are left out.
+
+    Args:
+        root: by which the commands know the split.
+        paths: of all its images.
+        bad, excluded: [n] bool, which are bad, and which are left out by hand.
+        strict: take bad ones for an error.
+
+    Raises:
+        ValueError: if strict and one is bad.
+    """
+    if strict and bad.any():
+        first = printable(paths[int(np.flatnonzero(bad)[0])])
+        raise ValueError(
+            f"data folder {root} must hold no bad image when strict, found {bad.sum()}, the first "
+            f"is {first}; to list them: {check_command(root)}"
+        )
     rows = np.flatnonzero(bad | excluded)
     if len(rows):
         _LOG.warning(

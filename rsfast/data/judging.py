@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from rsfast.data.folder import EXTENSIONS, FORMAT_OF, is_supported
 
-__all__ = ["TINY_PX", "UNREAD", "judge_image", "judge_other"]
+__all__ = ["TINY_PX", "UNREAD", "judge_content", "judge_image", "judge_other"]
 
 TINY_PX = 8  # a shorter side below this is odd
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")  # how files of the used formats begin
@@ -20,23 +20,31 @@ UNREAD = "cannot be read"  # such files are looked at again by every check
 
 def judge_image(path: str) -> tuple[tuple[int, int], str, str]:
     """Size in pixels, kind and reason of a file that is an image by name."""
-    size = (0, 0)
     try:
         mode = os.stat(path)
         if not stat.S_ISREG(mode.st_mode):
-            return size, "bad", "no regular file"
+            return (0, 0), "bad", "no regular file"
         if mode.st_size == 0:
-            return size, "bad", "empty file"
+            return (0, 0), "bad", "empty file"
         with open(path, "rb") as stream:
-            with Image.open(stream) as image:
-                if not is_supported(image):
-                    return size, "bad", f"{image.format} image, which the loaders do not decode"
-                size = (image.height, image.width)
-                odd = _oddities(path, image)
-                _decode(image)
-            _check_for_dali(stream, path, image.format)
+            return judge_content(path, stream)
+    except OSError as error:
+        return (0, 0), "bad", _reason(None, error)
+
+
+def judge_content(path: str, stream: BinaryIO) -> tuple[tuple[int, int], str, str]:
+    """The same of a file that is open, or of the content of one that lies in an archive."""
+    size = (0, 0)
+    try:
+        with Image.open(stream) as image:
+            if not is_supported(image):
+                return size, "bad", f"{image.format} image, which the loaders do not decode"
+            size = (image.height, image.width)
+            odd = _oddities(path, image)
+            _decode(image)
+        _check_for_dali(stream, path, image.format)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
-        return size, "bad", _reason(path, error)
+        return size, "bad", _reason(stream, error)
     return size, "odd" if odd else "", "; ".join(odd)
 
 
@@ -49,12 +57,13 @@ def _decode(image: Image.Image) -> None:
 
 
 def _oddities(path: str, image: Image.Image) -> list[str]:
-    extension = next(end for end in EXTENSIONS if path.lower().endswith(end))
+    extension = next((end for end in EXTENSIONS if path.lower().endswith(end)), None)
     known_as = "JPEG" if image.format == "MPO" else image.format
     limit = Image.MAX_IMAGE_PIXELS or image.width * image.height
     odd = {
         "CMYK image": image.mode == "CMYK",
-        f"{known_as} image under the extension {extension}": FORMAT_OF[extension] != known_as,
+        f"{known_as} image under the extension {extension}": extension is not None
+        and FORMAT_OF[extension] != known_as,
         f"tiny image of {image.width} x {image.height} pixels": min(image.size) < TINY_PX,
         f"huge image of {image.width} x {image.height} pixels": image.width * image.height > limit,
     }
@@ -97,13 +106,14 @@ def _check_jpeg_segments(stream: BinaryIO) -> None:
         stream.seek(length - 2, os.SEEK_CUR)
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(stream: BinaryIO | None, error: Exception) -> str:
     """Why a file is bad, in a few words."""
     if isinstance(error, UnicodeEncodeError):
         return "path is not UTF-8, as DALI needs it"
     text = str(error) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        with contextlib.suppress(OSError), open(path, "rb") as stream:
+    if isinstance(error, UnidentifiedImageError) and stream is not None:
+        with contextlib.suppress(OSError):
+            stream.seek(0)
             if stream.read(4).startswith(_MAGIC):
                 return "damaged or cut-off header"
         return "no image"
