@@ -57,6 +57,7 @@ class ImageIndex:
         class_names: sub-folder names, sorted.
         archive: what holds the images; None where they are files of their own.
         rows: [n] int64, of each image in the archive; None without one.
+        place: what the commands know the split by, such as a pattern of archives; None for root.
     """
 
     root: Path
@@ -66,6 +67,7 @@ class ImageIndex:
     class_names: tuple[str, ...]
     archive: Archive | None = None
     rows: np.ndarray | None = None
+    place: Path | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,6 +75,11 @@ class ImageIndex:
     def path(self, position: int) -> str:
         """Absolute path of one image."""
         return os.path.join(self.root, self.paths[position])
+
+    @property
+    def known_as(self) -> Path:
+        """What `python -m rsfast.data` knows the split by, and its record is kept under."""
+        return self.root if self.place is None else self.place
 
     def read(self, position: int) -> bytes:
         """One image as it was encoded.
@@ -131,7 +138,7 @@ def decode(index: ImageIndex, position: int) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
             f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "
-            f"leave it out: {exclude_command(index.root, index.paths[position])}"
+            f"leave it out: {exclude_command(index.known_as, index.path(position))}"
         ) from error
 
 

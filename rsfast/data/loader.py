@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rsfast import kernels
 from rsfast.data.cache import cache_root, has_record
+from rsfast.data.dataset import open_split
 from rsfast.data.decoding import Decoding, decoding
-from rsfast.data.folder import index_folder
 from rsfast.data.index import SPLITS, ImageIndex, check_command
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
@@ -174,7 +174,8 @@ def train_loader(
     """Shuffled training batches: one decode, one window and one flip per image, R resizes.
 
     Args:
-        root: folder with train/ (one sub-folder per class); ignored by "synthetic".
+        root: folder with train/ (one sub-folder per class, or archives), or a pattern of archives,
+            as :func:`rsfast.data.open_split` takes them; ignored by "synthetic".
         resolutions: r of each level in pixels, strictly descending.
         batch_size: N per rank; every batch is full.
         backend: "dali", "pil" or "synthetic" (the same random batch at every step).
@@ -240,11 +241,13 @@ def val_loader(
     num_images: int = 50_000,
     num_classes: int = 1000,
     strict: bool = False,
+    labels: str | None = None,
 ) -> Loader:
     """Validation batches: every image exactly once over all ranks, the last batch may be smaller.
 
     Args:
-        root: folder with val/ (one sub-folder per class); ignored by "synthetic".
+        root: folder with val/ (one sub-folder per class, or archives), or a pattern of archives, as
+            :func:`rsfast.data.open_split` takes them; ignored by "synthetic".
         resolutions: r of each level in pixels, in any order.
         batch_size: N per rank at most.
         backend: as in :func:`train_loader`.
@@ -255,6 +258,7 @@ def val_loader(
             :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
         strict: take bad files for an error, as in :func:`rsfast.data.index_folder`.
+        labels: list of the labels of a folder without class folders.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -263,7 +267,7 @@ def val_loader(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     plan = ValPlan(
-        index=_index(root, split, backend, limit, num_images, num_classes, strict),
+        index=_index(root, split, backend, limit, num_images, num_classes, strict, labels),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -282,6 +286,7 @@ def _index(
     num_images: int,
     num_classes: int,
     strict: bool,
+    labels: str | None = None,
 ) -> ImageIndex:
     if limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
@@ -290,8 +295,8 @@ def _index(
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        index = index_folder(Path(root) / split, strict=strict)
-        _warn_if_unchecked(index.root)
+        index = open_split(root, split, strict=strict, labels=labels)
+        _warn_if_unchecked(index.known_as)
         return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
     return ImageIndex(
         root=Path("synthetic"),
