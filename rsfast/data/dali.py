@@ -9,7 +9,6 @@ costs nothing.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.index import decode, exclude_command
+from rsfast.data.index import ImageIndex, decode, exclude_command
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.data.reading import ReadingError, read_ahead
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
 _INSTALL = "pip install -e '.[dali-cuda13]' (or dali-cuda12) in the clone, or use --loader pil"
@@ -55,13 +55,22 @@ class _Feed:
     at once, and its threads and memory do not wait for the garbage collector.
     """
 
-    def __init__(self, plan: TrainPlan | ValPlan) -> None:
+    def __init__(self, plan: TrainPlan | ValPlan, workers: int = 1) -> None:
         self._plan = plan
-        self.pending: Iterator[tuple[int, int]] = iter(())
+        self._workers = workers
+        self._pending: Iterator[tuple[int, int]] = iter(())
+        self._encoded: Iterator[list[np.ndarray]] = iter(())
+
+    def start(self, epoch: int, steps: range) -> None:
+        """Says which batches are next; images in archives are read ahead of them."""
+        self._pending = iter([(epoch, step) for step in steps])
+        if self._plan.index.archive is not None:
+            images = (self._plan.images(epoch, step) for step in steps)
+            self._encoded = read_ahead(self._plan.index, images, self._workers)
 
     def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, corner and shape of the windows, start and end of the resizes."""
-        batch = self._plan.batch(*next(self.pending))
+        """Images, corner and shape of the windows, start and end of the resizes."""
+        batch = self._plan.batch(*next(self._pending))
         assert isinstance(batch, TrainBatch)
         windows = batch.windows[:1] if batch.shared_window else batch.windows
         # Relative (y, x) at which the region of a resize starts and ends: x from 0 to 1 upright,
@@ -71,7 +80,7 @@ class _Feed:
         end = np.ones_like(start)
         end[:, :, 1] = ~batch.flips
         return [
-            self._paths(batch.images),
+            self._images(batch.images),
             *np.ascontiguousarray(windows[:, :, :2]),
             *np.ascontiguousarray(windows[:, :, 2:]),
             *start,
@@ -79,13 +88,16 @@ class _Feed:
         ]
 
     def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, sizes after the resize, corners of the crops."""
-        batch = self._plan.batch(*next(self.pending))
+        """Images, sizes after the resize, corners of the crops."""
+        batch = self._plan.batch(*next(self._pending))
         assert isinstance(batch, ValBatch)
-        return [self._paths(batch.images), *batch.resized.astype(np.float32), *batch.corners]
+        return [self._images(batch.images), *batch.resized.astype(np.float32), *batch.corners]
 
-    def _paths(self, images: np.ndarray) -> list[np.ndarray]:
+    def _images(self, images: np.ndarray) -> list[np.ndarray]:
+        """Paths of the images; the images themselves if they lie in an archive."""
         index = self._plan.index
+        if index.archive is not None:
+            return next(self._encoded)
         return [_as_bytes(index.path(i)) for i in images]
 
 
@@ -136,7 +148,7 @@ class DaliDecoder:
         # A loop that is left early never comes to the end of this function: its pipeline holds
         # batches that nobody wants, and the next loop builds another one.
         running, self._idle = self._idle or self._build(), None
-        running.feed.pending = iter([(epoch, step) for step in steps])
+        running.feed.start(epoch, steps)
         for step in steps:
             yield self._render(running.pipeline, epoch, step)
         with contextlib.suppress(StopIteration):
@@ -148,12 +160,14 @@ class DaliDecoder:
         stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
         try:
             levels = pipeline.run(stream)
+        except ReadingError:
+            raise
         except RuntimeError as error:
             raise self._explained(error, epoch, step) from error
         return _packed(levels, self._resolutions, self._device, stream)
 
     def _build(self) -> _Running:
-        feed = _Feed(self._plan)
+        feed = _Feed(self._plan, self._workers)
         pipeline = self._define(feed)
         try:
             pipeline.build()
@@ -214,8 +228,11 @@ class DaliDecoder:
             for size, corner, r in zip(sizes, corners, self._resolutions, strict=True)
         ]
 
-    def _read(self, paths):
-        return fn.io.file.read(paths, dont_use_mmap=self._dont_use_mmap)
+    def _read(self, images):
+        """Encoded images, of their paths; those of an archive are there already."""
+        if self._plan.index.archive is not None:
+            return images
+        return fn.io.file.read(images, dont_use_mmap=self._dont_use_mmap)
 
     def _decode(self, encoded, **region):
         """Whole images, or the part of each that lies in a region."""
@@ -255,30 +272,28 @@ class DaliDecoder:
         for position in images:
             decode(index, position)  # Pillow knows the reason, and names the file
         # Pillow reads them all: the file is one that only DALI refuses.
-        suspects = [index.paths[i] for i in images]
-        path = suspects[0] if sample else _first_refused(index.root, suspects)
-        if path is None:
+        suspect = int(images[0]) if sample else _first_refused(index, images)
+        if suspect is None:
             return RuntimeError(f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}")
         return RuntimeError(
-            f"DALI cannot decode {os.path.join(index.root, path)}: {_cause(error)}; to leave it "
-            f"out: {exclude_command(index.root, path)}"
+            f"DALI cannot decode {index.path(suspect)}: {_cause(error)}; to leave it "
+            f"out: {exclude_command(index.known_as, index.path(suspect))}"
         )
 
 
-def _first_refused(root: str | os.PathLike[str], paths: Sequence[str]) -> str | None:
-    """The first file that DALI cannot decode on a CPU."""
-    left = iter(paths)
-    current = ""
+def _first_refused(index: ImageIndex, positions: Sequence[int]) -> int | None:
+    """Position of the first image that DALI cannot decode on a CPU."""
+    left = iter(positions)
+    current = -1
 
-    def next_path() -> list[np.ndarray]:
+    def next_image() -> list[np.ndarray]:
         nonlocal current
-        current = next(left)
-        return [_as_bytes(os.path.join(root, current))]
+        current = int(next(left))
+        return [np.frombuffer(index.read(current), dtype=np.uint8)]
 
     pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
     with pipeline:
-        encoded = fn.io.file.read(fn.external_source(source=next_path))
-        pipeline.set_outputs(fn.decoders.image(encoded))
+        pipeline.set_outputs(fn.decoders.image(fn.external_source(source=next_image)))
     try:
         while True:
             pipeline.run()
