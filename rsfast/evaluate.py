@@ -17,6 +17,7 @@ from torch import Tensor
 from rsfast import figures
 from rsfast.data import BACKENDS, ImageIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
+from rsfast.data.patterns import check_archives
 from rsfast.data.plan import VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.files.tables import write_rows
@@ -99,6 +100,14 @@ class Settings:
     val_crop: str
     precision: str | None
     calibration_batches: int
+    train_data: str | None = None
+    val_data: str | None = None
+    val_list: str | None = None
+
+    @property
+    def train_root(self) -> str | None:
+        """Where the training images are."""
+        return self.train_data or self.data
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolutions = itertools.chain.from_iterable(map(parse_resolutions, args.resolutions))
         model, alpha = checkpoint.load_model(args.checkpoint, args.trained_resolutions, args.arch)
         with distributed.first_rank_first(rank):
-            data = args.data or str(builtin_root())
+            data = args.data or (None if args.val_data else str(builtin_root()))
         settings = Settings(
             data=data,
             resolutions=tuple(resolutions),
@@ -241,6 +250,9 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="what the checkpoint is of; needed for MODULE:FUNCTION, whose code is then run",
     )
     add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
+    add("--train-data", metavar="GLOB", help="as in rsfast.train")
+    add("--val-data", metavar="GLOB", help="as in rsfast.train")
+    add("--val-list", metavar="FILE", help="as in rsfast.train")
     add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
     add("--batch-size", type=int, default=64, help="images per process (default 64)")
     add("--workers", type=int, help="as in rsfast.train")
@@ -259,7 +271,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def common_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the common flags say for :class:`Settings`."""
-    names = ("loader", "batch_size", "precision", *_DECODING)
+    for name in ("train_data", "val_data"):
+        if getattr(args, name) is not None:
+            check_archives(getattr(args, name))
+    names = ("loader", "batch_size", "precision", "train_data", "val_data", "val_list", *_DECODING)
     return {name: getattr(args, name) for name in names}
 
 
@@ -271,11 +286,12 @@ def _val_batches(
     model: RSNet, resolutions: Sequence[int], settings: Settings, rank: Rank
 ) -> Loader:
     loader = val_loader(
-        settings.data,
+        settings.val_data or settings.data,
         resolutions,
         settings.batch_size,
         normalize=(model.input_mean, model.input_std),
         crop=settings.val_crop,
+        labels=None if settings.val_data else settings.val_list,
         rank=rank.index,
         world_size=rank.world_size,
         device=rank.device,
@@ -285,8 +301,8 @@ def _val_batches(
     if len(names) != model.num_classes or (known and names != known):
         wanted = f" ({', '.join(known[:3])}, ...)" if known else ""
         raise ValueError(
-            f"data folder {settings.data} must have the {model.num_classes} classes of the "
-            f"checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
+            f"data folder {settings.val_data or settings.data} must have the {model.num_classes} "
+            f"classes of the checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
         )
     return loader
 
@@ -339,8 +355,10 @@ def _calibration_images(
     model: RSNet, resolution: int, settings: Settings, rank: Rank
 ) -> Iterator[Tensor]:
     """The same training images on every rank, so that all ranks end with one network."""
+    if settings.train_root is None:
+        raise ValueError("--between calibrate needs training images: add --data or --train-data")
     loader = train_loader(
-        settings.data,
+        settings.train_root,
         (resolution,),
         settings.batch_size,
         device=rank.device,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rsfast.config import TrainConfig, parse_args
-from rsfast.data import default_workers, index_folder
+from rsfast.data import default_workers, open_split
 from rsfast.data.builtin import builtin_root
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
@@ -151,8 +151,11 @@ def _data_set(base: TrainConfig) -> dict[str, str]:
     Raises:
         ValueError: if they cannot be found.
     """
-    root = Path(base.data) if base.data else builtin_root()
-    splits = {split: index_folder(root / split, strict=base.strict) for split in ("train", "val")}
+    root = base.data or ("" if base.images else builtin_root())
+    splits = {
+        "train": open_split(base.train_data or root, "train", strict=base.strict),
+        "val": open_split(base.val_data or root, "val", strict=base.strict, labels=base.val_list),
+    }
     return {f"{split}_set": index.digest for split, index in splits.items()}
 
 

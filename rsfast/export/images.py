@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rsfast.data.folder import index_folder
+from rsfast.data.dataset import open_split
 from rsfast.data.index import ImageIndex, decode
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
@@ -19,12 +19,12 @@ _BATCH = 8  # ranges of a ResNet-50 at 224 px take 2 GiB; more with larger ones
 
 
 def index_split(data: str | Path, split: str, manifest: Manifest) -> ImageIndex:
-    """The images of DATA/split.
+    """The images of DATA/split, or of a pattern of archives.
 
     Raises:
         ValueError: if there are none, or they have other classes than the network.
     """
-    index = index_folder(Path(data) / split)
+    index = open_split(data, split)
     names = index.class_names
     wrong = manifest.class_names not in (None, names)
     if len(names) != manifest.num_classes or wrong:
