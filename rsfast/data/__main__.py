@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rsfast.data.check import KINDS, Finding, Report, check_split
 from rsfast.data.convert import FORMS, convert, parse_size
-from rsfast.data.dataset import exclude_members, find_splits
+from rsfast.data.dataset import exclude_members, find_splits, is_member
 from rsfast.data.folder import exclude
 from rsfast.data.index import printable
 
@@ -142,12 +142,16 @@ def _summary(name: str, report: Report) -> str:
 
 def _exclude(args: argparse.Namespace) -> int:
     splits = find_splits(args.dir)
-    if any(split.files for split in splits):
-        counts = exclude_members([s for s in splits if s.files], args.files, undo=args.undo)
-        named = {split.name: count for split, count in counts.items()}
-    else:
-        changed = exclude(args.dir, args.files, undo=args.undo)
-        named = {split.name: count for split, count in changed.items()}
+    special = [split for split in splits if split.files or split.is_flat]
+    members = list(args.files)
+    if len(special) < len(splits):  # files of class folders are known by another rule
+        members = [file for file in args.files if is_member(special, file)]
+    others = [file for file in args.files if file not in members]
+    named = {}
+    for split, count in exclude_members(special, members, undo=args.undo).items():
+        named[split.name] = count
+    for folder, count in exclude(args.dir, others, undo=args.undo).items() if others else ():
+        named[folder.name] = count
     for name, count in named.items():
         print(f"{name}: files left out by hand: {count}")
     return 0

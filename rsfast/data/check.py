@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from rsfast.data import cache
 from rsfast.data.dataset import Members, Split, list_members, open_archive
-from rsfast.data.folder import Listing, list_split, save_sizes
+from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
 from rsfast.data.index import Archive
 from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
+from rsfast.data.val_list import flat_images
 
 __all__ = ["KINDS", "Finding", "Report", "check_split"]
 
@@ -112,6 +113,8 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         listing = Listing(
             members.split.place, members.class_names, list(members.paths), [], digest=""
         )
+    elif isinstance(source, Split) and source.is_flat:
+        listing = listing_of(source.root, flat_images(source.root), (source.name,))
     else:
         listing = list_split(source.root if isinstance(source, Split) else source)
     record = _known(listing)
@@ -139,7 +142,8 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
     seconds = time.perf_counter() - start
     if members is None:
         save_sizes(listing, record.sizes[: task.images])
-        classes = [path.split(os.sep, 1)[0] for path in listing.paths]
+        only = listing.class_names[0]  # of a folder without class folders
+        classes = [path.split(os.sep, 1)[0] if os.sep in path else only for path in listing.paths]
     else:
         classes = [members.class_names[label] for label in members.contents.labels.tolist()]
     return _report(listing, classes, record, decoded, seconds)

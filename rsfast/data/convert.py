@@ -125,6 +125,8 @@ def convert(
 
 
 def _source(split: Split) -> _Source:
+    if split.is_flat:
+        raise ValueError(f"SRC {split.root} must have class folders or archives, got images alone")
     if split.files:
         members = list_members(split)
         labels, names = members.contents.labels, members.class_names

@@ -30,7 +30,7 @@ from rsfast.data.patterns import (
     is_pattern,
 )
 from rsfast.data.shards import index_shards
-from rsfast.data.val_list import index_listed, read_classes
+from rsfast.data.val_list import flat_images, index_listed, read_classes
 
 __all__ = [
     "Members",
@@ -38,6 +38,7 @@ __all__ = [
     "exclude_members",
     "find_split",
     "find_splits",
+    "is_member",
     "list_members",
     "open_archive",
     "open_split",
@@ -60,11 +61,13 @@ class Split:
         root: the folder that paths of images are relative to.
         files: of its archives, absolute and sorted; none where root has class folders.
         place: what the commands know the split by: root, a folder that need not exist, a pattern.
+        is_flat: images lie in root itself, and their labels in a list.
     """
 
     root: Path
     files: tuple[str, ...]
     place: Path
+    is_flat: bool = False
 
     @property
     def name(self) -> str:
@@ -158,6 +161,8 @@ def find_splits(data: str | Path) -> list[Split]:
             found = _split_at(path)
             if found.files or any(entry.is_dir() for entry in path.iterdir()):
                 splits.append(found)
+            elif flat_images(path):
+                splits.append(Split(path, (), path, is_flat=True))
         elif flat := _flat(folder, split):
             splits.append(flat)
     return splits or [_split_at(path) for path in split_folders(folder)]
@@ -297,12 +302,12 @@ def _usable(members: Members, archive: Archive, strict: bool) -> ImageIndex:
 def exclude_members(
     splits: Sequence[Split], files: Sequence[str], *, undo: bool = False
 ) -> dict[Split, int]:
-    """Leaves images of archives out of a data set, or no longer.
+    """Leaves images of splits without class folders out of a data set, or no longer.
 
     Args:
-        splits: of the data set, with archives.
-        files: an archive's path with the name of the image within it behind, from the working
-            folder or from that of the split.
+        splits: with archives, or flat.
+        files: an image's path, or an archive's with the name of the image within it behind, from
+            the working folder or from that of the split.
         undo: take them in again.
 
     Returns:
@@ -313,7 +318,7 @@ def exclude_members(
             cache folder cannot be written.
     """
     excluded = {split: set(load_excluded(split.place)) for split in splits}
-    known = {split: excluded[split] if undo else {*list_members(split).paths} for split in splits}
+    known = {split: excluded[split] if undo else {*_paths(split)} for split in splits}
     changed = set()
     for file in files:
         places = [
@@ -323,7 +328,7 @@ def exclude_members(
             if path in known[split]
         ]
         if not places:
-            rule = "an image that is excluded" if undo else "an image in one of the archives"
+            rule = "an image that is excluded" if undo else "an image of the data set"
             raise ValueError(f"file must be {rule}, got {file}")
         split, path = places[0]
         (excluded[split].remove if undo else excluded[split].add)(path)
@@ -334,6 +339,15 @@ def exclude_members(
     except OSError as error:
         raise ValueError(f"cache folder {cache_root()} must be writable: {error}") from error
     return {split: len(excluded[split]) for split in splits if split in changed}
+
+
+def is_member(splits: Sequence[Split], file: str) -> bool:
+    """Whether a file is an image of one of these splits, excluded or not."""
+    return any(path in _paths(split) for split in splits for path in _spellings(split, file))
+
+
+def _paths(split: Split) -> Sequence[str]:
+    return list_members(split).paths if split.files else flat_images(split.root)
 
 
 def _spellings(split: Split, file: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from rsfast.data.folder import EXTENSIONS, index_files
 from rsfast.data.index import ImageIndex
 
-__all__ = ["index_listed", "read_classes"]
+__all__ = ["flat_images", "index_listed", "read_classes"]
 
 _CLASSES = "classes.txt"
 
@@ -49,6 +49,11 @@ def _lines(file: Path) -> list[str]:
         raise ValueError(f"{file} must be a text file that can be read: {error}") from error
 
 
+def flat_images(root: Path) -> list[str]:
+    """Names of the images in a folder itself, sorted."""
+    return sorted(e.name for e in os.scandir(root) if e.name.lower().endswith(EXTENSIONS))
+
+
 def index_listed(root: Path, labels: str | Path, *, strict: bool = False) -> ImageIndex:
     """The images of a folder without class folders, with labels from a list.
 
@@ -66,7 +71,7 @@ def index_listed(root: Path, labels: str | Path, *, strict: bool = False) -> Ima
     file = Path(labels)
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist")
-    on_disk = sorted(e.name for e in os.scandir(root) if e.name.lower().endswith(EXTENSIONS))
+    on_disk = flat_images(root)
     if not on_disk:
         raise ValueError(
             f"data folder {root} must hold the images of {file} without class folders, found none"

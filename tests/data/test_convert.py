@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from archives import samples_of, write_parquet, write_tar
-from helpers import JPEG, PNG, make_image_folder
+from helpers import JPEG, PNG, cut, make_image_folder
 from rsfast.data import convert as conversion
 from rsfast.data import index_folder, open_split, train_loader, val_loader
 from rsfast.data.__main__ import main
@@ -303,3 +304,33 @@ def test_a_list_that_cannot_be_read_or_goes_with_a_pattern_is_refused(flat: Path
         ValueError, match="list of labels goes with a folder of images, got .*x.tar"
     ):
         open_split(str(shard), "val", labels=flat / "none.txt")
+
+
+def test_a_flat_folder_is_checked_and_an_image_of_it_left_out(
+    flat: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (flat / "list.txt").write_text("cat\ndog\ndog\ncat\n")
+    cut(flat / "val" / "b.jpg")
+
+    def labels() -> list[int]:
+        loader = val_loader(
+            flat, (32,), 4, backend=backend, workers=0, labels=str(flat / "list.txt")
+        )
+        (batch,) = loader
+        return batch.labels.tolist()
+
+    with pytest.raises(RuntimeError, match="cannot decode .*val/b.jpg") as caught:
+        labels()
+    assert main(["check", str(flat)]) == 1
+    out = capsys.readouterr().out
+    assert "bad       val/b.jpg" in out
+    assert "train: 6 images, 0 bad" in out
+    assert labels() == [0, 1, 0]
+    command = shlex.split(re.search("; to leave it out: (.*)$", str(caught.value))[1])[3:]
+    assert main(command) == 0
+    assert main(["exclude", str(flat), str(flat / "val" / "a.jpg"), "train/cat/0000.jpg"]) == 0
+    assert labels() == [1, 0]
+    assert len(index_folder(flat / "train")) == 5
+    assert main(["exclude", str(flat), "val/z.jpg"]) == 2
+    assert main(["convert", str(flat), str(flat.parent / "out")]) == 2
+    assert "must have class folders or archives, got images alone" in capsys.readouterr().err

@@ -497,7 +497,7 @@ def test_the_printed_command_leaves_an_image_out_and_can_be_undone(
         batches(train_loader, root, "pil")
         assert main([*command, "--undo"]) == 0
     assert main(["exclude", str(data), "train/none.jpg"]) == 2
-    assert "must be an image in one of the archives, got train/none" in capsys.readouterr().err
+    assert "must be an image of the data set, got train/none" in capsys.readouterr().err
 
 
 def test_a_run_on_archives_that_were_never_checked_says_how_to_check_them(
