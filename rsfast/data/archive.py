@@ -27,11 +27,14 @@ from rsfast.data.folder import is_supported
 __all__ = [
     "Contents",
     "OffsetArchive",
+    "check_unchanged",
     "header_size",
+    "header_size_at",
     "join_names",
     "load_contents",
     "number_names",
     "save_contents",
+    "stats_of",
 ]
 
 _LOG = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import io
 import os
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rsfast.data.archive import stats_of
 from rsfast.data.dataset import Split, find_splits, list_members, open_archive
-from rsfast.data.folder import list_split
+from rsfast.data.folder import EXTENSIONS, list_split
 from rsfast.data.index import Archive, printable
 from rsfast.data.manifest import load_manifest, save_manifest
 
@@ -62,6 +62,7 @@ class _Source:
     labels: np.ndarray
     class_names: tuple[str, ...]
     archive: Archive | None
+    stats: np.ndarray  # of the files that they lie in
 
     def read(self, row: int) -> bytes:
         if self.archive is not None:
@@ -131,11 +132,14 @@ def _source(split: Split) -> _Source:
         members = list_members(split)
         labels, names = members.contents.labels, members.class_names
         archive = open_archive(members)
-        return _Source(split.name, members.paths, split.root, labels, names, archive)
+        stats = members.contents.stats
+        return _Source(split.name, members.paths, split.root, labels, names, archive, stats)
     listing = list_split(split.root)
     number_of = {name: number for number, name in enumerate(listing.class_names)}
     labels = np.array([number_of[path.split(os.sep, 1)[0]] for path in listing.paths], np.int64)
-    return _Source(split.name, listing.paths, listing.root, labels, listing.class_names, None)
+    names = listing.class_names
+    stats = stats_of([os.path.join(listing.root, path) for path in listing.paths])
+    return _Source(split.name, listing.paths, listing.root, labels, names, None, stats)
 
 
 def _to_shards(
@@ -170,7 +174,7 @@ def _to_shards(
 def _about(source: _Source) -> dict[str, Any]:
     """By which a conversion is known to be the same one."""
     digest = hashlib.sha256(os.fsencode("\0".join(source.paths)))
-    digest.update(source.labels.tobytes())
+    digest.update(source.labels.tobytes() + source.stats.tobytes())
     return {
         "images": len(source.paths),
         "classes": list(source.class_names),
@@ -210,18 +214,34 @@ def _note(
 
 def _keys(source: _Source) -> list[str]:
     """Names of the members: class and name of the image, without dots but the last."""
-    names, seen = [], Counter[str]()
+    names = []
+    seen: set[str] = set()
     for path, label in zip(source.paths, source.labels.tolist(), strict=True):
-        stem, extension = os.path.splitext(os.path.basename(path))
+        within = os.path.basename(path)
         if source.archive is None:  # sub-folders of a class stay part of the key
-            stem = os.path.splitext(path.split(os.sep, 1)[1])[0].replace(os.sep, "/")
+            within = path.split(os.sep, 1)[1].replace(os.sep, "/")
+        stem, extension = _parts(within)
         folder, _, base = stem.rpartition("/")
-        stem = f"{folder}/{base.replace('.', '_') or '_'}" if folder else base.replace(".", "_")
-        stem = f"{_safe(source.class_names[label])}/{stem or '_'}"
-        seen[stem] += 1
-        again = f"__{seen[stem]}" if seen[stem] > 1 else ""
-        names.append(f"{stem}{again}{extension.lower() or '.jpg'}")
+        base = base.replace(".", "_") or "_"
+        stem = "/".join(filter(None, (_safe(source.class_names[label]), folder, base)))
+        names.append(_apart(stem, seen) + extension.lower())
     return names
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A name without its extension, and one by which an index knows images."""
+    stem, extension = os.path.splitext(name)
+    return (stem, extension) if extension.lower() in EXTENSIONS else (name, ".jpg")
+
+
+def _apart(stem: str, seen: set[str]) -> str:
+    """The text, with a number behind it if there is one like it."""
+    name, number = stem, 1
+    while name in seen:
+        number += 1
+        name = f"{stem}__{number}"
+    seen.add(name)
+    return name
 
 
 def _safe(name: str) -> str:
@@ -299,13 +319,12 @@ def _to_folder(source: _Source, folder: Path) -> Converted:
     if sorted(safe) != safe or len({*safe}) != len(safe):
         # The order of class folders is that of their names: numbers keep it.
         safe = [f"{number:0{width}d}_{name}" for number, name in enumerate(safe)]
-    targets, written, seen = [], 0, Counter[str]()
-    rows = zip(source.paths, source.labels.tolist(), strict=True)
-    for path, label in rows:
-        name = f"{safe[label]}/{os.path.basename(path)}"
-        seen[name] += 1
-        stem, extension = os.path.splitext(name)
-        targets.append(name if seen[name] == 1 else f"{stem}__{seen[name]}{extension}")
+    written = 0
+    targets = []
+    seen: set[str] = set()
+    for path, label in zip(source.paths, source.labels.tolist(), strict=True):
+        stem, extension = _parts(os.path.basename(path))
+        targets.append(_apart(f"{safe[label]}/{stem}", seen) + extension)
     settings = _about(source)
     _prepare(folder, settings)
     for name in safe:

@@ -186,10 +186,32 @@ def test_a_shard_that_is_missing_or_foreign_is_refused_by_the_manifest(
 def test_names_with_dots_sub_folders_and_doubles_stay_apart(tmp_path: Path) -> None:
     root = tmp_path / "folder" / "train" / "c.at"
     (root / "deep.er").mkdir(parents=True)
-    for name in ("a.b.jpg", "a_b.jpg", "a.b.PNG", "deep.er/a.b.jpg"):
+    for name in ("a.b.jpg", "a_b.jpg", "a_b__2.jpg", "a.b.PNG", ".jpg", "deep.er/a.b.jpg"):
         (root / name).write_bytes(PNG if name.endswith("PNG") else JPEG)
     convert(tmp_path / "folder", tmp_path / "shards")
+    assert len(images_of(tmp_path / "shards")) == 6
     assert images_of(tmp_path / "shards") == images_of(tmp_path / "folder")
+    convert(tmp_path / "shards", tmp_path / "back")
+    images = [image for image, *_ in images_of(tmp_path / "folder")]
+    assert sorted(image for image, *_ in images_of(tmp_path / "back")) == sorted(images)
+
+
+def test_images_of_parquet_files_get_an_extension_where_they_have_none(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+    file = tmp_path / "parquet" / "train" / "0.parquet"
+    write_parquet(file, [JPEG, PNG, JPEG], [0, 1, 0], ["img.0001", "img.0002", None])
+    for form in ("shards", "folder"):
+        convert(tmp_path / "parquet", tmp_path / form, to=form)
+        found = {(image, label) for image, label, _ in images_of(tmp_path / form)}
+        assert found == {(JPEG, 0), (PNG, 1)}
+        assert len(images_of(tmp_path / form)) == 3
+
+
+def test_an_image_that_changed_makes_another_conversion(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "shards")
+    (folder / "train" / "cat" / "0000.jpg").write_bytes(PNG)
+    with pytest.raises(ValueError, match="a part of the same conversion, got one of other images"):
+        convert(folder, tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
