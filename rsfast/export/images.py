@@ -10,6 +10,7 @@ from PIL import Image
 
 from rsfast.data.dataset import open_split
 from rsfast.data.index import ImageIndex, decode
+from rsfast.data.patterns import is_pattern
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
@@ -70,6 +71,10 @@ def calibration(
     Raises:
         ValueError: if the data set is not the network's.
     """
+    if is_pattern(data):  # the images that the accuracy is measured on
+        raise ValueError(
+            f"--data must be a folder with train/ and val/ where int8 is calibrated, got {data}"
+        )
     index = index_split(data, "train", manifest)
     positions = spread(index, count)
 

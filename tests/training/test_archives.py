@@ -15,6 +15,7 @@ from rsfast.config import TrainConfig
 from rsfast.data import index_folder
 from rsfast.data.convert import convert
 from rsfast.experiments.__main__ import _data_set
+from rsfast.export.images import calibration
 from rsfast.files.unpickle import load_dict
 from run_helpers import assert_equal, assert_same_run, log_of, stop_when
 
@@ -119,6 +120,11 @@ def test_an_evaluation_takes_patterns_and_a_list_of_labels(
     calibrated = [*checkpoint, *patterns(shards)[2:], *output, "--resolutions", "28"]
     assert evaluate.main([*calibrated, "--between", "calibrate"]) == 2
     assert "calibrate needs training images: add --data or --train" in capsys.readouterr().err
+
+
+def test_int8_is_not_calibrated_on_the_images_it_is_measured_on(shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be a folder with train/ and val/ where int8 is"):
+        calibration(str(shards / "val" / "*.tar"), None, 3)
 
 
 def test_experiments_name_the_images_of_archives(folder: Path, shards: Path) -> None:
