@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _build_parser().parse_args(argv)
     try:
         return {"check": _check, "exclude": _exclude, "convert": _convert}[args.command](args)
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"rsfast.data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

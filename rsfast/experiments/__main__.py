@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 collect(part, seeds, args.output, folder, args.jobs, args.launch)
                 write_report(part, seeds, folder)
                 print(f"written: {folder / 'README.md'}")
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"rsfast.experiments: error: {error}", file=sys.stderr)
         return 2
     return code

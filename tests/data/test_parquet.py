@@ -10,6 +10,7 @@ import pytest
 from archives import archived, write_parquet
 from helpers import JPEG, PNG, make_image_folder
 from rsfast.data import open_split
+from rsfast.data.__main__ import main
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_images_of_parquet_files_need_no_name_and_may_share_one(tmp_path: Path) 
 
 
 def test_without_pyarrow_the_error_says_how_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "rsfast.data.parquet", raising=False)
@@ -102,3 +103,5 @@ def test_without_pyarrow_the_error_says_how_to_install_it(
     (tmp_path / "train" / "a.parquet").touch()
     with pytest.raises(ImportError, match=r"Parquet files need pyarrow: pip install .*parquet"):
         open_split(tmp_path, "train")
+    assert main(["check", str(tmp_path)]) == 2
+    assert "rsfast.data: error: Parquet files need pyarrow" in capsys.readouterr().err
