@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dali-cuda13,export,openvino,serve,bench,dev
+EXTRAS ?= dali-cuda13,export,openvino,parquet,serve,bench,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Another PyTorch, built with CUDA, which needs no GPU to be installed; torchvision fits it.

@@ -152,7 +152,7 @@ def _features(
         net = model.at(resolution)
         loaders: dict[str, Loader] = {
             "train": train_loader(
-                settings.data,
+                settings.train_root,
                 (resolution,),
                 settings.batch_size,
                 seed=training["seed"],
@@ -161,7 +161,7 @@ def _features(
                 **common,
             ),
             "test": val_loader(
-                settings.data,
+                settings.train_root,
                 (resolution,),
                 settings.batch_size,
                 crop=settings.val_crop,
@@ -224,7 +224,7 @@ def _analyze(args: argparse.Namespace) -> None:
     training = _training_settings(path)
     wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
     settings = Settings(
-        data=args.data or training.get("data") or str(builtin_root()),
+        data=_data(args, training),
         resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
         val_crop=model.val_crop,
@@ -260,6 +260,15 @@ def _analyze(args: argparse.Namespace) -> None:
         write_rows(folder / "features.csv", rows)
     figures.draw(folder)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def _data(args: argparse.Namespace, training: Mapping[str, Any]) -> str | None:
+    """The folder of the images; fills in the flags that name others from the run's settings."""
+    given = args.data or args.train_data or args.val_data
+    for name in ("train_data", "val_data", "val_list") if not given else ():
+        setattr(args, name, getattr(args, name) or training.get(name))
+    data = args.data if given else training.get("data")
+    return data or (None if args.train_data and args.val_data else str(builtin_root()))
 
 
 def _training_settings(path: Path) -> dict[str, Any]:

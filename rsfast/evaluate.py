@@ -99,6 +99,14 @@ class Settings:
     exif: str
     precision: str | None
     calibration_batches: int
+    train_data: str | None = None
+    val_data: str | None = None
+    val_list: str | None = None
+
+    @property
+    def train_root(self) -> str | None:
+        """Where the training images are."""
+        return self.train_data or self.data
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -168,7 +176,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     folder = Path(args.output or args.checkpoint.parent / "evaluation")
     distributed.agree(rank, lambda: make_writable(folder))
     with distributed.first_rank_first(rank):
-        data = args.data or str(builtin_root())
+        data = args.data or (None if args.val_data else str(builtin_root()))
     settings = Settings(
         data=data,
         resolutions=tuple(resolutions),
@@ -227,11 +235,12 @@ def _val_batches(
     model: RSNet, resolutions: Sequence[int], settings: Settings, rank: Rank
 ) -> Loader:
     loader = val_loader(
-        settings.data,
+        settings.val_data or settings.data,
         resolutions,
         settings.batch_size,
         normalize=(model.input_mean, model.input_std),
         crop=settings.val_crop,
+        labels=None if settings.val_data else settings.val_list,
         rank=rank.index,
         world_size=rank.world_size,
         device=rank.device,
@@ -241,10 +250,10 @@ def _val_batches(
     if len(names) != model.num_classes or (known and names != known):
         wanted = f" ({', '.join(known[:3])}, ...)" if known else ""
         raise ValueError(
-            f"data folder {settings.data} must have the {model.num_classes} classes of the "
-            f"checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
+            f"data folder {settings.val_data or settings.data} must have the {model.num_classes} "
+            f"classes of the checkpoint{wanted}, got {len(names)} ({', '.join(names[:3])}, ...)"
         )
-    warn_of_numbers(settings.data, () if known else names)
+    warn_of_numbers(settings.val_data or settings.data, () if known else names)
     return loader
 
 
@@ -296,8 +305,10 @@ def _calibration_images(
     model: RSNet, resolution: int, settings: Settings, rank: Rank
 ) -> Iterator[Tensor]:
     """The same training images on every rank, so that all ranks end with one network."""
+    if settings.train_root is None:
+        raise ValueError("--between calibrate needs training images: add --data or --train-data")
     loader = train_loader(
-        settings.data,
+        settings.train_root,
         (resolution,),
         settings.batch_size,
         device=rank.device,

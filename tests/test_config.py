@@ -60,8 +60,9 @@ def test_what_a_continued_run_may_change_stands_in_the_fields() -> None:
     assert at_an_epoch == {"loader", "batch_size", "steps_per_epoch"}
     freely = {name for name, rule in rules.items() if rule.on_resume == "freely"}
     assert freely == set(
-        "data output resume restart_epoch workers log_every checkpoint_every keep device graph "
-        "profile max_skipped strict tolerate_truncated hw_decoder_load dont_use_mmap".split()
+        "data train_data val_data val_list output resume restart_epoch workers log_every "
+        "checkpoint_every keep device graph profile max_skipped strict tolerate_truncated "
+        "hw_decoder_load dont_use_mmap".split()
     )
     assert fixed_settings() == sorted(set(rules) - freely)
     assert fixed_settings(at_an_epoch=True) == sorted(set(rules) - freely - at_an_epoch)

@@ -65,7 +65,8 @@ def parse_args(
         arch = flags.get("arch", from_file.get("arch", TrainConfig().arch))
         values = _read_recipe(NETWORKS[arch].recipe) if arch in NETWORKS else {}
         given = {**from_file, **flags}
-        if "data" not in given and given.get("loader") != "synthetic":
+        named = {"data", "train_data", "val_data"} & given.keys()
+        if not named and given.get("loader") != "synthetic":
             values |= _read_recipe("builtin")
         values |= given
         if values.get("distill") in _AUTHORS_KD_TYPES:

@@ -13,6 +13,7 @@ from rsfast.config.rules import check, cut, is_count, setting
 from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
+from rsfast.data.patterns import check_archives
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
@@ -90,7 +91,16 @@ class TrainConfig:
     """network, and the recipe that the other settings start from; networks of the packages
     torchvision and timm and of a function of yours, called with num_classes, have none"""
     data: str | None = setting(None, on_resume="freely")
-    """folder with train/ and val/, one sub-folder per class; without it the built-in set is used"""
+    """folder with train/ and val/, which hold one sub-folder per class, tar shards or Parquet
+    files; without it the built-in set is used"""
+    train_data: str | None = setting(None, check=check_archives, on_resume="freely")
+    """training images in place of data's: a pattern of shards or Parquet files, such as
+    "/data/train-{0000..1023}.tar" or "/data/train-*.parquet\""""
+    val_data: str | None = setting(None, check=check_archives, on_resume="freely")
+    """validation images in place of data's, likewise"""
+    val_list: str | None = setting(None, on_resume="freely")
+    """labels of a data/val without class folders: lines of "file label", or a label per sorted
+    file; a label is a class's name, or its number from 0"""
     output: str | None = setting(None, on_resume="freely")
     """run folder; by default runs/<arch>, with _ for / and :"""
     pretrained: str | None = None
@@ -216,6 +226,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.data is None and (self.train_data is None) != (self.val_data is None):
+            raise ValueError(
+                "train_data and val_data must be given together, or one of them with data for the "
+                f"other, got train_data {self.train_data} and val_data {self.val_data}"
+            )
+        if self.val_list is not None and (self.data is None or self.val_data is not None):
+            raise ValueError(
+                f"val_list holds the labels of data/val, so it needs data and no val_data, "
+                f"got {self.val_list}"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
@@ -247,6 +267,11 @@ class TrainConfig:
             rand_augment=operations_of(self.rand_augment),
             random_erasing=self.random_erasing,
         )
+
+    @property
+    def images(self) -> str:
+        """Where the images are, in words."""
+        return " and ".join(filter(None, (self.data, self.train_data, self.val_data)))
 
     @property
     def folder(self) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rsfast.data.augment import Augment as Augment
+    from rsfast.data.dataset import open_split as open_split
     from rsfast.data.decoding import default_workers as default_workers
     from rsfast.data.folder import index_folder as index_folder
     from rsfast.data.index import ImageIndex as ImageIndex
@@ -32,6 +33,7 @@ _SOURCES = {
     "Mix": "loader",
     "default_workers": "decoding",
     "index_folder": "folder",
+    "open_split": "dataset",
     "prefetch": "prefetching",
     "train_loader": "loader",
     "val_loader": "loader",

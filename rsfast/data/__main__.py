@@ -1,4 +1,4 @@
-"""`python -m rsfast.data`: finds what is wrong with the files of a data set, and leaves files out.
+"""`python -m rsfast.data`: finds what is wrong with a data set, leaves files out, and converts it.
 
 Exit codes: 0 all is well, 1 there is a bad file or a class folder without an image to use, 2 bad
 input, 130 interrupted.
@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsfast.data.check import KINDS, Finding, Report, check_split
-from rsfast.data.folder import exclude, split_folders
+from rsfast.data.convert import FORMS, convert, parse_size
+from rsfast.data.dataset import exclude_members, find_splits, is_member
+from rsfast.data.exclusion import exclude
 from rsfast.data.index import printable
 
 __all__ = ["main"]
@@ -25,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _build_parser().parse_args(argv)
     try:
-        return _check(args) if args.command == "check" else _exclude(args)
-    except (ValueError, OSError) as error:
+        return {"check": _check, "exclude": _exclude, "convert": _convert}[args.command](args)
+    except (ValueError, ImportError, OSError) as error:
         print(f"rsfast.data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rsfast.data: interrupted; the next check continues", file=sys.stderr)
+        print(f"rsfast.data: interrupted; the next {args.command} continues", file=sys.stderr)
         return 130
 
 
@@ -42,22 +44,63 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     leave_out = commands.add_parser("exclude", help="leave files out by hand, whatever they hold")
     for command in (check, leave_out):
-        command.add_argument("dir", metavar="DIR", help="folder with train/ and val/, or one split")
+        command.add_argument(
+            "dir",
+            metavar="DIR",
+            help="folder with train/ and val/, or one split, or a pattern of archives",
+        )
     check.add_argument("--list", metavar="FILE", help="write all findings, separated by tabs")
     check.add_argument("--workers", type=int, metavar="N", help="processes; one per CPU by default")
     leave_out.add_argument("files", metavar="FILE", nargs="+", help="as seen from here or from DIR")
     leave_out.add_argument("--undo", action="store_true", help="use the files again")
+    _add_convert(
+        commands.add_parser(
+            "convert",
+            help="write tar shards of a folder or of Parquet "
+            "files, or a folder of tar shards; images are copied as they are",
+        )
+    )
     return parser
 
 
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", metavar="SRC", help="data set, one split, or a pattern of archives")
+    add("target", metavar="DST", help="folder that is empty, or holds a part of the conversion")
+    add("--to", choices=FORMS, help="by default shards, and a folder where SRC is shards")
+    add("--shard-size", default="256MB", metavar="SIZE", help="of images per shard (256MB)")
+    add("--images-per-shard", type=int, metavar="N", help="in place of a size")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    for done in convert(
+        args.source,
+        args.target,
+        shard_bytes=parse_size(args.shard_size),
+        images_per_shard=args.images_per_shard,
+        to=args.to,
+    ):
+        order = (
+            "in the order of SRC: the same seed trains on the same batches"
+            if done.same_order
+            else "in another order than SRC has: the same seed trains on other batches"
+        )
+        print(
+            f"{done.folder}: {done.images} images in {done.files} files, {done.written} of them "
+            f"written now and read back; {order}"
+        )
+    return 0
+
+
 def _check(args: argparse.Namespace) -> int:
-    splits = split_folders(args.dir)
+    splits = find_splits(args.dir)
     if args.list is not None:
         _write(args.list, "")  # a check takes too long to find out at its end
     folder = Path(os.path.abspath(args.dir))
+    folder = folder if folder.is_dir() else splits[0].root
     reports = {split: check_split(split, workers=args.workers) for split in splits}
     findings = [
-        finding._replace(path=os.path.relpath(split / finding.path, folder))
+        finding._replace(path=os.path.relpath(split.root / finding.path, folder))
         for split, report in reports.items()
         for finding in report.findings
     ]
@@ -98,8 +141,19 @@ def _summary(name: str, report: Report) -> str:
 
 
 def _exclude(args: argparse.Namespace) -> int:
-    for split, count in exclude(args.dir, args.files, undo=args.undo).items():
-        print(f"{split.name}: files left out by hand: {count}")
+    splits = find_splits(args.dir)
+    special = [split for split in splits if split.files or split.is_flat]
+    members = list(args.files)
+    if len(special) < len(splits):  # files of class folders are known by another rule
+        members = [file for file in args.files if is_member(special, file)]
+    others = [file for file in args.files if file not in members]
+    named = {}
+    for split, count in exclude_members(special, members, undo=args.undo).items():
+        named[split.name] = count
+    for folder, count in exclude(args.dir, others, undo=args.undo).items() if others else ():
+        named[folder.name] = count
+    for name, count in named.items():
+        print(f"{name}: files left out by hand: {count}")
     return 0
 
 

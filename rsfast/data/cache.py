@@ -24,9 +24,11 @@ __all__ = [
     "load_bad",
     "load_excluded",
     "load_record",
+    "pack",
     "save_arrays",
     "save_excluded",
     "save_record",
+    "unpack",
     "writing",
 ]
 
@@ -145,7 +147,7 @@ def load_record(root: Path) -> Record | None:
         return None
     stats, sizes = arrays[1:3]
     try:
-        paths, found, kinds, reasons = (_unpack(arrays[part]) for part in (0, 3, 4, 5))
+        paths, found, kinds, reasons = (unpack(arrays[part]) for part in (0, 3, 4, 5))
         findings = dict(zip(found, zip(kinds, reasons, strict=True), strict=True))
     except ValueError:
         return None
@@ -165,15 +167,15 @@ def save_record(root: Path, record: Record) -> None:
     row_of = {path: row for row, path in enumerate(record.paths) if path in record.findings}
     save_arrays(
         _record_file(root),
-        paths=_pack(record.paths),
+        paths=pack(record.paths),
         rules=np.frombuffer(record.rules.encode(), dtype=np.uint8),
         stats=record.stats,
         sizes=record.sizes,
         # Repeated apart from the others, because every start of a training reads only these.
-        found_paths=_pack(record.findings),
+        found_paths=pack(record.findings),
         found_stats=record.stats[[row_of[path] for path in record.findings]],
-        found_kinds=_pack(kind for kind, _ in record.findings.values()),
-        found_reasons=_pack(reason for _, reason in record.findings.values()),
+        found_kinds=pack(kind for kind, _ in record.findings.values()),
+        found_reasons=pack(reason for _, reason in record.findings.values()),
     )
 
 
@@ -183,7 +185,7 @@ def load_bad(root: Path) -> dict[str, tuple[int, int]]:
     arrays = load_arrays(file, "found_paths", "found_stats", "found_kinds")
     try:
         if arrays is not None:
-            parts = (_unpack(arrays[0]), arrays[1].tolist(), _unpack(arrays[2]))
+            parts = (unpack(arrays[0]), arrays[1].tolist(), unpack(arrays[2]))
             found = list(zip(*parts, strict=True))
             return {path: (size, time) for path, (size, time), kind in found if kind == "bad"}
     except (ValueError, TypeError):
@@ -201,7 +203,7 @@ def load_excluded(root: Path) -> list[str]:
     arrays = load_arrays(file, "paths")
     try:
         if arrays is not None:
-            return _unpack(arrays[0])
+            return unpack(arrays[0])
     except ValueError:
         pass
     if exists(file):
@@ -215,7 +217,7 @@ def save_excluded(root: Path, paths: Iterable[str]) -> None:
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    save_arrays(_excluded_file(root), paths=_pack(sorted(paths)))
+    save_arrays(_excluded_file(root), paths=pack(sorted(paths)))
 
 
 def _record_file(root: Path) -> Path:
@@ -231,12 +233,17 @@ def _key(root: Path) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
 
 
-def _pack(texts: Iterable[str]) -> np.ndarray:
+def pack(texts: Iterable[str]) -> np.ndarray:
     """Bytes of the texts, each with a zero behind it; numpy's own strings are as long as the
     longest one."""
     joined = "".join(text.replace("\0", "") + "\0" for text in texts)
     return np.frombuffer(joined.encode("utf-8", "surrogatepass"), dtype=np.uint8)
 
 
-def _unpack(packed: np.ndarray) -> list[str]:
+def unpack(packed: np.ndarray) -> list[str]:
+    """The texts that `pack` was given.
+
+    Raises:
+        ValueError: if the bytes are no text.
+    """
     return packed.tobytes().decode("utf-8", "surrogatepass").split("\0")[:-1]

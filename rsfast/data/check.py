@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import itertools
 import logging
 import multiprocessing
@@ -25,8 +26,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rsfast.data import cache, comparing
-from rsfast.data.folder import Listing, list_split, save_sizes
-from rsfast.data.judging import UNREAD, judge_image, judge_other
+from rsfast.data.dataset import Members, Split, list_members, open_archive
+from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
+from rsfast.data.index import Archive
+from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
+from rsfast.data.val_list import flat_images
 from rsfast.files.progress import progress
 
 __all__ = ["KINDS", "Finding", "Report", "check_split"]
@@ -85,16 +89,18 @@ class _Task(NamedTuple):
     paths: Sequence[str]
     known: np.ndarray  # [n, 2] int64, `file_stat` of each file when it was looked at last
     images: int  # so many of the first paths are images by name
+    members: Members | None = None  # where they lie in archives
+    archive: Archive | None = None
 
 
-def check_split(root: str | Path, *, workers: int | None = None) -> Report:
+def check_split(source: str | Path | Split, *, workers: int | None = None) -> Report:
     """Decodes the images of one split that are new or have changed since the last check.
 
     The findings go into the record in the cache folder, and the sizes of the images into the
     index. A check that is interrupted keeps what it has found out.
 
     Args:
-        root: a folder with one sub-folder per class.
+        source: a folder with one sub-folder per class, or a split with archives.
         workers: processes; None for one per CPU this process may use.
 
     Raises:
@@ -104,9 +110,24 @@ def check_split(root: str | Path, *, workers: int | None = None) -> Report:
         workers = len(os.sched_getaffinity(0))
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    listing = list_split(root)
+    members = list_members(source) if isinstance(source, Split) and source.files else None
+    if members is not None:
+        listing = Listing(
+            members.split.place, members.class_names, list(members.paths), [], digest=""
+        )
+    elif isinstance(source, Split) and source.is_flat:
+        listing = listing_of(source.root, flat_images(source.root), (source.name,))
+    else:
+        listing = list_split(source.root if isinstance(source, Split) else source)
     record = _known(listing)
-    task = _Task(str(listing.root), record.paths, _trusted(record), len(listing.paths))
+    task = _Task(
+        str(listing.root),
+        record.paths,
+        _trusted(record),
+        len(listing.paths),
+        members,
+        None if members is None else open_archive(members),
+    )
     start, decoded = time.perf_counter(), 0
     try:
         with (
@@ -121,8 +142,13 @@ def check_split(root: str | Path, *, workers: int | None = None) -> Report:
     finally:
         _save(listing.root, record)
     seconds = time.perf_counter() - start
-    save_sizes(listing, record.sizes[: task.images])
-    return _report(listing, record, decoded, seconds)
+    if members is None:
+        save_sizes(listing, record.sizes[: task.images])
+        only = listing.class_names[0]  # of a folder without class folders
+        classes = [path.split(os.sep, 1)[0] if os.sep in path else only for path in listing.paths]
+    else:
+        classes = [members.class_names[label] for label in members.contents.labels.tolist()]
+    return _report(listing, classes, record, decoded, seconds)
 
 
 def _known(listing: Listing) -> cache.Record:
@@ -174,16 +200,18 @@ def _save(root: Path, record: cache.Record) -> None:
         _LOG.warning("record of the check not kept, bad images will not be left out: %s", error)
 
 
-def _report(listing: Listing, record: cache.Record, decoded: int, seconds: float) -> Report:
+def _report(
+    listing: Listing, classes: Sequence[str], record: cache.Record, decoded: int, seconds: float
+) -> Report:
     excluded = set(cache.load_excluded(listing.root))
     findings = []
     usable = dict.fromkeys(listing.class_names, 0)
-    for path in listing.paths:
+    for path, name in zip(listing.paths, classes, strict=True):
         kind, reason = record.findings.get(path, ("", ""))
         if path in excluded:
             kind, reason = "excluded", f"by hand; {kind}: {reason}" if kind else "by hand"
         if kind not in ("bad", "excluded"):
-            usable[path.split(os.sep, 1)[0]] += 1
+            usable[name] += 1
         if kind:
             findings.append(Finding(kind, path, reason))
     for path in listing.others:
@@ -254,7 +282,7 @@ def _examine_alone(task: _Task, row: int) -> _Verdict | None:
         try:
             (verdict,) = pool.submit(_examine, range(row, row + 1)).result()
         except BrokenProcessPool:
-            now = cache.file_stat(os.path.join(task.root, task.paths[row]))
+            now = _stat(task, row)
             return _Verdict(now, (0, 0), "bad", "crashes its decoder, or needs too much memory")
     return verdict
 
@@ -262,13 +290,31 @@ def _examine_alone(task: _Task, row: int) -> _Verdict | None:
 def _examine(rows: range) -> list[_Verdict | None]:
     verdicts: list[_Verdict | None] = []
     for row in rows:
-        path = os.path.join(_task.root, _task.paths[row])
-        now = cache.file_stat(path)  # before it is read: a change while it is must not be missed
+        now = _stat(_task, row)  # before it is read: a change while it is must not be missed
         if now == tuple(_task.known[row].tolist()):
             verdicts.append(None)
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the verdict says it
-            judge = judge_image if row < _task.images else judge_other
-            verdicts.append(_Verdict(now, *judge(path)))
+            verdicts.append(_Verdict(now, *_judge(_task, row)))
     return verdicts
+
+
+def _stat(task: _Task, row: int) -> tuple[int, int]:
+    """By which a file is known; of an image in an archive, that of the archive."""
+    if task.members is not None:
+        return task.members.stat(row)
+    return cache.file_stat(os.path.join(task.root, task.paths[row]))
+
+
+def _judge(task: _Task, row: int) -> tuple[tuple[int, int], str, str]:
+    path = os.path.join(task.root, task.paths[row])
+    if task.archive is None:
+        return judge_image(path) if row < task.images else judge_other(path)
+    try:
+        content = task.archive.read(row)
+    except OSError as error:
+        return (0, 0), "bad", f"{UNREAD}: {error.strerror or error}"
+    if not content:
+        return (0, 0), "bad", "empty file"
+    return judge_content(path, io.BytesIO(content))

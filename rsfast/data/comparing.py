@@ -1,8 +1,8 @@
 """What DALI makes of an image, for the check: decoded in a process of its own.
 
 DALI's threads do not survive a fork, and its decoders may end their process; the check forks, and
-goes on. So each worker of the check has a child, `python -m rsfast.data.comparing`, that is told
-paths and answers with pixels. It ends with its worker.
+goes on. So each worker of the check has a child, `python -m rsfast.data.comparing`, that is given
+encoded images and answers with pixels. It ends with its worker.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import IO, BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -26,6 +25,7 @@ __all__ = ["FARTHEST", "compare", "is_available", "main"]
 FARTHEST = 2.0
 _REFUSED = "DALI cannot decode it"
 _READY = b"ready"
+_LENGTH = struct.Struct("<q")
 _ANSWER = struct.Struct("<?qq")  # whether it was decoded; height and width, or bytes of a message
 _child: subprocess.Popen | None = None
 _owner = 0  # the process whose child it is; one that was forked since starts its own
@@ -39,11 +39,11 @@ def is_available() -> bool:
     )
 
 
-def compare(path: str, picture: np.ndarray) -> str:
+def compare(encoded: bytes, picture: np.ndarray) -> str:
     """Why an image is of no use for the loaders, although Pillow decodes it.
 
     Args:
-        path: of the file.
+        encoded: the image, as its file has it.
         picture: [H, W, 3] uint8, what Pillow makes of it.
 
     Returns:
@@ -56,7 +56,8 @@ def compare(path: str, picture: np.ndarray) -> str:
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        child.stdin.write(os.fsencode(path) + b"\0")
+        child.stdin.write(_LENGTH.pack(len(encoded)))
+        child.stdin.write(encoded)
         child.stdin.flush()
         decoded, height, width = _ANSWER.unpack(_exactly(child.stdout, _ANSWER.size))
         content = _exactly(child.stdout, height * width * 3 if decoded else height)
@@ -109,7 +110,7 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 
 
 def main() -> None:
-    """Answers each path on the standard input, until its end."""
+    """Answers each image on the standard input, until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the check ends, and with it the input
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -118,27 +119,18 @@ def main() -> None:
     decoder = OneByOne()
     answers.write(_READY)
     answers.flush()
-    for path in _paths(sys.stdin.buffer):
+    images = sys.stdin.buffer
+    while len(length := images.read(_LENGTH.size)) == _LENGTH.size:
         try:
-            with open(path, "rb") as file:
-                picture = decoder.decode(file.read())
+            picture = decoder.decode(_exactly(images, *_LENGTH.unpack(length)))
             answers.write(_ANSWER.pack(True, *picture.shape[:2]))
             answers.write(np.ascontiguousarray(picture).data)
-        except (RuntimeError, OSError) as error:
-            # What cannot be read is looked at again by the next check, which knows it by the words.
-            unread = isinstance(error, OSError)
-            said = (f"cannot be read: {error}" if unread else f"{_REFUSED}: {error}").encode()
+        except RuntimeError as error:
+            said = f"{_REFUSED}: {error}".encode()
             answers.write(_ANSWER.pack(False, len(said), 0) + said)
         answers.flush()
 
 
-def _paths(stream: BinaryIO) -> Iterator[str]:
-    left = b""
-    while content := os.read(stream.fileno(), 1 << 16):
-        *whole, left = (left + content).split(b"\0")
-        yield from map(os.fsdecode, whole)
-
-
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError, EOFError):
         main()

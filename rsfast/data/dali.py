@@ -1,4 +1,4 @@
-"""The NVIDIA DALI loader: one decode per image, all levels from it. The only import of DALI.
+"""The NVIDIA DALI loader: one decode per image, all levels from it.
 
 On a GPU the decoder is the "mixed" one and the resizes run on the device; on a CPU the same graph
 runs there. Paths, windows and sizes come from the plan through an external source, so that DALI
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.data.index import ImageIndex, check_size, decode, exclude_command, size_now
+from rsfast.data.ahead import read_ahead
+from rsfast.data.index import check_size, decode, exclude_command, size_now
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
+from rsfast.data.reading import ReadingError
 from rsfast.files.pictures import thin_parts
 
 _OLDEST = (2, 2)  # before it, decoders do not know adjust_orientation
@@ -32,6 +34,7 @@ try:
     from nvidia.dali.pipeline import Pipeline
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
+    from rsfast.data.dali_decoding import OneByOne, cause, decoded, first_refused
     from rsfast.data.dali_operations import fields_of, num_fields, operated
 except ImportError as error:
     raise ImportError(f"the dali loader needs NVIDIA DALI: {_INSTALL}") from error
@@ -60,13 +63,22 @@ class _Feed:
     at once, and its threads and memory do not wait for the garbage collector.
     """
 
-    def __init__(self, plan: TrainPlan | ValPlan) -> None:
+    def __init__(self, plan: TrainPlan | ValPlan, workers: int = 1) -> None:
         self._plan = plan
-        self.pending: Iterator[tuple[int, int]] = iter(())
+        self._workers = workers
+        self._pending: Iterator[tuple[int, int]] = iter(())
+        self._encoded: Iterator[list[np.ndarray]] = iter(())
+
+    def start(self, epoch: int, steps: range) -> None:
+        """Says which batches are next; images in archives are read ahead of them."""
+        self._pending = iter([(epoch, step) for step in steps])
+        if self._plan.index.archive is not None:
+            images = (self._plan.images(epoch, step) for step in steps)
+            self._encoded = read_ahead(self._plan.index, images, self._workers)
 
     def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, corner and shape of the windows, start and end of the resizes, operations."""
-        batch = self._plan.batch(*next(self.pending))
+        """Images, corner and shape of the windows, start and end of the resizes, operations."""
+        batch = self._plan.batch(*next(self._pending))
         assert isinstance(batch, TrainBatch)
         windows = batch.windows[:1] if batch.shared_window else batch.windows
         # Relative (y, x) at which the region of a resize starts and ends: x from 0 to 1 upright,
@@ -76,7 +88,7 @@ class _Feed:
         end = np.ones_like(start)
         end[:, :, 1] = ~batch.flips
         return [
-            self._paths(batch.images),
+            self._images(batch.images),
             *np.ascontiguousarray(windows[:, :, :2]),
             *np.ascontiguousarray(windows[:, :, 2:]),
             *start,
@@ -85,8 +97,8 @@ class _Feed:
         ]
 
     def next_val(self) -> list[list[np.ndarray] | np.ndarray]:
-        """Paths, start and end of the resizes, sizes after them, corners of the crops."""
-        plan, batch = self._plan, self._plan.batch(*next(self.pending))
+        """Images, start and end of the resizes, sizes after them, corners of the crops."""
+        plan, batch = self._plan, self._plan.batch(*next(self._pending))
         assert isinstance(plan, ValPlan)
         assert isinstance(batch, ValBatch)
         sizes = plan.index.sizes[batch.images]
@@ -97,10 +109,13 @@ class _Feed:
                 sizes, batch.resized[level], batch.corners[level], r
             )
             resized[level, thin], corners[level, thin] = r, 0
-        return [self._paths(batch.images), *starts, *ends, *resized, *corners]
+        return [self._images(batch.images), *starts, *ends, *resized, *corners]
 
-    def _paths(self, images: np.ndarray) -> list[np.ndarray]:
+    def _images(self, images: np.ndarray) -> list[np.ndarray]:
+        """Paths of the images; the images themselves if they lie in an archive."""
         index = self._plan.index
+        if index.archive is not None:
+            return next(self._encoded)
         return [_as_bytes(index.path(i)) for i in images]
 
 
@@ -155,7 +170,7 @@ class DaliDecoder:
         # A loop that is left early never comes to the end of this function: its pipeline holds
         # batches that nobody wants, and the next loop builds another one.
         running, self._idle = self._idle or self._build(), None
-        running.feed.pending = iter([(epoch, step) for step in steps])
+        running.feed.start(epoch, steps)
         for place, step in enumerate(steps):
             for tries_left in reversed(range(_READ_TRIES)):
                 try:
@@ -165,7 +180,7 @@ class DaliDecoder:
                     if not (tries_left and self._reads_now(epoch, step)):
                         raise self._explained(error, epoch, step) from error
                     running = self._build()
-                    running.feed.pending = iter([(epoch, left) for left in steps[place:]])
+                    running.feed.start(epoch, steps[place:])
             yield rows
         with contextlib.suppress(StopIteration):
             running.pipeline.run()
@@ -176,6 +191,8 @@ class DaliDecoder:
         stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
         try:
             *levels, shapes = pipeline.run(stream)
+        except ReadingError:
+            raise
         except RuntimeError as error:
             if _READ.search(str(error)):
                 raise _UnreadError(*error.args) from error
@@ -188,14 +205,14 @@ class DaliDecoder:
         return _packed(levels, self._resolutions, self._device, stream)
 
     def _build(self) -> _Running:
-        feed = _Feed(self._plan)
+        feed = _Feed(self._plan, self._workers)
         pipeline = self._define(feed)
         try:
             pipeline.build()
         except RuntimeError as error:
             raise RuntimeError(
                 f"DALI cannot start on {self._device} with {self._workers} threads: "
-                f"{_cause(error)}; --loader pil does without DALI"
+                f"{cause(error)}; --loader pil does without DALI"
             ) from error
         return _Running(pipeline, feed)
 
@@ -264,14 +281,17 @@ class DaliDecoder:
         ]
         return levels, encoded
 
-    def _read(self, paths):
-        return fn.io.file.read(paths, dont_use_mmap=self._dont_use_mmap)
+    def _read(self, images):
+        """Encoded images, of their paths; those of an archive are there already."""
+        if self._plan.index.archive is not None:
+            return images
+        return fn.io.file.read(images, dont_use_mmap=self._dont_use_mmap)
 
     def _decode(self, encoded, **region):
         """Whole images, or the part of each that lies in a region."""
         device = "mixed" if self._on_gpu else "cpu"
         load, turns = self._hw_decoder_load, self._plan.index.exif == "honour"
-        return _decoded(encoded, device, hw_decoder_load=load, adjust_orientation=turns, **region)
+        return decoded(encoded, device, hw_decoder_load=load, adjust_orientation=turns, **region)
 
     def _resize(self, images, **geometry):
         # Pillow's bilinear: antialiased, and the scale is that of the whole pixels.
@@ -301,7 +321,7 @@ class DaliDecoder:
     def _explained(self, error: RuntimeError, epoch: int, step: int) -> RuntimeError:
         """Names the file that is to blame, where DALI says that one is, or one has changed."""
         index, images = self._plan.index, self._images(epoch, step)
-        failed = f"DALI failed at epoch {epoch}, step {step}: {_cause(error)}"
+        failed = f"DALI failed at epoch {epoch}, step {step}: {cause(error)}"
         for position in images:  # a window may lie outside of an image that has shrunk
             if (size := size_now(index, position)) is not None:
                 check_size(index, position, size)
@@ -312,70 +332,15 @@ class DaliDecoder:
         for position in images:
             decode(index, position)  # Pillow knows the reason, and names the file
         # Pillow reads them all: the file is one that only DALI refuses.
-        culprit = images[0] if sample else _first_refused(index, images)
+        culprit = images[0] if sample else first_refused(index, images)
         if culprit is None:
             mapped = _READ.search(str(error)) and not self._dont_use_mmap
             remedy = "; --dont-use-mmap does not map files into memory" if mapped else ""
             return RuntimeError(failed + remedy)
         return RuntimeError(
-            f"DALI cannot decode {index.path(culprit)}: {_cause(error)}; to leave it out: "
-            f"{exclude_command(index.root, index.paths[culprit])}"
+            f"DALI cannot decode {index.path(culprit)}: {cause(error)}; to leave it out: "
+            f"{exclude_command(index.known_as, index.path(culprit))}"
         )
-
-
-def _decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
-    """Whole images, or the part of each that lies in a region."""
-    how = {
-        "device": device,
-        "adjust_orientation": False,
-        # As libjpeg does, on a GPU too: most photographs store colours at half the resolution.
-        "jpeg_fancy_upsampling": True,
-        **means,
-    }
-    if start is None:
-        return fn.decoders.image(encoded, **how)
-    return fn.decoders.image_slice(encoded, axis_names="HW", start=start, shape=shape, **how)
-
-
-class OneByOne:
-    """Decodes files on a CPU, one after the other, as the loader does."""
-
-    def __init__(self) -> None:
-        self._pipeline: Pipeline | None = None
-        self._encoded = b""
-
-    def decode(self, encoded: bytes) -> np.ndarray:
-        """[H, W, 3] uint8.
-
-        Raises:
-            RuntimeError: with the cause in DALI's words.
-        """
-        self._encoded = encoded
-        if self._pipeline is None:
-            self._pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_async=False)
-            with self._pipeline as pipeline:
-                pipeline.set_outputs(_decoded(fn.external_source(source=self._next)))
-        try:
-            (images,) = self._pipeline.run()
-            return np.array(images[0])
-        except RuntimeError as error:
-            self._pipeline = None  # nothing can be had from it any more
-            raise RuntimeError(_cause(error)) from error
-
-    def _next(self) -> list[np.ndarray]:
-        return [np.frombuffer(self._encoded, dtype=np.uint8)]
-
-
-def _first_refused(index: ImageIndex, positions: Sequence[int]) -> int | None:
-    """The first image that DALI cannot decode on a CPU."""
-    decoder = OneByOne()
-    for position in positions:
-        encoded = index.read(position)
-        try:
-            decoder.decode(encoded)
-        except RuntimeError:
-            return position
-    return None
 
 
 def _take(fields: Iterator, count: int) -> list:
@@ -384,11 +349,6 @@ def _take(fields: Iterator, count: int) -> list:
 
 def _as_bytes(path: str) -> np.ndarray:
     return np.frombuffer(os.fsencode(path), dtype=np.uint8)  # names of any bytes
-
-
-def _cause(error: RuntimeError) -> str:
-    """What DALI says behind the story of where in the pipeline it happened, in one line."""
-    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0].strip(" :")
 
 
 def _packed(

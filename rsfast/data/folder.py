@@ -11,10 +11,11 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,6 @@ from rsfast.data.cache import (
     load_bad,
     load_excluded,
     save_arrays,
-    save_excluded,
 )
 from rsfast.data.formats import EXTENSIONS, is_supported, unread
 from rsfast.data.index import SPLITS, ImageIndex, check_command, printable
@@ -36,9 +36,11 @@ from rsfast.files.progress import progress
 
 __all__ = [
     "Listing",
-    "exclude",
+    "index_files",
     "index_folder",
     "list_split",
+    "listing_of",
+    "report_left_out",
     "save_sizes",
     "split_folders",
 ]
@@ -65,7 +67,7 @@ class Listing:
     paths: list[str]
     others: list[str]
     digest: str
-    notes: list[Note]
+    notes: Sequence[Note] = ()
 
 
 def index_folder(
@@ -102,6 +104,60 @@ def index_folder(
             there was no check.
     """
     listing = list_split(root)
+    found = _found(listing, workers, cache, strict, tolerate_truncated)
+    index = _usable(listing, found.sizes, found.good)
+    return dataclasses.replace(index, copies=found.copies)
+
+
+def index_files(
+    root: Path,
+    files: Sequence[str],
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    *,
+    workers: int = 8,
+    cache: bool = True,
+    strict: bool = False,
+    tolerate_truncated: bool = False,
+) -> ImageIndex:
+    """Reads the sizes of images whose labels are known; otherwise as :func:`index_folder`.
+
+    Args:
+        root: the split's folder, absolute.
+        files: n paths relative to root.
+        labels: [n] int64.
+        class_names: in the order of the labels.
+        workers, cache, strict, tolerate_truncated: as in :func:`index_folder`.
+
+    Raises:
+        ValueError: if no image is left; if strict, also if there is a bad file.
+    """
+    listing = listing_of(root, files, class_names)
+    sizes, good, copies = _found(listing, workers, cache, strict, tolerate_truncated)
+    if not good.any():
+        raise ValueError(f"data folder {root} must hold one image that is not bad, found none")
+    kept = tuple(path for path, ok in zip(files, good, strict=True) if ok)
+    return ImageIndex(root, kept, labels[good], sizes[good], class_names, copies=copies)
+
+
+def listing_of(root: Path, files: Sequence[str], class_names: tuple[str, ...]) -> Listing:
+    """Files of a folder without class folders."""
+    digest = hashlib.sha256(os.fsencode(f"{_FORMAT}:{root}:{os.stat(root).st_mtime_ns}"))
+    digest.update(os.fsencode("\0".join(files)))
+    return Listing(root, class_names, list(files), [], digest.hexdigest()[:32])
+
+
+class _Found(NamedTuple):
+    """About a listing: [n, 2] sizes, [n] bool which images are used, and copies of some of them."""
+
+    sizes: np.ndarray
+    good: np.ndarray
+    copies: dict[str, str] | None
+
+
+def _found(
+    listing: Listing, workers: int, cache: bool, strict: bool, tolerate_truncated: bool
+) -> _Found:
     root, paths = listing.root, listing.paths
     sizes = _load_sizes(listing) if cache else None
     if sizes is None:
@@ -111,15 +167,9 @@ def index_folder(
     bad, excluded = _left_out(root, paths, sizes)
     copies = repair(root, [paths[row] for row in np.flatnonzero(bad)]) if tolerate_truncated else {}
     bad &= np.array([path not in copies for path in paths], dtype=bool)
-    if strict and bad.any():
-        first = printable(paths[int(np.flatnonzero(bad)[0])])
-        raise ValueError(
-            f"data folder {root} must hold no bad image when strict, found {bad.sum()}, the first "
-            f"is {first}; to list them: {check_command(root)}"
-        )
-    _warn_of_left_out(root, paths, bad, excluded)
+    report_left_out(root, paths, bad, excluded, strict)
     _warn_of_notes(listing)
-    return dataclasses.replace(_usable(listing, sizes, ~(bad | excluded)), copies=copies or None)
+    return _Found(sizes, ~(bad | excluded), copies or None)
 
 
 def list_split(root: str | Path) -> Listing:
@@ -188,57 +238,6 @@ def _is_class(path: Path) -> bool:
     return not is_hidden(path.name) and path.is_dir()
 
 
-def exclude(folder: str | Path, files: Sequence[str], *, undo: bool = False) -> dict[Path, int]:
-    """Leaves files out of a data set, or no longer.
-
-    Args:
-        folder: of the data set or of one split.
-        files: paths, from the working folder or from `folder`.
-        undo: take them in again.
-
-    Returns:
-        How many files are left out of each split that was changed.
-
-    Raises:
-        ValueError: naming the file that is no image of the data set, or is not excluded; if the
-            cache folder cannot be written.
-    """
-    splits = split_folders(folder)
-    excluded = {split: set(load_excluded(split)) for split in splits}
-    changed = set()
-    for file in files:
-        places = [place for split in splits for place in _places(split, Path(folder), file)]
-        if undo:
-            places = [(split, path) for split, path in places if path in excluded[split]]
-        else:
-            places = [(split, path) for split, path in places if os.path.lexists(split / path)]
-        if not places:
-            rule = "a file that is excluded" if undo else f"an image in a class folder of {folder}"
-            raise ValueError(f"file must be {rule}, got {file}")
-        split, path = places[0]
-        (excluded[split].discard if undo else excluded[split].add)(path)
-        changed.add(split)
-    try:
-        for split in changed:
-            save_excluded(split, excluded[split])
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    return {split: len(excluded[split]) for split in splits if split in changed}
-
-
-def _places(split: Path, folder: Path, file: str) -> Iterator[tuple[Path, str]]:
-    """Where in a split a file may be meant to lie, as the index would call it."""
-    for absolute in (os.path.abspath(file), os.path.abspath(folder / file)):
-        for base, path in (
-            (str(split), absolute),
-            (os.path.realpath(split), os.path.realpath(absolute)),
-        ):
-            relative = os.path.relpath(path, base)
-            in_class_folder = os.sep in relative and not relative.startswith(os.pardir + os.sep)
-            if in_class_folder and relative.lower().endswith(EXTENSIONS):
-                yield split, relative
-
-
 def save_sizes(listing: Listing, sizes: np.ndarray) -> None:
     """Keeps the sizes of a listing's images; a read-only home only costs the next start time.
 
@@ -304,9 +303,26 @@ def _left_out(root: Path, paths: Sequence[str], sizes: np.ndarray) -> tuple[np.n
     return bad & ~excluded, excluded
 
 
-def _warn_of_left_out(
-    root: Path, paths: Sequence[str], bad: np.ndarray, excluded: np.ndarray
+def report_left_out(
+    root: Path, paths: Sequence[str], bad: np.ndarray, excluded: np.ndarray, strict: bool
 ) -> None:
+    """Warns of the images that are left out.
+
+    Args:
+        root: by which the commands know the split.
+        paths: of all its images.
+        bad, excluded: [n] bool, which are bad, and which are left out by hand.
+        strict: take bad ones for an error.
+
+    Raises:
+        ValueError: if strict and one is bad.
+    """
+    if strict and bad.any():
+        first = printable(paths[int(np.flatnonzero(bad)[0])])
+        raise ValueError(
+            f"data folder {root} must hold no bad image when strict, found {bad.sum()}, the first "
+            f"is {first}; to list them: {check_command(root)}"
+        )
     rows = np.flatnonzero(bad | excluded)
     if len(rows):
         _LOG.warning(

@@ -66,6 +66,7 @@ class ImageIndex:
             which the sizes are.
         copies: path -> absolute path of what is read in place of the file, of those cut-off images
             that are tolerated; None where there are none.
+        place: what the commands know the split by, such as a pattern of archives; None for root.
     """
 
     root: Path
@@ -77,6 +78,7 @@ class ImageIndex:
     rows: np.ndarray | None = None
     exif: str = "ignore"
     copies: Mapping[str, str] | None = None
+    place: Path | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,6 +87,11 @@ class ImageIndex:
         """Absolute path of the file that one image is read from."""
         path = self.paths[position]
         return os.path.join(self.root, (self.copies or {}).get(path, path))
+
+    @property
+    def known_as(self) -> Path:
+        """What `python -m rsfast.data` knows the split by, and its record is kept under."""
+        return self.root if self.place is None else self.place
 
     def read(self, position: int) -> bytes:
         """One image as it was encoded; errors that may pass are waited for, some seconds long.
@@ -155,7 +162,7 @@ def decode(index: ImageIndex, position: int) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
             f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "
-            f"leave it out: {exclude_command(index.root, index.paths[position])}"
+            f"leave it out: {exclude_command(index.known_as, index.path(position))}"
         ) from error
     check_size(index, position, size)
     assert picture is not None
@@ -170,7 +177,7 @@ def check_size(index: ImageIndex, position: int, size: tuple[int, int]) -> None:
     """
     if not _is_known(index, position, size):
         height, width = index.sizes[position].tolist()
-        command = check_command(index.root)
+        command = check_command(index.known_as)
         raise reading.changed(index.path(position), (height, width), size, command)
 
 

@@ -14,7 +14,7 @@ from rsfast.data.comparing import compare
 from rsfast.data.formats import EXTENSIONS, FORMAT_OF, is_supported
 from rsfast.files.pictures import as_rgb
 
-__all__ = ["TINY_PX", "UNREAD", "judge_image", "judge_other"]
+__all__ = ["TINY_PX", "UNREAD", "judge_content", "judge_image", "judge_other"]
 
 TINY_PX = 8  # a shorter side below this is odd
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")  # how files of the used formats begin
@@ -23,25 +23,33 @@ UNREAD = "cannot be read"  # such files are looked at again by every check
 
 def judge_image(path: str) -> tuple[tuple[int, int], str, str]:
     """Size in pixels, kind and reason of a file that is an image by name."""
-    size = (0, 0)
     try:
         mode = os.stat(path)
         if not stat.S_ISREG(mode.st_mode):
-            return size, "bad", "no regular file"
+            return (0, 0), "bad", "no regular file"
         if mode.st_size == 0:
-            return size, "bad", "empty file"
+            return (0, 0), "bad", "empty file"
         with open(path, "rb") as stream:
-            with Image.open(stream) as image:
-                if not is_supported(image):
-                    return size, "bad", f"{_kind(image)}, which the loaders do not decode"
-                size = (image.height, image.width)
-                odd = _oddities(path, image)
-                picture = _decode(image)
-            _check_for_dali(stream, image.format)
-            if reason := _told_apart(path, image, picture):
-                return size, "bad", reason
+            return judge_content(path, stream)
+    except OSError as error:
+        return (0, 0), "bad", _reason(None, error)
+
+
+def judge_content(path: str, stream: BinaryIO) -> tuple[tuple[int, int], str, str]:
+    """The same of a file that is open, or of the content of one that lies in an archive."""
+    size = (0, 0)
+    try:
+        with Image.open(stream) as image:
+            if not is_supported(image):
+                return size, "bad", f"{_kind(image)}, which the loaders do not decode"
+            size = (image.height, image.width)
+            odd = _oddities(path, image)
+            picture = _decode(image)
+        _check_for_dali(stream, image.format)
+        if reason := _told_apart(stream, image, picture):
+            return size, "bad", reason
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
-        return size, "bad", _reason(path, error)
+        return size, "bad", _reason(stream, error)
     return size, "odd" if odd else "", "; ".join(odd)
 
 
@@ -58,7 +66,7 @@ def _decode(image: Image.Image) -> Image.Image:
     return as_rgb(image)
 
 
-def _told_apart(path: str, image: Image.Image, picture: Image.Image) -> str:
+def _told_apart(stream: BinaryIO, image: Image.Image, picture: Image.Image) -> str:
     """Why DALI does not decode the file alike, or nothing.
 
     JPEGs in grey or YCbCr are left out: libjpeg decodes them for both, and to compare them would
@@ -66,16 +74,18 @@ def _told_apart(path: str, image: Image.Image, picture: Image.Image) -> str:
     """
     if image.format in ("JPEG", "MPO") and image.mode != "CMYK":
         return ""
-    return compare(path, np.asarray(picture))
+    stream.seek(0)
+    return compare(stream.read(), np.asarray(picture))
 
 
 def _oddities(path: str, image: Image.Image) -> list[str]:
-    extension = next(end for end in EXTENSIONS if path.lower().endswith(end))
+    extension = next((end for end in EXTENSIONS if path.lower().endswith(end)), None)
     known_as = "JPEG" if image.format == "MPO" else image.format
     limit = Image.MAX_IMAGE_PIXELS or image.width * image.height
     odd = {
         "CMYK image": image.mode == "CMYK",
-        f"{known_as} image under the extension {extension}": FORMAT_OF[extension] != known_as,
+        f"{known_as} image under the extension {extension}": extension is not None
+        and FORMAT_OF[extension] != known_as,
         f"tiny image of {image.width} x {image.height} pixels": min(image.size) < TINY_PX,
         f"huge image of {image.width} x {image.height} pixels": image.width * image.height > limit,
     }
@@ -131,11 +141,12 @@ def _check_webp_chunks(stream: BinaryIO) -> None:
         stream.seek(length + length % 2, os.SEEK_CUR)
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(stream: BinaryIO | None, error: Exception) -> str:
     """Why a file is bad, in a few words."""
     text = str(error) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        with contextlib.suppress(OSError), open(path, "rb") as stream:
+    if isinstance(error, UnidentifiedImageError) and stream is not None:
+        with contextlib.suppress(OSError):
+            stream.seek(0)
             if stream.read(4).startswith(_MAGIC):
                 return "damaged or cut-off header"
         return "no image"

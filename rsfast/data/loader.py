@@ -16,8 +16,8 @@ from torch import Tensor
 from rsfast import kernels
 from rsfast.data.augment import NOTHING, Augment
 from rsfast.data.cache import cache_root, has_record
+from rsfast.data.dataset import open_split
 from rsfast.data.decoding import Decoding, decoding
-from rsfast.data.folder import index_folder
 from rsfast.data.index import SPLITS, ImageIndex, check_command
 from rsfast.data.mixing import Mix, erase, mixed
 from rsfast.data.pil import PillowDecoder
@@ -192,7 +192,8 @@ def train_loader(
     """Shuffled training batches: one decode, one window and one flip per image, R resizes.
 
     Args:
-        root: folder with train/ (one sub-folder per class); ignored by "synthetic".
+        root: folder with train/ (one sub-folder per class, or archives), or a pattern of archives,
+            as :func:`rsfast.data.open_split` takes them; ignored by "synthetic".
         resolutions: r of each level in pixels, strictly descending.
         batch_size: N per rank; every batch is full.
         backend: "dali", "pil" or "synthetic" (the same random batch at every step).
@@ -264,11 +265,13 @@ def val_loader(
     num_classes: int = 1000,
     strict: bool = False,
     tolerate_truncated: bool = False,
+    labels: str | None = None,
 ) -> Loader:
     """Validation batches: every image exactly once over all ranks, the last batch may be smaller.
 
     Args:
-        root: folder with val/ (one sub-folder per class); ignored by "synthetic".
+        root: folder with val/ (one sub-folder per class, or archives), or a pattern of archives, as
+            :func:`rsfast.data.open_split` takes them; ignored by "synthetic".
         resolutions: r of each level in pixels, in any order.
         batch_size: N per rank at most.
         backend: as in :func:`train_loader`.
@@ -279,6 +282,7 @@ def val_loader(
             :func:`train_loader`.
         num_images, num_classes: size of the synthetic data set.
         strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
+        labels: list of the labels of a folder without class folders.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -288,7 +292,7 @@ def val_loader(
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     plan = ValPlan(
-        index=_index(root, split, backend, limit, num_images, num_classes, exif, damage),
+        index=_index(root, split, backend, limit, num_images, num_classes, exif, damage, labels),
         resolutions=tuple(resolutions),
         batch_size=batch_size,
         rank=rank,
@@ -308,6 +312,7 @@ def _index(
     num_classes: int,
     exif: str,
     damage: Mapping[str, bool],
+    labels: str | None = None,
 ) -> ImageIndex:
     if exif not in EXIF_MODES:
         raise ValueError(f"exif must be one of {EXIF_MODES}, got {exif!r}")
@@ -318,8 +323,8 @@ def _index(
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        index = index_folder(Path(root) / split, **damage)
-        _warn_if_unchecked(index.root)
+        index = open_split(root, split, labels=labels, **damage)
+        _warn_if_unchecked(index.known_as)
         if exif == "honour":
             index = turned(index)
         return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 
-__all__ = ["changed", "patiently", "unreadable"]
+__all__ = ["ReadingError", "changed", "patiently", "unreadable"]
 
 _LOG = logging.getLogger(__name__)
 _PAUSES_S = (0.2, 1.0, 5.0)  # before a second, third and fourth try
@@ -37,6 +37,10 @@ _PASSING = (
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
+class ReadingError(RuntimeError):
+    """An image cannot be had, or is another one than the index knows."""
+
+
 def patiently(read: Callable[[], bytes], path: str) -> bytes:
     """Reads, and tries again after a pause where the error may pass.
 
@@ -58,7 +62,7 @@ def patiently(read: Callable[[], bytes], path: str) -> bytes:
     return read()
 
 
-def unreadable(root: str | os.PathLike[str], path: str, error: OSError) -> RuntimeError:
+def unreadable(root: str | os.PathLike[str], path: str, error: OSError) -> ReadingError:
     """Says of an image that cannot be read what may be done about it.
 
     Args:
@@ -67,25 +71,25 @@ def unreadable(root: str | os.PathLike[str], path: str, error: OSError) -> Runti
         error: of the last try.
     """
     if error.errno in _GONE and not os.path.isdir(root):
-        return RuntimeError(
+        return ReadingError(
             f"data folder {root} is gone, and {path} with it: it was moved or is no longer "
             "mounted; bring it back and start again"
         )
     if error.errno in _GONE:
-        return RuntimeError(
+        return ReadingError(
             f"{path} is gone: it was removed or renamed after the data set was indexed; put it "
             "back, or start a new run, which does without it"
         )
     if error.errno in _PASSING:
-        return RuntimeError(
+        return ReadingError(
             f"cannot read {path}: {error.strerror}, {len(_PAUSES_S) + 1} times within "
             f"{sum(_PAUSES_S):.0f} s; the disk or the network fails, and the image may be sound: "
             "start again once it can be read"
         )
-    return RuntimeError(f"cannot read {path}: {error.strerror or error}")
+    return ReadingError(f"cannot read {path}: {error.strerror or error}")
 
 
-def changed(path: str, then: tuple[int, int], now: tuple[int, int], command: str) -> RuntimeError:
+def changed(path: str, then: tuple[int, int], now: tuple[int, int], command: str) -> ReadingError:
     """Says that an image is another one than the index knows.
 
     Args:
@@ -94,7 +98,7 @@ def changed(path: str, then: tuple[int, int], now: tuple[int, int], command: str
         now: height and width in pixels.
         command: what to type for the check.
     """
-    return RuntimeError(
+    return ReadingError(
         f"{path} has changed since the data set was indexed, from {then[1]} x {then[0]} to "
         f"{now[1]} x {now[0]} pixels; run the check, which indexes it anew: {command}"
     )

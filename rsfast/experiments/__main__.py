@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rsfast.config import TrainConfig, parse_args
-from rsfast.data import default_workers, index_folder
+from rsfast.data import default_workers, open_split
 from rsfast.data.builtin import builtin_root
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 collect(part, seeds, args.output, folder, args.jobs, args.launch)
                 write_report(part, seeds, folder)
                 print(f"written: {folder / 'README.md'}")
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"rsfast.experiments: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -157,8 +157,11 @@ def _data_set(base: TrainConfig) -> dict[str, str]:
     Raises:
         ValueError: if they cannot be found.
     """
-    root = Path(base.data) if base.data else builtin_root()
-    splits = {split: index_folder(root / split, strict=base.strict) for split in ("train", "val")}
+    root = base.data or ("" if base.images else builtin_root())
+    splits = {
+        "train": open_split(base.train_data or root, "train", strict=base.strict),
+        "val": open_split(base.val_data or root, "val", strict=base.strict, labels=base.val_list),
+    }
     return {f"{split}_set": index.digest for split, index in splits.items()}
 
 

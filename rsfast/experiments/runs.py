@@ -127,7 +127,7 @@ class Job:
             for name, images in data_set.items():
                 if start.get(name, images) != images:
                     raise ValueError(
-                        f"{self.folder} was trained on other images than {self.cfg.data} has: "
+                        f"{self.folder} was trained on other images than {self.cfg.images} has: "
                         f"take another --output"
                     )
 
@@ -271,7 +271,10 @@ class Jobs:
 
 def _shared(cfg: TrainConfig) -> list[str]:
     """Settings that an evaluation has in common with its training."""
-    data = ["--data", cfg.data] if cfg.data else []
+    data = []
+    for flag in ("data", "train_data", "val_data", "val_list"):
+        if value := getattr(cfg, flag):
+            data += [f"--{flag.replace('_', '-')}", value]
     loading = ["--loader", cfg.loader, *(["--dont-use-mmap"] if cfg.dont_use_mmap else [])]
     for flag, value in (("workers", cfg.workers), ("hw-decoder-load", cfg.hw_decoder_load)):
         loading += [] if value is None else [f"--{flag}", str(value)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from rsfast.data.folder import index_folder
+from rsfast.data.dataset import open_split
 from rsfast.data.index import ImageIndex, decode
 from rsfast.data.labels import warn_of_numbers
+from rsfast.data.patterns import is_pattern
+from rsfast.data.turning import turned
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
@@ -21,12 +22,14 @@ _BATCH = 8  # ranges of a ResNet-50 at 224 px take 2 GiB; more with larger ones
 
 
 def index_split(data: str | Path, split: str, manifest: Manifest) -> ImageIndex:
-    """The images of DATA/split.
+    """The images of DATA/split, or of a pattern of archives.
 
     Raises:
         ValueError: if there are none, or they have other classes than the network.
     """
-    index = dataclasses.replace(index_folder(Path(data) / split), exif=manifest.exif)
+    index = open_split(data, split)
+    if manifest.exif == "honour":
+        index = turned(index)
     names = index.class_names
     wrong = manifest.class_names not in (None, names)
     if len(names) != manifest.num_classes or wrong:
@@ -74,6 +77,10 @@ def calibration(
     Raises:
         ValueError: if the data set is not the network's.
     """
+    if is_pattern(data):  # the images that the accuracy is measured on
+        raise ValueError(
+            f"--data must be a folder with train/ and val/ where int8 is calibrated, got {data}"
+        )
     index = index_split(data, "train", manifest)
     positions = spread(index, count)
 

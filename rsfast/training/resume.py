@@ -226,7 +226,9 @@ def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
             f"resume with the same settings, or start another --output"
         )
     if content["class_names"] != run.model.class_names:
-        raise ValueError(f"checkpoint {path} was trained on other classes than {run.cfg.data} has")
+        raise ValueError(
+            f"checkpoint {path} was trained on other classes than {run.cfg.images} has"
+        )
     for name, version in versions(run).items():
         if content["versions"].get(name) != version:
             _LOG.warning(
@@ -247,7 +249,7 @@ def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
         processes = len(content["ranks"])
         return f"it was trained by {processes} processes, this run has {run.rank.world_size}"
     if content["data_set"] != run.data_set:
-        return f"it was trained on other images than {run.cfg.data} has"
+        return f"it was trained on other images than {run.cfg.images} has"
     return None
 
 

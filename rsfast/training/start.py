@@ -98,7 +98,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     )
     if not same_everywhere(rank, run.data_set):
         raise ValueError(
-            f"data folder {cfg.data} must show all processes the same images, and does not: run "
+            f"data folder {cfg.images} must show all processes the same images, and does not: run "
             f"python -m rsfast.data check on every machine, or share one RSFAST_CACHE"
         )
     if resume_from:
@@ -172,12 +172,12 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     }
     with first_rank_first(rank):
         root = cfg.data
-        if root is None and cfg.loader != "synthetic":
+        if not cfg.images and cfg.loader != "synthetic":
             root = str(builtin_root())
             if rank.is_main:
                 _LOG.info("no --data given: using the built-in generated set in %s", root)
         training = train_loader(
-            root,
+            cfg.train_data or root,
             cfg.resolutions,
             cfg.batch_size,
             copies=cfg.copies,
@@ -191,20 +191,21 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             **common,
         )
         validation = val_loader(
-            root,
+            cfg.val_data or root,
             cfg.resolutions,
             cfg.batch_size,
             normalize=cfg.normalize,
             crop=cfg.val_crop,
             # Random labels teach nothing: one batch shows that validation runs.
             num_images=cfg.batch_size * rank.world_size,
+            labels=cfg.val_list,
             **common,
         )
     if training.class_names != validation.class_names and cfg.loader != "synthetic":
         odd = sorted(set(training.class_names) ^ set(validation.class_names))
         raise ValueError(
-            f"train/ and val/ of {root} must have the same classes, "
-            f"but {len(odd)} are in one only: {odd[:3]}"
+            f"train/ and val/ of {cfg.images or root} must have the same classes, in the same "
+            f"order, but {len(odd)} are in one only: {odd[:3]}"
         )
     warn_of_numbers(root, training.class_names)
     return training, validation

@@ -145,7 +145,7 @@ def test_a_gpu_hands_over_the_pictures_on_the_stream_that_asks(
     """With the pictures of a CPU, and a stream that is none."""
     here, there = loader_of(image_root, "train"), loader_of(image_root, "train", device="cuda:0")
     pictures, stream, asked, copied = here._decoder._build(), object(), [], []
-    pictures.feed.pending = iter([(0, 0)])
+    pictures.feed.start(0, range(1))
     copy = dali.feed_ndarray
 
     class OnAGpu:

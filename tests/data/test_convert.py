@@ -1,0 +1,358 @@
+"""Conversions between class folders, tar shards and Parquet files, and lists of labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from archives import samples_of, write_parquet, write_tar
+from helpers import JPEG, PNG, cut, make_image_folder
+from rsfast.data import convert as conversion
+from rsfast.data import index_folder, open_split, train_loader, val_loader
+from rsfast.data.__main__ import main
+from rsfast.data.convert import convert
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """6 training and 4 validation images of two classes."""
+    return make_image_folder(tmp_path / "folder", train=3, val=2)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Path below root to content."""
+    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def images_of(root: Path) -> list[tuple[bytes, int, str]]:
+    """Content, label and class of every training image, in the order of the index."""
+    index = open_split(root, "train")
+    return [
+        (index.read(row), label, index.class_names[label])
+        for row, label in enumerate(index.labels.tolist())
+    ]
+
+
+def test_a_folder_becomes_shards_that_train_on_the_same_batches_and_back(
+    folder: Path, tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, back = tmp_path / "shards", tmp_path / "back"
+    assert main(["convert", str(folder), str(shards), "--images-per-shard", "4"]) == 0
+    assert main(["convert", str(shards), str(back)]) == 0
+    assert capsys.readouterr().out.count("the same seed trains on the same batches") == 4
+    ours, other = (
+        list(train_loader(root, (32,), 4, backend=backend, workers=0)) for root in (shards, folder)
+    )
+    for a, b in zip(ours, other, strict=True):
+        assert torch.equal(a.images.rows, b.images.rows)
+        assert torch.equal(a.labels, b.labels)
+    copies = contents(back)
+    assert copies.pop("train/manifest.json")
+    assert copies.pop("val/manifest.json")
+    assert copies == contents(folder)
+
+
+def test_the_manifest_says_what_each_shard_holds(folder: Path, tmp_path: Path) -> None:
+    (train, val) = convert(folder, tmp_path / "shards", images_per_shard=4)
+    assert (train.images, train.files, train.written, val.images) == (6, 2, 2, 4)
+    manifest = json.loads((train.folder / "manifest.json").read_text())
+    assert (manifest["images"], manifest["classes"]) == (6, ["cat", "dog"])
+    assert [shard["images"] for shard in manifest["shards"]] == [4, 2]
+    for shard in manifest["shards"]:
+        content = (train.folder / shard["name"]).read_bytes()
+        assert len(content) == shard["bytes"]
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+
+
+def test_the_same_images_make_the_same_shards(folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        convert(folder, tmp_path / name)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_shards_end_before_they_exceed_their_size(folder: Path, tmp_path: Path) -> None:
+    sizes = [len(image) for image, *_ in images_of(folder)]
+    (train, _) = convert(folder, tmp_path / "shards", shard_bytes=sizes[0] + sizes[1])
+    with tarfile.open(train.folder / "train-00000.tar") as tar:
+        assert tar.getnames() == ["cat/0000.jpg", "cat/0000.cls", "cat/0001.jpg", "cat/0001.cls"]
+    (tiny, _) = convert(folder, tmp_path / "tiny", shard_bytes=1)
+    assert tiny.files == 6
+
+
+def test_parquet_files_become_shards_with_their_class_names(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+    names = ["tench, Tinca tinca", "a/b"]
+    images = [image for image, *_ in images_of(folder)]
+    file = tmp_path / "parquet" / "train" / "0.parquet"
+    write_parquet(file, images, [1, 0, 1, 0, 1, 0], ["x.y.JPEG"] * 6, names, row_group_size=2)
+    (done,) = convert(tmp_path / "parquet", tmp_path / "shards", images_per_shard=4)
+    assert done.same_order
+    assert images_of(tmp_path / "shards") == images_of(tmp_path / "parquet")
+    (copy,) = convert(tmp_path / "shards", tmp_path / "folder2")
+    assert not copy.same_order  # labels alternate, and a folder is sorted by class
+    index = open_split(tmp_path / "folder2", "train")
+    assert index.class_names == ("0_tench, Tinca tinca", "1_a_b")
+    assert sorted(image for image, *_ in images_of(tmp_path / "folder2")) == sorted(images)
+
+
+def test_an_interrupted_conversion_continues_and_leaves_no_half_shard(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = tmp_path / "whole"
+    convert(folder, whole, images_per_shard=2)
+    add, calls = conversion._add, []
+
+    def interrupt(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+        calls.append(name)
+        if len(calls) == 7:  # in the second shard
+            raise KeyboardInterrupt
+        add(tar, name, content)
+
+    monkeypatch.setattr(conversion, "_add", interrupt)
+    command = ["convert", str(folder), str(tmp_path / "shards"), "--images-per-shard", "2"]
+    assert main(command) == 130
+    assert "the next convert continues" in capsys.readouterr().err
+    train = tmp_path / "shards" / "train"
+    assert sorted(f.name for f in train.iterdir()) == [
+        "classes.txt",
+        "manifest.json",
+        "train-00000.tar",
+    ]
+    with pytest.raises(ValueError, match="holds a conversion that was interrupted: run it again"):
+        open_split(tmp_path / "shards", "train")
+    before = (train / "train-00000.tar").stat().st_mtime_ns
+    monkeypatch.setattr(conversion, "_add", add)
+    assert main(command) == 0
+    assert "6 images in 3 files, 2 of them written now" in capsys.readouterr().out
+    assert (train / "train-00000.tar").stat().st_mtime_ns == before
+    assert contents(tmp_path / "shards") == contents(whole)
+
+
+def test_a_shard_that_was_damaged_is_written_again(folder: Path, tmp_path: Path) -> None:
+    (train, _) = convert(folder, tmp_path / "shards", images_per_shard=2)
+    whole = contents(tmp_path / "shards")
+    file = train.folder / "train-00001.tar"
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+    assert [done.written for done in convert(folder, tmp_path / "shards", images_per_shard=2)] == [
+        1,
+        0,
+    ]
+    assert contents(tmp_path / "shards") == whole
+
+
+def test_what_is_not_read_back_as_it_was_written_is_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = conversion._add
+    monkeypatch.setattr(conversion, "_add", lambda tar, name, c: add(tar, name, bytes(len(c))))
+    with pytest.raises(OSError, match="cat/0000.jpg in .* was not read back as it was written"):
+        convert(folder, tmp_path / "shards")
+    assert not list((tmp_path / "shards").rglob("*.tar*"))
+
+
+def test_a_shard_that_is_missing_or_foreign_is_refused_by_the_manifest(
+    folder: Path, tmp_path: Path
+) -> None:
+    (train, _) = convert(folder, tmp_path / "shards", images_per_shard=2)
+    last = train.folder / "train-00002.tar"
+    moved = last.rename(tmp_path / last.name)
+    with pytest.raises(
+        ValueError, match=r"3 shards of its manifest.json, found no train-00002.tar"
+    ):
+        open_split(tmp_path / "shards", "train")
+    moved.rename(last)
+    write_tar(train.folder / "x.tar", [("a.jpg", JPEG), ("a.cls", b"0")])
+    with pytest.raises(ValueError, match=r"x.tar must be as .*manifest.json says \(not in it\)"):
+        open_split(tmp_path / "shards", "train")
+
+
+def test_names_with_dots_sub_folders_and_doubles_stay_apart(tmp_path: Path) -> None:
+    root = tmp_path / "folder" / "train" / "c.at"
+    (root / "deep.er").mkdir(parents=True)
+    for name in ("a.b.jpg", "a_b.jpg", "a_b__2.jpg", "a.b.PNG", ".jpg", "deep.er/a.b.jpg"):
+        (root / name).write_bytes(PNG if name.endswith("PNG") else JPEG)
+    convert(tmp_path / "folder", tmp_path / "shards")
+    assert len(images_of(tmp_path / "shards")) == 6
+    assert images_of(tmp_path / "shards") == images_of(tmp_path / "folder")
+    convert(tmp_path / "shards", tmp_path / "back")
+    images = [image for image, *_ in images_of(tmp_path / "folder")]
+    assert sorted(image for image, *_ in images_of(tmp_path / "back")) == sorted(images)
+
+
+def test_images_of_parquet_files_get_an_extension_where_they_have_none(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+    file = tmp_path / "parquet" / "train" / "0.parquet"
+    write_parquet(file, [JPEG, PNG, JPEG], [0, 1, 0], ["img.0001", "img.0002", None])
+    for form in ("shards", "folder"):
+        convert(tmp_path / "parquet", tmp_path / form, to=form)
+        found = {(image, label) for image, label, _ in images_of(tmp_path / form)}
+        assert found == {(JPEG, 0), (PNG, 1)}
+        assert len(images_of(tmp_path / form)) == 3
+
+
+def test_an_image_that_changed_makes_another_conversion(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "shards")
+    (folder / "train" / "cat" / "0000.jpg").write_bytes(PNG)
+    with pytest.raises(ValueError, match="a part of the same conversion, got one of other images"):
+        convert(folder, tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere", "out"], "data folder .*nowhere does not exist$"),
+        (["folder", "folder"], "DST must be a folder apart from SRC"),
+        (["folder", "folder/train/x"], "DST must be a folder apart from SRC"),
+        (["folder", "full"], "DST .*full/train must be empty, got a folder with notes.txt$"),
+        (
+            ["folder", "out", "--shard-size", "much"],
+            "--shard-size must look like 256MB, got 'much'",
+        ),
+        (["folder", "out", "--shard-size", "0"], "--shard-size must look like 256MB, got '0'"),
+        (["folder", "out", "--images-per-shard", "0"], "--images-per-shard must be at least 1"),
+        (["folder", "part"], "must be empty or hold a part of the same conversion"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_conversions_that_make_no_sense_exit_with_two_and_a_sentence(
+    argv: list[str],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "full" / "train").mkdir(parents=True)
+    (folder.parent / "full" / "train" / "notes.txt").touch()
+    convert("folder", "part", images_per_shard=1)
+    assert main(["convert", *argv]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("256MB", 2**28), ("1GiB", 2**30), ("1.5k", 1536), ("1000", 1000)]
+)
+def test_sizes_are_powers_of_1024(text: str, count: int) -> None:
+    assert conversion.parse_size(text) == count
+
+
+@pytest.fixture
+def flat(folder: Path) -> Path:
+    """The data set with its four validation images in one folder: a.jpg ... d.jpg."""
+    for number, path in enumerate(sorted((folder / "val").glob("*/*.jpg"))):
+        path.rename(folder / "val" / f"{'abcd'[number]}.jpg")
+    for name in ("cat", "dog"):
+        (folder / "val" / name).rmdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "b.jpg dog\na.jpg cat\nd.jpg cat\nc.jpg dog\n",
+        "b.jpg 1\na.jpg 0\nd.jpg 0\nc.jpg 1\n",
+        "cat\ndog\ndog\ncat\n",
+        "0\n1\n1\n0\n",
+    ],
+    ids=["names", "numbers", "names_in_order", "numbers_in_order"],
+)
+def test_a_flat_folder_takes_its_labels_from_a_list(
+    lines: str, flat: Path, backend: str, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text(lines)
+    loader = val_loader(
+        flat, (32,), 4, backend=backend, workers=0, labels=str(tmp_path / "list.txt")
+    )
+    (batch,) = loader
+    assert batch.labels.tolist() == [0, 1, 1, 0]
+    assert loader.class_names == ("cat", "dog") == index_folder(flat / "train").class_names
+    assert loader.plan.index.paths == ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("1\n2\n2\n1\n", "classes from 0, got 1 to 2. Those of ILSVRC2012_validation_ground_truth"),
+        ("1\n1\n1\n1\n", "classes from 0, got 1 to 1. Those of ILSVRC2012"),
+        ("0\n1\n2\n1\n", "must be those of the 2 classes from 0, got 0 to 2"),
+        ("cat\ndog\n0\ncat\n", "label 'cat' of image 1 in .* must be one of the 2 classes"),
+        ("cat\nemu\ndog\ncat\n", "must be one of the 2 classes, by name or all by number"),
+        ("cat\ndog\ncat\n", "must have a line for each of the 4 images in .*, got 3$"),
+        ("a.jpg cat\nb.jpg dog\nc.jpg cat\n", "must name each image of .* once, 1 are not.* d.jpg"),
+        ("a.jpg cat\na.jpg dog\nb.jpg cat\nc.jpg cat\nd.jpg cat", "once, 1 are not.* is a.jpg"),
+        ("a.jpg cat\nb.jpg cat\nc.jpg cat\nd.jpg cat\ne.jpg cat", "once, 1 are not.* is e.jpg"),
+        ("", "must have a line for each of the 4 images in .*, got 0$"),
+    ],
+)
+def test_lists_that_do_not_say_the_label_of_each_image_are_refused(
+    lines: str, message: str, flat: Path
+) -> None:
+    (flat / "list.txt").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        open_split(flat, "val", labels=flat / "list.txt")
+
+
+def test_numbers_that_are_names_of_other_classes_are_refused(flat: Path) -> None:
+    (flat / "list.txt").write_text("0\n1\n1\n0\n")
+    (flat / "classes.txt").write_text("1\n0\n")
+    with pytest.raises(ValueError, match="must not be names of classes, too"):
+        open_split(flat, "val", labels=flat / "list.txt")
+    (flat / "classes.txt").write_text("0\n1\n")
+    assert open_split(flat, "val", labels=flat / "list.txt").labels.tolist() == [0, 1, 1, 0]
+
+
+def test_a_list_that_cannot_be_read_or_goes_with_a_pattern_is_refused(flat: Path) -> None:
+    with pytest.raises(ValueError, match="none.txt must be a text file that can be read"):
+        open_split(flat, "val", labels=flat / "none.txt")
+    shard = write_tar(flat / "x.tar", samples_of(flat / "train"))
+    with pytest.raises(
+        ValueError, match="list of labels goes with a folder of images, got .*x.tar"
+    ):
+        open_split(str(shard), "val", labels=flat / "none.txt")
+
+
+def test_a_flat_folder_is_checked_and_an_image_of_it_left_out(
+    flat: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (flat / "list.txt").write_text("cat\ndog\ndog\ncat\n")
+    cut(flat / "val" / "b.jpg")
+
+    def labels() -> list[int]:
+        loader = val_loader(
+            flat, (32,), 4, backend=backend, workers=0, labels=str(flat / "list.txt")
+        )
+        (batch,) = loader
+        return batch.labels.tolist()
+
+    with pytest.raises(RuntimeError, match="cannot decode .*val/b.jpg") as caught:
+        labels()
+    assert main(["check", str(flat)]) == 1
+    out = capsys.readouterr().out
+    assert "bad       val/b.jpg" in out
+    assert "train: 6 images, 0 bad" in out
+    assert labels() == [0, 1, 0]
+    command = shlex.split(re.search("; to leave it out: (.*)$", str(caught.value))[1])[3:]
+    assert main(command) == 0
+    assert main(["exclude", str(flat), str(flat / "val" / "a.jpg"), "train/cat/0000.jpg"]) == 0
+    assert labels() == [1, 0]
+    assert len(index_folder(flat / "train")) == 5
+    assert main(["exclude", str(flat), "val/z.jpg"]) == 2
+    assert main(["convert", str(flat), str(flat.parent / "out")]) == 2
+    assert "must have class folders or archives, got images alone" in capsys.readouterr().err
