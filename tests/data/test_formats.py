@@ -165,21 +165,18 @@ def test_the_check_asks_dali_itself(name: str, root: Path, static_rules_pass: No
     ],
     ids=["other_pixels", "other_size", "the_same"],
 )
-def test_what_dali_decodes_is_compared(picture: np.ndarray, reason: str, tmp_path: Path) -> None:
+def test_what_dali_decodes_is_compared(picture: np.ndarray, reason: str) -> None:
     pytest.importorskip("nvidia.dali", reason="the check compares only where DALI is")
-    file = tmp_path / os.fsdecode(b"\xff.png")
-    file.write_bytes(encoded(PICTURE, "PNG"))
-    assert re.search(reason, comparing.compare(str(file), picture))
+    assert re.search(reason, comparing.compare(encoded(PICTURE, "PNG"), picture))
 
 
-def test_a_decoder_that_ends_its_process_is_told_and_started_again(tmp_path: Path) -> None:
+def test_a_decoder_that_ends_its_process_is_told_and_started_again() -> None:
     pytest.importorskip("nvidia.dali", reason="the check compares only where DALI is")
-    file = tmp_path / "a.png"
-    file.write_bytes(encoded(PICTURE, "PNG"))
-    assert comparing.compare(str(file), np.asarray(PICTURE)) == ""
+    file = encoded(PICTURE, "PNG")
+    assert comparing.compare(file, np.asarray(PICTURE)) == ""
     comparing._child.kill()
-    assert comparing.compare(str(file), np.asarray(PICTURE)) == "crashes DALI"
-    assert comparing.compare(str(file), np.asarray(PICTURE)) == ""
+    assert comparing.compare(file, np.asarray(PICTURE)) == "crashes DALI"
+    assert comparing.compare(file, np.asarray(PICTURE)) == ""
 
 
 def test_without_dali_the_rules_hold_and_a_check_with_it_looks_again(
