@@ -68,12 +68,16 @@ def test_no_step_makes_a_gpus_host_wait(
     assert not watch.found
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_mixing_and_erasing_make_no_host_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--mixup", "0.4", "--cutmix", "1", "--random-erasing", "0.9"]
-    watch = steps_under_watch(tmp_path, monkeypatch, *flags)
+    if kernels == "triton":
+        skip_unless_it_runs_on("cpu")
+    mixing = ["--mixup", "0.4", "--cutmix", "1", "--random-erasing", "0.9"]
+    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", kernels, *mixing)
     assert {"aten.lerp.Tensor", "aten.masked_fill_.Scalar"} <= watch.seen
+    assert ("rsfast.distillation_loss_fwd.default" in watch.seen) == (kernels == "triton")
     assert not watch.found
 
 
