@@ -29,6 +29,7 @@ from rsfast import figures
 from rsfast.config.flags import add_common_flags, common_settings, parse_resolutions
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
+from rsfast.data.sources import check_sources
 from rsfast.evaluate import Evaluation, Settings, evaluate
 from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows, write_rows
@@ -263,12 +264,23 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace, training: Mapping[str, Any]) -> str | None:
-    """The folder of the images; fills in the flags that name others from the run's settings."""
-    given = args.data or args.train_data or args.val_data
-    for name in ("train_data", "val_data", "val_list") if not given else ():
-        setattr(args, name, getattr(args, name) or training.get(name))
-    data = args.data if given else training.get("data")
-    return data or (None if args.train_data and args.val_data else str(builtin_root()))
+    """The folder of the images; fills in the flags that name others from the run's settings.
+
+    A folder stands for all images, another flag for those that it names, and the rest are the
+    run's. The built-in set is taken where the run was trained on it, or nothing is named at all.
+    """
+    if args.data is None:
+        # Of the two that name validation images, one that is given goes before the run's other.
+        left_out = {"val_data"} if args.val_list else {"val_list"} if args.val_data else set()
+        for name in {"data", "train_data", "val_data", "val_list"} - left_out:
+            setattr(args, name, getattr(args, name) or training.get(name))
+    named = args.data, args.train_data, args.val_data, args.val_list
+    has_own = any(training.get(name) for name in ("data", "train_data", "val_data"))
+    is_whole = args.data or (args.train_data and args.val_data)
+    if not any(named) or (training and not (has_own or is_whole or args.val_list)):
+        args.data = str(builtin_root())
+    check_sources(args.data, *named[1:], both_splits=bool(training))
+    return args.data
 
 
 def _training_settings(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rsfast.data import ImageIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
 from rsfast.data.plan import VAL_CROPS
+from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
 from rsfast.files.folders import make_writable
 from rsfast.files.orientation import EXIF_MODES
@@ -175,6 +176,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     folder = Path(args.output or args.checkpoint.parent / "evaluation")
     distributed.agree(rank, lambda: make_writable(folder))
+    needs_training = args.between == "calibrate" and args.train_data is None
+    named = args.data, args.train_data, args.val_data, args.val_list
+    check_sources(*named, both_splits=needs_training)
     with distributed.first_rank_first(rank):
         data = args.data or (None if args.val_data else str(builtin_root()))
     settings = Settings(
@@ -240,7 +244,7 @@ def _val_batches(
         settings.batch_size,
         normalize=(model.input_mean, model.input_std),
         crop=settings.val_crop,
-        labels=None if settings.val_data else settings.val_list,
+        labels=settings.val_list,
         rank=rank.index,
         world_size=rank.world_size,
         device=rank.device,

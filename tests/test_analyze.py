@@ -110,6 +110,40 @@ def test_a_checkpoint_alone_has_no_history(run: Path, data: Path, tmp_path: Path
     assert not (output / "features.csv").exists()  # nor a word of how its images were prepared
 
 
+@pytest.mark.parametrize(
+    ("of_the_run", "flags", "expected"),
+    [
+        ({"data": "R"}, ["--val-data", "v.tar"], ("R", None, "v.tar", None)),
+        ({"data": "R", "val_list": "l"}, ["--val-data", "v.tar"], ("R", None, "v.tar", None)),
+        ({"data": "R", "val_list": "l"}, ["--train-data", "t.tar"], ("R", "t.tar", None, "l")),
+        ({"data": "R", "val_list": "l"}, ["--val-list", "k"], ("R", None, None, "k")),
+        ({"data": "R", "val_data": "v.tar"}, ["--val-list", "k"], ("R", None, None, "k")),
+        ({"data": "R", "val_list": "l"}, ["--data", "D"], ("D", None, None, None)),
+        ({"data": "R", "val_list": "l"}, [], ("R", None, None, "l")),
+        (
+            {"train_data": "t.tar", "val_data": "v.tar"},
+            ["--val-data", "w.tar"],
+            (None, "t.tar", "w.tar", None),
+        ),
+        ({"seed": 1}, ["--val-data", "v.tar"], ("built in", None, "v.tar", None)),
+        ({"seed": 1}, [], ("built in", None, None, None)),
+        ({}, [], ("built in", None, None, None)),
+        ({}, ["--val-data", "v.tar"], (None, None, "v.tar", None)),
+    ],
+    ids=str,
+)
+def test_images_that_no_flag_names_are_those_of_the_run(
+    of_the_run: dict[str, object],
+    flags: list[str],
+    expected: tuple[str | None, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(analyze, "builtin_root", lambda: "built in")
+    args = analyze._parse(["RUN", *flags])
+    data = analyze._data(args, of_the_run)
+    assert (data, args.train_data, args.val_data, args.val_list) == expected
+
+
 WITHOUT_LINEAR = """
 from torch import nn
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from rsfast.data import BACKENDS
-from rsfast.data.patterns import check_archives
+from rsfast.data.sources import add_data_flags
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 
@@ -51,10 +51,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="of a run with --ema-decay: the averages, or what they are averages of; by default "
         "the averages where there are some",
     )
-    add("--data", help="folder with val/ and, where it is needed, train/; the built-in set if none")
-    add("--train-data", metavar="GLOB", help="as in rsfast.train")
-    add("--val-data", metavar="GLOB", help="as in rsfast.train")
-    add("--val-list", metavar="FILE", help="as in rsfast.train")
+    about = "folder with val/ and, where it is needed, train/; the built-in set if none"
+    add_data_flags(parser, about)
     add("--loader", choices=[b for b in BACKENDS if b != "synthetic"], default="dali")
     add("--batch-size", type=int, default=64, help="images per process (default 64)")
     add("--workers", type=int, help="as in rsfast.train")
@@ -73,8 +71,5 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def common_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the common flags say for :class:`rsfast.evaluate.Settings`."""
-    for name in ("train_data", "val_data"):
-        if getattr(args, name) is not None:
-            check_archives(getattr(args, name))
     names = ("loader", "batch_size", "precision", "train_data", "val_data", "val_list", *DECODING)
     return {name: getattr(args, name) for name in names}

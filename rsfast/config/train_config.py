@@ -15,6 +15,7 @@ from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.patterns import check_archives
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
+from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.files.orientation import EXIF_MODES
@@ -226,16 +227,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.data is None and (self.train_data is None) != (self.val_data is None):
-            raise ValueError(
-                "train_data and val_data must be given together, or one of them with data for the "
-                f"other, got train_data {self.train_data} and val_data {self.val_data}"
-            )
-        if self.val_list is not None and (self.data is None or self.val_data is not None):
-            raise ValueError(
-                f"val_list holds the labels of data/val, so it needs data and no val_data, "
-                f"got {self.val_list}"
-            )
+        named = self.data, self.train_data, self.val_data, self.val_list
+        check_sources(*named, both_splits=True)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "

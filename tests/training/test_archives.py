@@ -10,7 +10,7 @@ import pytest
 
 from archives import write_parquet
 from helpers import make_image_folder
-from rsfast import evaluate, train
+from rsfast import analyze, evaluate, train
 from rsfast.config import TrainConfig
 from rsfast.data import index_folder
 from rsfast.data.convert import convert
@@ -119,7 +119,25 @@ def test_an_evaluation_takes_patterns_and_a_list_of_labels(
     assert tables[1:] == tables[:1] * 3
     calibrated = [*checkpoint, *patterns(shards)[2:], *output, "--resolutions", "28"]
     assert evaluate.main([*calibrated, "--between", "calibrate"]) == 2
-    assert "calibrate needs training images: add --data or --train" in capsys.readouterr().err
+    assert "train_data and val_data must be given together" in capsys.readouterr().err
+    for flags, message in (
+        (["--data", patterns(shards)[3]], "data must be a folder with train/ and val/, got the"),
+        (patterns(shards)[:2], "train_data and val_data must be given together"),
+        (["--data", "d", "--val-list", "x", *patterns(shards)[2:]], "needs data and no val_data"),
+    ):
+        arguments = [*checkpoint, *flags, *output, "--resolutions", "28"]
+        assert evaluate.main([*arguments, "--between", "calibrate"]) == 2
+        assert message in capsys.readouterr().err
+    # Without training images, a pattern is those that accuracy is measured on.
+    assert evaluate.main([*checkpoint, "--data", patterns(shards)[3], *output]) == 0
+
+
+def test_an_analysis_refuses_one_pattern_for_both_splits(
+    shards: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--arch", "tiny:network", "--data", patterns(shards)[1], "--loader", "pil"]
+    assert analyze.main([str(whole), *flags]) == 2
+    assert "data must be a folder with train/ and val/, got the pattern" in capsys.readouterr().err
 
 
 def test_int8_is_not_calibrated_on_the_images_it_is_measured_on(shards: Path) -> None:
@@ -140,6 +158,10 @@ def test_experiments_name_the_images_of_archives(folder: Path, shards: Path) -> 
     ("flags", "message"),
     [
         (["--train-data", "x.tar"], "train_data and val_data must be given together"),
+        (
+            ["--data", "/d/train-*.tar"],
+            r"data must be a folder.*pattern /d/train-\*.tar.*--train-d",
+        ),
         (["--train-data", "x", "--val-data", "x.tar"], "must name .tar or .parquet files.*got x;"),
         (["--val-list", "x"], "val_list holds the labels of data/val, so it needs data"),
         (["--data", "d", "--val-list", "x", "--val-data", "x.tar"], "needs data and no val_data"),
