@@ -1,4 +1,4 @@
-"""Stopping a run, and comparing the folders that two runs have left."""
+"""Stopping a run, comparing the folders that two have left, and checkpoints without a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from rsfast import train
+from rsfast import create_model, train
 from rsfast.files.unpickle import load_dict
+from rsfast.losses import MultiResolutionDistillation
+from rsfast.training import checkpoint
 from rsfast.training.run import Run
 
-__all__ = ["assert_equal", "assert_same_run", "log_of", "stop_when"]
+__all__ = ["assert_equal", "assert_same_run", "log_of", "network_payload", "stop_when"]
+
+
+def network_payload() -> dict[str, Any]:
+    """What a checkpoint holds of a network, without a run."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", (48, 32), 3)
+    model.input_mean, model.input_std = (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)
+    model.val_crop, model.exif, model.class_names = "none", "honour", ("a", "b", "c")
+    loss = MultiResolutionDistillation(2)
+    return {**checkpoint.model_payload(model), "loss": loss.state_dict()}
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:
