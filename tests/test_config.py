@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from rsfast.config import TrainConfig, parse_args, recipe_names, rules_of
+from rsfast.config import (
+    TrainConfig,
+    as_flag,
+    parse_args,
+    read_config,
+    recipe_names,
+    rules_of,
+)
 from rsfast.models import ARCHITECTURES
 from rsfast.training.resume import changed_setting, fixed_settings
 from rsfast.training.run import Run
@@ -76,6 +83,39 @@ def test_a_setting_that_a_checkpoint_does_not_know_has_its_default() -> None:
     assert changed == ("sync_bn", False, True)
     known = {**before, "sync_bn": True}
     assert changed_setting(known, TrainConfig(sync_bn=True), fixed_settings()) is None
+
+
+def test_an_older_run_with_averages_was_trained_with_a_constant_decay(tmp_path: Path) -> None:
+    before = dataclasses.asdict(TrainConfig(ema_decay=0.9))
+    del before["ema_warmup"]
+    changed = changed_setting(before, TrainConfig(ema_decay=0.9), fixed_settings())
+    assert changed == ("ema_warmup", False, True)
+    file = tmp_path / "trained.toml"
+    text = TrainConfig(ema_decay=0.9).to_toml()
+    file.write_text(text.replace("ema_warmup = true\n", ""))
+    assert read_config(file) == TrainConfig(ema_decay=0.9, ema_warmup=False)
+    file.write_text(text)
+    assert read_config(file) == TrainConfig(ema_decay=0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("ema_warmup", False, " (--no-ema-warmup)"),
+        ("sync_bn", True, " (--sync-bn)"),
+        ("resolutions", (64, 32), " (--resolutions 64 32)"),
+        ("lr", 0.1, " (--lr 0.1)"),
+        ("freeze", None, ""),
+    ],
+)
+def test_a_setting_is_shown_as_it_is_typed(name: str, value: object, flag: str) -> None:
+    assert as_flag(name, value) == flag
+
+
+def test_images_are_named_wherever_they_are() -> None:
+    assert TrainConfig().images == "the built-in set"
+    assert TrainConfig(loader="synthetic").images == "the synthetic set"
+    assert TrainConfig(data="d", val_data="v.tar").images == "d and v.tar"
 
 
 def test_flags_beat_the_file_which_beats_the_recipe(tmp_path: Path) -> None:

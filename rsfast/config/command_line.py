@@ -16,11 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rsfast.config.older import completed
 from rsfast.config.rules import LARGEST, cut, rules_of
 from rsfast.config.train_config import TrainConfig
 from rsfast.models.registry import NETWORKS
 
-__all__ = ["parse_args", "read_config", "recipe_names", "shown"]
+__all__ = ["as_flag", "parse_args", "read_config", "recipe_names", "shown"]
 
 # The authors' spelling of two options.
 _ALIASES = {"resolutions": ("--sizes",), "distill": ("--kd-type",)}
@@ -34,12 +35,14 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def read_config(file: Path) -> TrainConfig:
-    """The settings of a config.toml, without any recipe.
+    """The settings of a run's config.toml, without any recipe.
+
+    What an older rsfast did not write has the value that it was trained with.
 
     Raises:
         ValueError: if it cannot be read or holds anything else.
     """
-    return TrainConfig(**_read_toml(file))
+    return TrainConfig(**completed(_read_toml(file)))
 
 
 def parse_args(
@@ -128,6 +131,16 @@ class _Tuple(argparse.Action):
 def shown(value: Any) -> str:
     """A setting as it is typed."""
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def as_flag(name: str, value: Any) -> str:
+    """What to type for a setting, in brackets after a space; empty for None, which is no flag's."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f" (--{flag})" if value else f" (--no-{flag})"
+    return f" (--{flag} {shown(value)})"
 
 
 def _field_docs(cls: type) -> dict[str, str]:

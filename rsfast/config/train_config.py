@@ -262,9 +262,18 @@ class TrainConfig:
         )
 
     @property
+    def is_builtin(self) -> bool:
+        """Whether the images are those of the built-in set."""
+        named = self.data or self.train_data or self.val_data
+        return not named and self.loader != "synthetic"
+
+    @property
     def images(self) -> str:
         """Where the images are, in words."""
-        return " and ".join(filter(None, (self.data, self.train_data, self.val_data)))
+        if self.is_builtin:
+            return "the built-in set"
+        named = " and ".join(filter(None, (self.data, self.train_data, self.val_data)))
+        return named or "the synthetic set"
 
     @property
     def folder(self) -> Path:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsfast.config import TrainConfig, rules_of
+from rsfast.config import TrainConfig, as_flag, completed, rules_of
 from rsfast.engine.metrics import EpochMean
 from rsfast.models import RSNet
 from rsfast.pyramid import moved_by_forward
@@ -95,19 +95,38 @@ def find_checkpoint(cfg: TrainConfig, folder: Path) -> Path | None:
     """What a run continues from; None if it starts.
 
     Raises:
-        ValueError: if the folder holds a run that nobody asked to continue, or no whole checkpoint.
+        ValueError: if the folder holds a run that nobody asked to continue, or another one than the
+            checkpoint is of, or no whole checkpoint.
         OSError: if a checkpoint cannot be read.
     """
     if cfg.resume == "auto":
         return checkpoint.newest(folder) or _without_last(folder)
     if cfg.resume:
-        return Path(cfg.resume)
+        path = Path(cfg.resume)
+        _check_owner(path, folder)
+        return path
     if left := left_by_a_run(folder):
         raise ValueError(
             f"output folder {folder} holds a run already: continue it with --resume auto, or name "
             f"another --output (there are {', '.join(left)})"
         )
     return None
+
+
+def _check_owner(path: Path, folder: Path) -> None:
+    """Refuses a checkpoint from elsewhere that another run than the folder's has written.
+
+    An older copy of the folder's own says where it was written.
+    """
+    if path.resolve().parent == folder.resolve() or not (left := left_by_a_run(folder)):
+        return
+    written_in = checkpoint.load_state(path).get("config", {}).get("output")
+    if written_in is None or Path(written_in).resolve() != folder.resolve():
+        raise ValueError(
+            f"output folder {folder} holds a run already, and checkpoint {path} was written in "
+            f"{written_in}: name another --output, or, if it is an older checkpoint of that same "
+            f"run, copy it into the folder and resume from there (there are {', '.join(left)})"
+        )
 
 
 def _without_last(folder: Path) -> Path | None:
@@ -200,11 +219,12 @@ def changed_setting(
 
     Args:
         before: settings of the checkpoint. One that it lacks is younger than the checkpoint, which
-            was trained as the default says.
+            was trained as :func:`rsfast.config.completed` or the default says.
         cfg: of this run.
         names: of the settings to compare.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    before = completed(before)
     for name in names:
         then, now = before.get(name, defaults[name]), getattr(cfg, name)
         if then != now:
@@ -223,11 +243,11 @@ def _check_same_run(run: Run, path: Path, content: dict[str, Any]) -> None:
         name, then, now = changed
         raise ValueError(
             f"checkpoint {path} was trained with {name} = {then!r}, this run has {now!r}: "
-            f"resume with the same settings, or start another --output"
+            f"resume with the same settings{as_flag(name, then)}, or start another --output"
         )
     if content["class_names"] != run.model.class_names:
         raise ValueError(
-            f"checkpoint {path} was trained on other classes than {run.cfg.images} has"
+            f"checkpoint {path} was trained on other classes than those of {run.cfg.images}"
         )
     for name, version in versions(run).items():
         if content["versions"].get(name) != version:
@@ -249,7 +269,7 @@ def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
         processes = len(content["ranks"])
         return f"it was trained by {processes} processes, this run has {run.rank.world_size}"
     if content["data_set"] != run.data_set:
-        return f"it was trained on other images than {run.cfg.images} has"
+        return f"it was trained on other images than those of {run.cfg.images}"
     return None
 
 

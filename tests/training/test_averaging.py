@@ -66,6 +66,39 @@ def test_the_accuracy_of_both_networks_is_in_the_summary_and_measured_again_by_e
     assert "weights can be chosen of a .pt file" in capsys.readouterr().err
 
 
+def make_older(path: Path, ema_decay: float) -> None:
+    """A checkpoint as it was before the decay could grow."""
+    content = load_dict(path)
+    del content["format"], content["config"]["ema_warmup"]
+    assert content["config"]["ema_decay"] == ema_decay
+    checkpoint.save(content, path)
+
+
+def test_averages_of_an_older_checkpoint_go_on_with_a_constant_decay(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert start(images, output, "--no-ema-warmup", "--epochs", "2") == 0
+    make_older(output / "last.pt", 0.9999)
+    again = ["--epochs", "2", "--resume", "auto"]
+    assert start(images, output, *again) == 2
+    error = capsys.readouterr().err
+    assert "was trained with ema_warmup = False, this run has True" in error
+    assert "resume with the same settings (--no-ema-warmup), or start" in error
+    assert start(images, output, *again, "--no-ema-warmup") == 0
+    follow = tmp_path / "follow"
+    assert start(images, follow, "--continue-from", str(output), "--epochs", "3") == 0
+    changed = load_dict(follow / "last.pt")["origin"]["changed"]
+    assert changed == {"epochs": (2, 3), "ema_warmup": (False, True)}
+
+
+def test_an_older_run_without_averages_goes_on_as_it_is(images: Path, tmp_path: Path) -> None:
+    flags = ["--ema-decay", "0", "--epochs", "1"]
+    assert start(images, tmp_path / "run", *flags) == 0
+    make_older(tmp_path / "run" / "last.pt", 0)
+    assert start(images, tmp_path / "run", *flags, "--resume", "auto") == 0
+
+
 def test_a_run_without_averages_says_so(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

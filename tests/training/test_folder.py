@@ -215,6 +215,32 @@ def test_somebody_elses_checkpoint_is_not_continued(
     assert "other.pt is not of rsfast: it has no 'format'" in capsys.readouterr().err
 
 
+def test_a_checkpoint_from_elsewhere_must_be_of_the_run_in_the_folder(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, other = tmp_path / "run", tmp_path / "other"
+    for folder in (output, other):
+        assert train.main(flags(images, folder)) == 0
+    before = contents(output)
+    assert train.main(flags(images, output, "--resume", str(other / "last-1.pt"))) == 2
+    error = capsys.readouterr().err
+    assert f"{output} holds a run already" in error
+    assert f"{other / 'last-1.pt'} was written in {other}: name another --output, or" in error
+    assert contents(output) == before
+    # An older copy of the run in the folder, from a backup, replaces what is there.
+    backup = tmp_path / "backup.pt"
+    shutil.copy(output / "last-1.pt", backup)
+    (output / "last.pt").write_bytes(b"damaged")
+    assert train.main(flags(images, output, "--resume", str(backup))) == 0
+    assert load_dict(output / "last.pt")["epoch"] == 2
+    # A run that was moved takes it once it lies in its folder; an empty folder takes any.
+    moved = shutil.move(output, tmp_path / "moved")
+    assert train.main(flags(images, moved, "--resume", str(backup))) == 2
+    shutil.copy(backup, moved / "copy.pt")
+    assert train.main(flags(images, moved, "--resume", str(moved / "copy.pt"))) == 0
+    assert train.main(flags(images, tmp_path / "empty", "--resume", str(backup))) == 0
+
+
 def test_an_unreadable_checkpoint_stops_the_run_and_is_left_as_it_is(
     images: Path,
     whole: Path,
