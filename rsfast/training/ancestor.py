@@ -81,9 +81,15 @@ def _check(run: Run, path: Path, content: dict[str, Any]) -> None:
             f"that continues another has its {', '.join(FIXED)} and classes; --pretrained takes "
             f"its weights into another network"
         )
+    pretrained, theirs = run.cfg.pretrained, content["config"].get("pretrained")
+    if pretrained not in (None, theirs):
+        raise ValueError(
+            f"pretrained {pretrained} must be left out, or be what the run of continue_from {path} "
+            f"has begun with ({theirs}): a run that continues another has its weights"
+        )
     if content["class_names"] != run.model.class_names:
         raise ValueError(
-            f"continue_from {path} was trained on other classes than {run.cfg.data} has: "
+            f"continue_from {path} was trained on other classes than those of {run.cfg.images}: "
             f"--pretrained takes its weights to other classes"
         )
     if content["step"] or content["validating"]:

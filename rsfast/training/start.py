@@ -98,7 +98,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     )
     if not same_everywhere(rank, run.data_set):
         raise ValueError(
-            f"data folder {cfg.images} must show all processes the same images, and does not: run "
+            f"all processes must see the same images in {cfg.images}, and do not: run "
             f"python -m rsfast.data check on every machine, or share one RSFAST_CACHE"
         )
     if resume_from:
@@ -172,7 +172,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     }
     with first_rank_first(rank):
         root = cfg.data
-        if not cfg.images and cfg.loader != "synthetic":
+        if cfg.is_builtin:
             root = str(builtin_root())
             if rank.is_main:
                 _LOG.info("no --data given: using the built-in generated set in %s", root)
@@ -204,10 +204,10 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     if training.class_names != validation.class_names and cfg.loader != "synthetic":
         odd = sorted(set(training.class_names) ^ set(validation.class_names))
         raise ValueError(
-            f"train/ and val/ of {cfg.images or root} must have the same classes, in the same "
+            f"train/ and val/ of {cfg.images} must have the same classes, in the same "
             f"order, but {len(odd)} are in one only: {odd[:3]}"
         )
-    warn_of_numbers(root, training.class_names)
+    warn_of_numbers(cfg.train_data or root, training.class_names)
     return training, validation
 
 

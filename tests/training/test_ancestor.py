@@ -199,6 +199,21 @@ def test_what_an_ancestor_has_no_place_for_is_refused(
     assert set(FIXED) == {"arch", "resolutions", "bn", "copies"}
 
 
+def test_weights_to_begin_with_are_the_ancestors_or_refused(
+    folder: Path, ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(ended / "model_best.pt")
+    flags = ["--epochs", "3", "--pretrained", weights, "--continue-from"]
+    assert start(folder, tmp_path / "run", *flags, str(ended)) == 2
+    assert f"pretrained {weights} must be left out, or be what" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    begun = tmp_path / "begun"
+    assert start(folder, begun, "--epochs", "1", "--pretrained", weights) == 0
+    assert start(folder, tmp_path / "run", *flags, str(begun)) == 0
+    assert load_dict(tmp_path / "run" / "last.pt")["origin"]["continued_from_epoch"] == 1
+    assert start(folder, tmp_path / "run", *flags, str(begun), "--resume", "auto") == 0
+
+
 def test_other_classes_a_part_of_an_epoch_and_no_run_at_all_are_refused(
     folder: Path,
     ended: Path,
@@ -209,7 +224,7 @@ def test_other_classes_a_part_of_an_epoch_and_no_run_at_all_are_refused(
     others = make_image_folder(tmp_path / "others", ("one", "two"), train=9, val=5)
     flags = ["--epochs", "4", "--continue-from"]
     assert start(others, tmp_path / "run", *flags, str(ended)) == 2
-    assert "was trained on other classes" in capsys.readouterr().err
+    assert f"was trained on other classes than those of {others}:" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         stop_when(patch, lambda run: run.steps_done == 2)
         assert start(folder, tmp_path / "stopped", "--epochs", "2") == 75
