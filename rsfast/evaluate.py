@@ -103,6 +103,7 @@ class Settings:
     train_data: str | None = None
     val_data: str | None = None
     val_list: str | None = None
+    tolerate_truncated: bool = False
 
     @property
     def train_root(self) -> str | None:

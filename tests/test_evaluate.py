@@ -14,6 +14,7 @@ from helpers import make_image_folder
 from rsfast import RSNet, create_model, evaluate
 from rsfast.config.flags import parse_resolutions
 from rsfast.data import Loader, val_loader
+from rsfast.data.__main__ import main as check_data
 from rsfast.data.loader import NORMALIZATIONS
 from rsfast.files.tables import read_columns
 from rsfast.losses import MultiResolutionDistillation
@@ -145,6 +146,19 @@ def test_every_loader_is_told_how_to_decode(
     where = ["--data", str(folder), "--output", str(tmp_path)]
     assert evaluate.main([str(trained), *where, *PIL, *flags.split()]) == 0
     assert told == [[0, 0.25, True]] * 3  # trained resolutions, calibration, other resolutions
+
+
+def test_images_that_are_cut_off_are_used_if_asked_for(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_image_folder(tmp_path / "images", train=1, val=3)
+    file = data / "val" / "dog" / "0001.jpg"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
+    assert check_data(["check", str(data)]) == 1
+    for flags, count in (([], 5), (["--tolerate-truncated"], 6)):
+        where = ["--data", str(data), "--output", str(tmp_path / "out"), "--per-image"]
+        assert evaluate.main([str(trained), *where, *PIL, *flags]) == 0
+        assert len(read_columns(tmp_path / "out" / "per_image.csv")["image"]) == count
 
 
 def test_an_authors_checkpoint_is_fed_unnormalised_images(

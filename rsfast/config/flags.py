@@ -12,7 +12,7 @@ from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 
 __all__ = ["DECODING", "WEIGHTS", "add_common_flags", "common_settings", "parse_resolutions"]
 
-DECODING = ("workers", "hw_decoder_load", "dont_use_mmap")
+DECODING = ("workers", "hw_decoder_load", "dont_use_mmap", "tolerate_truncated")
 WEIGHTS = ("averaged", "plain")  # of a run with --ema-decay
 
 
@@ -58,6 +58,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="as in rsfast.train")
     add("--hw-decoder-load", type=float, metavar="SHARE", help="as in rsfast.train")
     add("--dont-use-mmap", action="store_true", help="as in rsfast.train")
+    tolerated = "use images that are cut off, as rsfast.train does with this flag"
+    add("--tolerate-truncated", action="store_true", help=tolerated)
     add("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
