@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ _NOT_HERE = {
     "bn": _ROWS,
     "crop": _ROWS,
     "copies": _ROWS,
+    "continue_from": "an ancestor fixes bn and copies, in which the rows of a set differ",
     "seed": "--seeds N takes seeds 0 to N - 1",
     "resume": _RUNS,
     "restart_epoch": _RUNS,
@@ -157,10 +159,15 @@ def _data_set(base: TrainConfig) -> dict[str, str]:
     Raises:
         ValueError: if they cannot be found.
     """
-    root = base.data or ("" if base.images else builtin_root())
+    root = base.data or (builtin_root() if base.is_builtin else "")
+    as_trained: dict[str, Any] = {
+        "strict": base.strict,
+        "tolerate_truncated": base.tolerate_truncated,
+        "exif": base.exif,
+    }
     splits = {
-        "train": open_split(base.train_data or root, "train", strict=base.strict),
-        "val": open_split(base.val_data or root, "val", strict=base.strict, labels=base.val_list),
+        "train": open_split(base.train_data or root, "train", **as_trained),
+        "val": open_split(base.val_data or root, "val", labels=base.val_list, **as_trained),
     }
     return {f"{split}_set": index.digest for split, index in splits.items()}
 

@@ -25,7 +25,17 @@ __all__ = ["collect", "column_name", "read_hits"]
 
 _OF_A_ROW = {"resolutions", "distill", "bn", "crop", "copies", "seed"}
 _OF_A_MACHINE = {
-    *("data", "output", "resume", "workers", "hw_decoder_load", "dont_use_mmap"),
+    *(
+        "data",
+        "train_data",
+        "val_data",
+        "val_list",
+        "output",
+        "resume",
+        "workers",
+        "hw_decoder_load",
+        "dont_use_mmap",
+    ),
     *("log_every", "keep", "checkpoint_every"),
 }
 # What a run says when it starts that must be the same for all rows.
@@ -103,7 +113,7 @@ def collect(
         "set": which.name,
         "about": which.about,
         "seeds": list(seeds),
-        "data": _name(starts[0]["config"]["data"] or "the built-in set"),
+        "data": _images(starts[0]["config"]),
         "jobs": jobs,
         "launch": " ".join(_name(part) for part in shlex.split(launch)),
         **_about(starts),
@@ -157,6 +167,12 @@ def _about(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             values = list(dict.fromkeys(start.get(name) for start in starts))
             environment[name] = values[0] if len(values) == 1 else values
     return {"settings": settings, "environment": environment}
+
+
+def _images(config: dict[str, Any]) -> str:
+    """What the images are called, of the settings in a log."""
+    named = [config[name] for name in ("data", "train_data", "val_data") if config.get(name)]
+    return " and ".join(map(_name, named)) or "the built-in set"
 
 
 def _name(path: str) -> str:

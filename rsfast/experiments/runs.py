@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import queue
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rsfast.config import TrainConfig, read_config
+from rsfast.config import TrainConfig, as_flag, read_config
 from rsfast.experiments.sets import Training
 from rsfast.files.seal import write_whole
 from rsfast.files.tables import read_log
@@ -33,6 +34,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _NOT_STARTED = -1  # instead of an exit code
 _TRAINED = "trained.toml"  # the settings of a training that has ended well
 _TESTED = "tested.json"  # what a finished test was asked for
+_TEST_SETTINGS = (
+    *("data", "train_data", "val_data", "val_list", "tolerate_truncated"),
+    *("loader", "precision", "kernels", "device"),
+)
 
 
 def run_folder_of(output: Path, training: str, seed: int) -> Path:
@@ -107,7 +112,7 @@ class Job:
             if wanted != found:
                 raise ValueError(
                     f"{self.folder} was trained with {name} = {found!r}, this set has {wanted!r}: "
-                    f"take the same settings, or another --output"
+                    f"take the same settings{as_flag(name, found)}, or another --output"
                 )
         return True
 
@@ -127,8 +132,8 @@ class Job:
             for name, images in data_set.items():
                 if start.get(name, images) != images:
                     raise ValueError(
-                        f"{self.folder} was trained on other images than {self.cfg.images} has: "
-                        f"take another --output"
+                        f"{self.folder} was trained on other images than those of "
+                        f"{self.cfg.images}: take another --output"
                     )
 
     def mark_trained(self) -> None:
@@ -156,9 +161,11 @@ class Job:
     def _test(self) -> dict[str, Any]:
         """What a test depends on; the checkpoint by when it was written."""
         cfg = self.cfg
-        written = (self.folder / "last.pt").stat().st_mtime_ns
-        settings = {"data": cfg.data, "loader": cfg.loader, "precision": cfg.precision}
-        return {**settings, "kernels": cfg.kernels, "device": cfg.device, "checkpoint": written}
+        return {
+            **{name: getattr(cfg, name) for name in _TEST_SETTINGS},
+            "val_list_sha256": _digest(cfg.val_list),
+            "checkpoint": (self.folder / "last.pt").stat().st_mtime_ns,
+        }
 
 
 @dataclass
@@ -269,13 +276,20 @@ class Jobs:
                 signal.signal(number, handler)
 
 
+def _digest(file: str | None) -> str | None:
+    """Of what a file says."""
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
 def _shared(cfg: TrainConfig) -> list[str]:
     """Settings that an evaluation has in common with its training."""
     data = []
     for flag in ("data", "train_data", "val_data", "val_list"):
         if value := getattr(cfg, flag):
             data += [f"--{flag.replace('_', '-')}", value]
-    loading = ["--loader", cfg.loader, *(["--dont-use-mmap"] if cfg.dont_use_mmap else [])]
+    loading = ["--loader", cfg.loader]
+    for flag in ("dont_use_mmap", "tolerate_truncated"):
+        loading += [f"--{flag.replace('_', '-')}"] if getattr(cfg, flag) else []
     for flag, value in (("workers", cfg.workers), ("hw-decoder-load", cfg.hw_decoder_load)):
         loading += [] if value is None else [f"--{flag}", str(value)]
     batch = ["--batch-size", str(cfg.batch_size), "--device", cfg.device]

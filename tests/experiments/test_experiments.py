@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 
 from helpers import environment, make_image_folder
+from rsfast import train
 from rsfast.config import TrainConfig, read_config
 from rsfast.config.flags import common_settings
+from rsfast.data.__main__ import main as check_data
 from rsfast.evaluate import _parse
 from rsfast.experiments import __main__ as experiments
-from rsfast.experiments.__main__ import main
-from rsfast.experiments.runs import _shared
+from rsfast.experiments.__main__ import _data_set, main
+from rsfast.experiments.runs import Job, _shared
 from rsfast.files.tables import read_rows
 
 FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py')}"
@@ -95,12 +98,17 @@ def test_trainings_at_a_time_share_the_cores(
 
 
 @pytest.mark.parametrize(
-    "means", [{}, {"workers": 3, "hw_decoder_load": 0.5, "dont_use_mmap": True}]
+    "means",
+    [
+        {},
+        {"workers": 3, "hw_decoder_load": 0.5, "dont_use_mmap": True},
+        {"tolerate_truncated": True},
+    ],
 )
 def test_a_test_decodes_as_its_training(means: dict[str, Any]) -> None:
     cfg = TrainConfig(**means)
     told = common_settings(_parse(["last.pt", *_shared(cfg)]))
-    for name in ("workers", "hw_decoder_load", "dont_use_mmap"):
+    for name in ("workers", "hw_decoder_load", "dont_use_mmap", "tolerate_truncated"):
         assert told[name] == getattr(cfg, name)
 
 
@@ -213,6 +221,54 @@ def test_other_images_in_the_same_output_are_refused(
     assert "rs_net/seed0 was trained on other images than" in capsys.readouterr().err
 
 
+def test_images_are_named_as_the_training_saw_them(tmp_path: Path) -> None:
+    data = make_image_folder(tmp_path / "images", train=2, val=2)
+    output = tmp_path / "run"
+    whole = (data / "val" / "cat" / "0000.jpg").read_bytes()
+    (data / "val" / "cat" / "0000.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    assert check_data(["check", str(data)]) == 1
+    flags = "--arch tiny:network --resolutions 32 24 --batch-size 2 --epochs 1 --loader pil"
+    flags += f" --workers 0 --exif honour --tolerate-truncated --data {data} --output {output}"
+    assert train.main(flags.split()) == 0
+    start = json.loads((output / "log.jsonl").read_text().splitlines()[0])
+    found = _data_set(TrainConfig(data=str(data), exif="honour", tolerate_truncated=True))
+    assert found == {name: start[name] for name in ("train_set", "val_set")}
+    assert found["val_set"].startswith("4:")
+
+
+def test_another_list_of_labels_is_tested_anew(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0\n1\n")
+    cfg = TrainConfig(data="images", val_list=str(labels), output=str(tmp_path / "run"))
+    job = Job(cfg, {"interpolate": [32]}, "one")
+    (job.folder / "test_interpolate").mkdir(parents=True)
+    (job.folder / "last.pt").touch()
+    job.mark_tested("interpolate", [32])
+    assert job.untested() == {}
+    labels.write_text("1\n0\n")
+    assert job.untested() == {"interpolate": [32]}
+    job.mark_tested("interpolate", [32])
+    other = dataclasses.replace(cfg, val_list=None, val_data="v.tar")
+    assert dataclasses.replace(job, cfg=other).untested() == {"interpolate": [32]}
+    assert dataclasses.replace(job, cfg=cfg).untested() == {}
+
+
+def test_a_run_that_an_older_rsfast_has_finished_is_not_one_of_another_rule(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    averaged = ["table2", "--ema-decay", "0.9"]
+    assert run(tmp_path / "out", *averaged) == 0
+    for mark in (tmp_path / "out").rglob("trained.toml"):
+        mark.write_text(mark.read_text().replace("ema_warmup = true\n", ""))
+    done = calls.read_text()
+    assert run(tmp_path / "out", *averaged) == 2
+    error = capsys.readouterr().err
+    assert "was trained with ema_warmup = False, this set has True" in error
+    assert "take the same settings (--no-ema-warmup), or another --output" in error
+    assert run(tmp_path / "out", *averaged, "--no-ema-warmup") == 0
+    assert calls.read_text() == done
+
+
 def test_half_a_line_in_a_log_does_not_stop_a_set(tmp_path: Path, calls: Path) -> None:
     assert run(tmp_path / "out", "table2") == 0
     report = (tmp_path / "out" / "table2" / "README.md").read_bytes()
@@ -277,6 +333,7 @@ def test_a_signal_lets_trainings_save_and_starts_no_more(
         (["table2", "--kd-type", "ens"], "cannot be given: it is what the rows of a set"),
         (["table2", "--seed=0"], "seed cannot be given: --seeds N takes seeds 0 to N - 1"),
         (["table2", "--resume", "auto"], "resume cannot be given: every run goes on by itself"),
+        (["table2", "--continue-from", "runs/a"], "continue_from cannot be given: an ancestor fix"),
         (["table2", "--data", "nowhere"], "nowhere"),
         (["--data", "nowhere"], "sets come first and must be some of table2"),
         (["fig9", "--crop-area", "0.5", "1"], "crop_area must begin below 0.3"),
