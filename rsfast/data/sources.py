@@ -6,7 +6,7 @@ import argparse
 
 from rsfast.data.patterns import check_archives, is_pattern
 
-__all__ = ["add_data_flags", "check_sources"]
+__all__ = ["add_data_flags", "add_val_flags", "check_sources"]
 
 
 def add_data_flags(parser: argparse.ArgumentParser, about_data: str) -> None:
@@ -24,6 +24,12 @@ def add_data_flags(parser: argparse.ArgumentParser, about_data: str) -> None:
         help="training images in place of data's: shards or Parquet files, such as "
         '"/data/train-{0000..1023}.tar"',
     )
+    add_val_flags(parser)
+
+
+def add_val_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of them that name validation images, besides --data."""
+    add = parser.add_argument
     add("--val-data", metavar="PATTERN", help="validation images in place of data's, likewise")
     add(
         "--val-list",

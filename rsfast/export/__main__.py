@@ -15,12 +15,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rsfast.data.sources import add_data_flags, check_sources
 from rsfast.deploy.manifest import INT8_FILE
 from rsfast.deploy.runtimes import RUNTIMES, library
 from rsfast.export import check
 
 __all__ = ["main"]
 
+_WEIGHTS = ("averaged", "plain")  # of rsfast.training.checkpoint, which needs PyTorch
 # Of an export, and what rsfast.latency has measured of it.
 _REPLACED = {
     *("model.onnx", "model.int8.onnx", "rsfast.json", "labels.txt", "README.md", "triton"),
@@ -46,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(scratch) / "new"
             folder.mkdir()
             write_card = _export(args, folder)
-            limits = (args.max_loss, args.val_images)
-            report = check.check(folder, args.runtime, args.data, *limits)
+            limits = (args.max_loss, args.val_images, args.val_list)
+            report = check.check(folder, args.runtime, args.val_data or args.data, *limits)
             report.show()
             if not report.passed:
                 print(f"rsfast.export: error: {args.output} is not written", file=sys.stderr)
@@ -91,8 +93,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="of an authors' checkpoint not at 224..96",
     )
     add("--preprocess", action="store_true", help="put normalisation into the graph: uint8 in")
-    add("--int8", action="store_true", help="write model.int8.onnx, too; needs --data")
-    add("--data", help="folder with train/, to calibrate int8 on, and val/, to measure its loss")
+    add(
+        "--weights",
+        choices=_WEIGHTS,
+        help="of a run with --ema-decay: the averages, or what they are averages of; by default "
+        "the averages where there are some",
+    )
+    add(
+        "--int8",
+        action="store_true",
+        help="write model.int8.onnx, too; needs --data, or --train-data and --val-data",
+    )
+    about = "folder with train/, to calibrate int8 on, and val/, to measure its loss"
+    add_data_flags(parser, about)
     add("--calibration-images", type=int, default=512, help="of train/ (default 512)")
     check.add_limits(parser)
     add("--accuracy", type=Path, help="accuracy.csv of rsfast.evaluate, for the model card")
@@ -109,8 +122,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _refuse_early(args: argparse.Namespace) -> None:
     """Before any work."""
-    if args.int8 and args.data is None:
-        raise ValueError("--int8 needs --data, a folder with train/ and val/, to calibrate on")
+    if args.int8 and not (args.data or args.train_data or args.val_data):
+        raise ValueError(
+            "--int8 needs --data, a folder with train/ and val/, to calibrate on, or --train-data "
+            "and --val-data"
+        )
+    named = args.data, args.train_data, args.val_data, args.val_list
+    check_sources(*named, both_splits=args.int8)
     if args.calibration_images < 1:
         raise ValueError(f"--calibration-images must be at least 1, got {args.calibration_images}")
     for runtime in args.runtime:
@@ -142,10 +160,12 @@ def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
 
     graph.import_onnx()
     accuracy = package.read_accuracy(args.accuracy) if args.accuracy else None
-    model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch)
+    model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch, args.weights)
     manifest = package.describe(model, args.checkpoint, args.preprocess)
     if args.int8:
-        count, batches = images.calibration(args.data, manifest, args.calibration_images)
+        count, batches = images.calibration(
+            args.train_data or args.data, manifest, args.calibration_images
+        )
         manifest = replace(manifest, calibration_images=count)
     manifest.write(folder)
     package.write_labels(manifest, folder)

@@ -23,15 +23,17 @@ def top1(
     data: str | Path,
     precisions: Sequence[str],
     num_images: int,
+    labels: str | Path | None = None,
 ) -> tuple[int, dict[str, dict[int, float]]]:
     """Accuracy at every trained resolution on DATA/val.
 
     Args:
         folder: of an exported network.
         manifest: of the folder.
-        data: folder with val/.
+        data: folder with val/, or a pattern of archives of validation images.
         precisions: of `rsfast.deploy.load`.
         num_images: of val/ at most, spread evenly over the classes.
+        labels: list of the labels of a val/ without class folders.
 
     Returns:
         The number of images, and precision -> resolution -> top-1 in percent.
@@ -39,7 +41,7 @@ def top1(
     Raises:
         ValueError: if the data set is not the network's.
     """
-    index = index_split(data, "val", manifest)
+    index = index_split(data, "val", manifest, labels)
     positions = spread(index, num_images)
     threads = len(os.sched_getaffinity(0))
     nets = {

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rsfast.data.sources import add_val_flags, check_sources
 from rsfast.deploy.manifest import FP32_FILE, INT8_FILE, VALIDATION_FILE, Manifest
 from rsfast.deploy.reference import Reference
 from rsfast.deploy.runtimes import RUNTIMES, library
@@ -77,15 +78,18 @@ def check(
     data: str | None = None,
     max_loss: float = 1.0,
     val_images: int = VAL_IMAGES,
+    labels: str | None = None,
 ) -> Report:
     """Looks at an exported network from all sides.
 
     Args:
         folder: of rsfast.export.
         runtimes: to run it with, each in a process of its own without PyTorch.
-        data: folder with val/, for the accuracy of the int8 file on real images.
+        data: folder with val/ or a pattern of archives of validation images, for the accuracy of
+            the int8 file on real images.
         max_loss: points of top-1 that int8 may lose at any resolution.
         val_images: of val/ at most, spread evenly over it.
+        labels: list of the labels of a val/ without class folders.
 
     Raises:
         ValueError: if the folder is not one of rsfast.export, or the data set is another one.
@@ -115,7 +119,7 @@ def check(
         from rsfast.export import accuracy  # the rest does without Pillow and tqdm
 
         precisions = ("fp32", "int8") if has_int8 else ("fp32",)
-        count, found = accuracy.top1(folder, manifest, data, precisions, val_images)
+        count, found = accuracy.top1(folder, manifest, data, precisions, val_images, labels)
         lines += _accuracies(found, count, max_loss)
         if count >= images:  # a quick look does not replace what is known better
             top1, images = found, count
@@ -155,14 +159,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", type=Path, help="of rsfast.export")
     add("--runtime", nargs="+", choices=tuple(RUNTIMES), default=["onnxruntime"])
-    add("--data", help="folder with val/: accuracy is measured on it")
+    add("--data", metavar="DIR", help="folder with val/: accuracy is measured on it")
+    add_val_flags(parser)
     add_limits(parser)
     args = parser.parse_args(argv)
     try:
-        limits = (args.max_loss, args.val_images)
+        check_sources(args.data, None, args.val_data, args.val_list, both_splits=False)
+        limits = (args.max_loss, args.val_images, args.val_list)
         Manifest.read(args.folder)  # it is the folder of an export, in which a file comes
         make_writable(args.folder)
-        report = check(args.folder, args.runtime, args.data, *limits)
+        report = check(args.folder, args.runtime, args.val_data or args.data, *limits)
         report.show()
         report.write(args.folder)
     except (ValueError, ImportError) as error:

@@ -11,8 +11,6 @@ from PIL import Image
 from rsfast.data.dataset import open_split
 from rsfast.data.index import ImageIndex, decode
 from rsfast.data.labels import warn_of_numbers
-from rsfast.data.patterns import is_pattern
-from rsfast.data.turning import turned
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.preprocess import preprocess
 
@@ -21,15 +19,21 @@ __all__ = ["batches", "calibration", "index_split", "spread"]
 _BATCH = 8  # ranges of a ResNet-50 at 224 px take 2 GiB; more with larger ones
 
 
-def index_split(data: str | Path, split: str, manifest: Manifest) -> ImageIndex:
-    """The images of DATA/split, or of a pattern of archives.
+def index_split(
+    data: str | Path, split: str, manifest: Manifest, labels: str | Path | None = None
+) -> ImageIndex:
+    """The images of DATA/split, or of a pattern of archives, turned as the network is used to.
+
+    Args:
+        data: folder, or pattern.
+        split: "train" or "val".
+        manifest: of the network.
+        labels: list of the labels of a folder without class folders.
 
     Raises:
         ValueError: if there are none, or they have other classes than the network.
     """
-    index = open_split(data, split)
-    if manifest.exif == "honour":
-        index = turned(index)
+    index = open_split(data, split, labels=labels, exif=manifest.exif)
     names = index.class_names
     wrong = manifest.class_names not in (None, names)
     if len(names) != manifest.num_classes or wrong:
@@ -67,7 +71,7 @@ def calibration(
     """Training images, prepared as for validation, spread evenly over the classes.
 
     Args:
-        data: folder with train/.
+        data: folder with train/, or a pattern of archives of training images.
         manifest: of the network.
         count: of images at most.
 
@@ -77,10 +81,6 @@ def calibration(
     Raises:
         ValueError: if the data set is not the network's.
     """
-    if is_pattern(data):  # the images that the accuracy is measured on
-        raise ValueError(
-            f"--data must be a folder with train/ and val/ where int8 is calibrated, got {data}"
-        )
     index = index_split(data, "train", manifest)
     positions = spread(index, count)
 

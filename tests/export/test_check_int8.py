@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from onnx import numpy_helper
 
 from helpers import make_image_folder
 from lifelike import lifelike
+from rsfast.data.convert import convert
 from rsfast.deploy.manifest import INT8_FILE
 from rsfast.deploy.reference import Reference
 from rsfast.export import check
@@ -94,3 +96,40 @@ def test_a_loss_of_accuracy_is_refused(
     assert check.check(exported).top1 == before, "which was measured on 20"
     assert main([*flags[:-1], "0"]) == 2
     assert "--val-images must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_flat_folder_with_a_list_and_archives_are_measured_alike(
+    exported: Path, folder: Path, photographs: Path, tmp_path: Path
+) -> None:
+    wanted = json.loads((exported / "validation.json").read_text())
+    flat, lines = shutil.copytree(photographs, tmp_path / "flat"), []
+    for path in sorted((flat / "val").glob("*/*.jpg")):
+        name = f"{path.parent.name}_{path.name}"
+        path.rename(flat / "val" / name)
+        lines.append(f"{name} {path.parent.name}\n")
+    for path in (flat / "val").glob("class_?"):
+        path.rmdir()
+    (tmp_path / "list.txt").write_text("".join(lines))
+    convert(photographs, tmp_path / "shards", images_per_shard=16)
+    listed = ["--data", str(flat), "--val-list", str(tmp_path / "list.txt")]
+    for flags in (listed, ["--val-data", str(tmp_path / "shards" / "val" / "*.tar")]):
+        (folder / "validation.json").unlink()
+        assert check.main([str(folder), *flags, "--max-loss", "100"]) == 0
+        found = json.loads((folder / "validation.json").read_text())
+        assert (found["top1"], found["images"]) == (wanted["top1"], 20)
+
+
+def test_an_export_calibrates_and_measures_on_archives(
+    exported: Path, photographs: Path, tmp_path: Path
+) -> None:
+    convert(photographs, tmp_path / "shards", images_per_shard=16)
+    flags = ["--output", str(tmp_path / "out"), "--arch", "lifelike:Residual", "--int8"]
+    for split in ("train", "val"):
+        flags += [f"--{split}-data", str(tmp_path / "shards" / split / "*.tar")]
+    weights = exported.parent / "weights.safetensors"
+    assert main([str(weights), *flags, "--max-loss", "100"]) == 0
+    found, wanted = (
+        json.loads((path / "validation.json").read_text())["top1"]
+        for path in (tmp_path / "out", exported)
+    )
+    assert found == wanted

@@ -15,10 +15,13 @@ import torch
 import rsfast
 from deploy_helpers import unlike_banks
 from rsfast.deploy.manifest import FP32_FILE, METADATA_KEY, Manifest
+from rsfast.deploy.reference import Reference
 from rsfast.export import check
 from rsfast.export.__main__ import main
 from rsfast.export.package import write_card
 from rsfast.models import official
+from rsfast.training import checkpoint as checkpoint_files
+from run_helpers import network_payload
 
 
 def export(checkpoint: Path, output: Path, *flags: str) -> int:
@@ -50,6 +53,21 @@ def test_an_authors_checkpoint_is_exported(tmp_path: Path) -> None:
     assert main([str(tmp_path / "theirs.pth.tar"), *flags]) == 0
     manifest = Manifest.read(tmp_path / "out")
     assert (manifest.arch, manifest.mean) == ("resnet18", (0.0, 0.0, 0.0))
+
+
+def test_either_weights_of_a_run_with_averages_are_exported(tmp_path: Path) -> None:
+    content = network_payload()
+    content["ema"] = {name: tensor.clone() for name, tensor in content["model"].items()}
+    content["ema"]["network.fc.bias"] += 1
+    path = tmp_path / "last.pt"
+    checkpoint_files.save(content, path)
+    found = {}
+    for weights in ("averaged", "plain"):
+        flags = ["--weights", weights, "--output", str(tmp_path / weights)]
+        assert main([str(path), *flags]) == 0
+        found[weights] = Reference.read(tmp_path / weights).logits
+    for resolution, logits in found["plain"].items():
+        np.testing.assert_allclose(found["averaged"][resolution], logits + 1, atol=1e-4)
 
 
 def test_triton_gets_a_model_with_a_warm_up_for_each_resolution(
@@ -170,6 +188,9 @@ def test_what_fails_its_check_is_not_written(
     ("flags", "message"),
     [
         (["--int8"], "--int8 needs --data"),
+        (["--int8", "--val-data", "v.tar"], "train_data and val_data must be given together"),
+        (["--val-list", "list.txt"], "val_list holds the labels of data/val, so it needs data"),
+        (["--weights", "plain"], "weights can be chosen of a .pt file"),
         (["--calibration-images", "0"], "must be at least 1, got 0"),
         (["--arch", "resnet18"], "is of tiny:network, got --arch resnet18"),
         (["--accuracy", "nowhere.csv"], "nowhere.csv"),

@@ -15,8 +15,9 @@ from rsfast.config import TrainConfig
 from rsfast.data import index_folder
 from rsfast.data.convert import convert
 from rsfast.experiments.__main__ import _data_set
-from rsfast.export.images import calibration
+from rsfast.export import __main__ as export
 from rsfast.files.unpickle import load_dict
+from rsfast.training import start as beginning
 from run_helpers import assert_equal, assert_same_run, log_of, stop_when
 
 SMALL = """--arch tiny:network --resolutions 32 24 --batch-size 4 --lr 0.01 --log-every 2 --seed 3
@@ -140,9 +141,21 @@ def test_an_analysis_refuses_one_pattern_for_both_splits(
     assert "data must be a folder with train/ and val/, got the pattern" in capsys.readouterr().err
 
 
-def test_int8_is_not_calibrated_on_the_images_it_is_measured_on(shards: Path) -> None:
-    with pytest.raises(ValueError, match=r"must be a folder with train/ and val/ where int8 is"):
-        calibration(str(shards / "val" / "*.tar"), None, 3)
+def test_int8_is_not_calibrated_on_the_images_it_is_measured_on(
+    shards: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--output", str(tmp_path / "out"), "--int8", "--data", str(shards / "val" / "*.tar")]
+    assert export.main([str(whole / "model_best.pt"), *flags]) == 2
+    assert "data must be a folder with train/ and val/, got the pattern" in capsys.readouterr().err
+
+
+def test_numbered_folders_are_looked_for_where_the_training_images_are(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[object] = []
+    monkeypatch.setattr(beginning, "warn_of_numbers", lambda place, names: places.append(place))
+    assert start([*patterns(shards)], tmp_path / "run", "--epochs", "1") == 0
+    assert places == [patterns(shards)[1]]
 
 
 def test_experiments_name_the_images_of_archives(folder: Path, shards: Path) -> None:
