@@ -264,17 +264,20 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace, training: Mapping[str, Any]) -> str | None:
-    """The folder of the images; fills in the flags that name others from the run's settings.
+    """The folder of the images; fills in the flags about others from the run's settings.
 
     A folder stands for all images, another flag for those that it names, and the rest are the
     run's. The built-in set is taken where the run was trained on it, or nothing is named at all.
     """
+    was_given = any((args.data, args.train_data, args.val_data, args.val_list))
     if args.data is None:
         # Of the two that name validation images, one that is given goes before the run's other.
         left_out = {"val_data"} if args.val_list else {"val_list"} if args.val_data else set()
         for name in {"data", "train_data", "val_data", "val_list"} - left_out:
             setattr(args, name, getattr(args, name) or training.get(name))
     named = args.data, args.train_data, args.val_data, args.val_list
+    if not was_given:
+        args.tolerate_truncated |= bool(training.get("tolerate_truncated"))
     has_own = any(training.get(name) for name in ("data", "train_data", "val_data"))
     is_whole = args.data or (args.train_data and args.val_data)
     if not any(named) or (training and not (has_own or is_whole or args.val_list)):

@@ -144,6 +144,15 @@ def test_images_that_no_flag_names_are_those_of_the_run(
     assert (data, args.train_data, args.val_data, args.val_list) == expected
 
 
+@pytest.mark.parametrize(("flags", "expected"), [([], True), (["--data", "D"], False)])
+def test_cut_off_images_of_the_run_are_analysed_as_it_used_them(
+    flags: list[str], expected: bool
+) -> None:
+    args = analyze._parse(["RUN", *flags])
+    analyze._data(args, {"data": "R", "tolerate_truncated": True})
+    assert args.tolerate_truncated is expected
+
+
 WITHOUT_LINEAR = """
 from torch import nn
 
