@@ -23,6 +23,7 @@ from rsfast.config.flags import common_settings
 from rsfast.data.__main__ import main as check_data
 from rsfast.evaluate import _parse
 from rsfast.experiments import __main__ as experiments
+from rsfast.experiments import results
 from rsfast.experiments.__main__ import _data_set, main
 from rsfast.experiments.runs import Job, _shared
 from rsfast.files.tables import read_rows
@@ -234,6 +235,16 @@ def test_images_are_named_as_the_training_saw_them(tmp_path: Path) -> None:
     found = _data_set(TrainConfig(data=str(data), exif="honour", tolerate_truncated=True))
     assert found == {name: start[name] for name in ("train_set", "val_set")}
     assert found["val_set"].startswith("4:")
+
+
+def test_a_report_names_images_without_the_folders_of_this_machine() -> None:
+    cfg = TrainConfig(train_data="/here/train-*.tar", val_data="/here/val-*.tar", precision="fp32")
+    start = {"event": "start", "config": dataclasses.asdict(cfg)}
+    assert results._images(start["config"]) == "train-*.tar and val-*.tar"
+    assert results._images({"data": None}) == "the built-in set"
+    listed = dataclasses.asdict(TrainConfig(data="/here/imagenet", val_list="/here/list.txt"))
+    for config in (start["config"], listed):
+        assert "/here" not in json.dumps(results._about([{**start, "config": config}]))
 
 
 def test_another_list_of_labels_is_tested_anew(tmp_path: Path) -> None:
