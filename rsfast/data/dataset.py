@@ -31,7 +31,9 @@ from rsfast.data.patterns import (
     is_pattern,
 )
 from rsfast.data.shards import index_shards
+from rsfast.data.turning import turned
 from rsfast.data.val_list import flat_images, index_listed, read_classes
+from rsfast.files.orientation import EXIF_MODES
 
 __all__ = [
     "Members",
@@ -105,8 +107,9 @@ def open_split(
     strict: bool = False,
     tolerate_truncated: bool = False,
     labels: str | Path | None = None,
+    exif: str = "ignore",
 ) -> ImageIndex:
-    """The images of a data set's split.
+    """The images of a data set's split, as a run that has these settings sees them.
 
     The order is that of the sorted paths of the archives, and within each that of the file.
 
@@ -117,11 +120,26 @@ def open_split(
         strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`; images in archives that
             are cut off are not tolerated.
         labels: a list of the labels of a folder of images without class folders.
+        exif: "ignore" the orientation that EXIF has, or "honour" it, and turn images so.
 
     Raises:
         ValueError: naming the folder or file and what is wrong with it.
         ImportError: with the install command, if Parquet files are opened without pyarrow.
     """
+    if exif not in EXIF_MODES:
+        raise ValueError(f"exif must be one of {EXIF_MODES}, got {exif!r}")
+    index = _stored(data, split, strict, tolerate_truncated, labels)
+    return turned(index) if exif == "honour" else index
+
+
+def _stored(
+    data: str | Path,
+    split: str,
+    strict: bool,
+    tolerate_truncated: bool,
+    labels: str | Path | None,
+) -> ImageIndex:
+    """The images as they are stored, whatever EXIF says."""
     damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     if labels is not None:
         if is_pattern(data):

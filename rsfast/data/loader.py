@@ -23,8 +23,6 @@ from rsfast.data.mixing import Mix, erase, mixed
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
-from rsfast.data.turning import turned
-from rsfast.files.orientation import EXIF_MODES
 from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
@@ -314,8 +312,6 @@ def _index(
     damage: Mapping[str, bool],
     labels: str | None = None,
 ) -> ImageIndex:
-    if exif not in EXIF_MODES:
-        raise ValueError(f"exif must be one of {EXIF_MODES}, got {exif!r}")
     if limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     if backend not in BACKENDS:
@@ -323,10 +319,8 @@ def _index(
     if backend != "synthetic":
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        index = open_split(root, split, labels=labels, **damage)
+        index = open_split(root, split, labels=labels, exif=exif, **damage)
         _warn_if_unchecked(index.known_as)
-        if exif == "honour":
-            index = turned(index)
         return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
     return ImageIndex(
         root=Path("synthetic"),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from helpers import encoded, smooth_image
-from rsfast.data import Loader, index_folder, train_loader, val_loader
+from rsfast.data import Loader, index_folder, open_split, train_loader, val_loader
 from rsfast.data.index import decode
 from rsfast.data.turning import turned
 from rsfast.files.orientation import orientation, upright
@@ -225,6 +225,15 @@ def test_exif_that_contradicts_itself_is_refused_before_dali_sees_it(
         with pytest.raises(ValueError, match=r"only/b\.jpg must have one orientation .* exclude "):
             validation(root, backend)
     assert len(list(validation(root, backend, exif="ignore"))) == 1
+
+
+def test_a_split_is_opened_as_a_run_sees_it(all_ways: Path) -> None:
+    plain, honoured = (open_split(all_ways, "val", exif=exif) for exif in ("ignore", "honour"))
+    assert plain.digest == index_folder(all_ways / "val").digest
+    assert honoured.digest == validation(all_ways, "pil").plan.index.digest != plain.digest
+    assert (honoured.sizes != plain.sizes).any()
+    with pytest.raises(ValueError, match=r"^exif must be one of \('ignore', 'honour'\), got 'x'$"):
+        open_split(all_ways, "val", exif="x")
 
 
 def test_another_word_is_refused(all_ways: Path) -> None:
