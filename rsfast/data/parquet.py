@@ -249,8 +249,12 @@ class _OpenGroups:
         with self._lock:
             rows = self._groups.pop((number, group), None)
             if rows is None:
-                file = self._file(number)
-                rows = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+                try:
+                    file = self._file(number)
+                    rows = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+                except (OSError, arrow.ArrowException):
+                    self._drop(number)
+                    raise
             self._groups[number, group] = rows
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
@@ -266,6 +270,14 @@ class _OpenGroups:
         if len(self._files) > _MOST_OPEN:
             self._files.popitem(last=False)[1].close()
         return file
+
+    def _drop(self, number: int) -> None:
+        """Has a file opened anew when it is wanted next: a handle that is stale remains so."""
+        file = self._files.pop(number, None)
+        for key in [key for key in self._groups if key[0] == number]:
+            del self._groups[key]
+        if file is not None:
+            file.close()
 
 
 class RowGroupArchive:
