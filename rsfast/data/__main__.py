@@ -14,9 +14,10 @@ from pathlib import Path
 
 from rsfast.data.check import KINDS, Finding, Report, check_split
 from rsfast.data.convert import FORMS, convert, parse_size
-from rsfast.data.dataset import exclude_members, find_splits, is_member
+from rsfast.data.dataset import exclude_members, is_member
 from rsfast.data.exclusion import exclude
 from rsfast.data.index import printable
+from rsfast.data.splits import find_splits
 
 __all__ = ["main"]
 

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rsfast.data import cache, comparing
-from rsfast.data.dataset import Members, Split, list_members, open_archive
+from rsfast.data.dataset import Members, list_members, open_archive
 from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
 from rsfast.data.index import Archive
 from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
+from rsfast.data.splits import Split
 from rsfast.data.val_list import flat_images
 from rsfast.files.progress import progress
 

@@ -20,10 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from rsfast.data.archive import stats_of
-from rsfast.data.dataset import Split, find_splits, list_members, open_archive
+from rsfast.data.dataset import list_members, open_archive
 from rsfast.data.folder import EXTENSIONS, list_split
 from rsfast.data.index import Archive, printable
 from rsfast.data.manifest import load_manifest, save_manifest
+from rsfast.data.splits import Split, find_splits, split_at
+from rsfast.data.walking import is_hidden
 
 __all__ = ["FORMS", "Converted", "convert", "parse_size"]
 
@@ -198,7 +200,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"DST {folder} must be empty or hold a part of the same conversion, got one of other "
             f"images or settings"
         )
-    if old is None and (others := [e.name for e in os.scandir(folder) if e.name[0] != "."]):
+    if old is None and (others := [e.name for e in os.scandir(folder) if not is_hidden(e.name)]):
         raise ValueError(f"DST {folder} must be empty, got a folder with {sorted(others)[0]}")
     shards = [] if old is None else old["shards"]
     save_manifest(folder, {**settings, "complete": False, "shards": shards})
@@ -356,7 +358,7 @@ def _write_image(content: bytes, file: Path) -> bool:
 
 def _keeps_order(source: _Source, folder: Path, names: Sequence[str]) -> bool:
     """Whether the index of the result has the images in the order of the source."""
-    (split,) = find_splits(folder)
+    split = split_at(folder)
     if split.files:
         return list_members(split).contents.names == tuple(names)
     return list_split(folder).paths == list(names)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rsfast.data.cache import load_excluded, save_excluded
-from rsfast.data.folder import split_folders
 from rsfast.data.formats import EXTENSIONS
+from rsfast.data.splits import find_splits
 
 __all__ = ["exclude"]
 
@@ -28,7 +28,7 @@ def exclude(folder: str | Path, files: Sequence[str], *, undo: bool = False) -> 
         ValueError: naming the file that is no image of the data set, or is not excluded; if the
             cache folder cannot be written.
     """
-    splits = split_folders(folder)
+    splits = [s.root for s in find_splits(folder) if not (s.files or s.is_flat)]
     excluded = {split: set(load_excluded(split)) for split in splits}
     changed = set()
     for file in files:

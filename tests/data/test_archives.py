@@ -21,7 +21,7 @@ from helpers import JPEG, cut, make_image_folder
 from rsfast.data import archive, index_folder, open_split, reading, train_loader, val_loader
 from rsfast.data.__main__ import main
 from rsfast.data.check import check_split
-from rsfast.data.dataset import find_splits
+from rsfast.data.splits import find_splits
 
 # Python 3.12 says so of every fork beside a thread; the workers only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

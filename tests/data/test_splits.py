@@ -1,0 +1,130 @@
+"""Which folders are the splits of a data set, and what lies in them that is no part of it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from archives import archived, samples_of, write_tar
+from helpers import JPEG, make_image_folder
+from rsfast.data import index_folder, open_split
+from rsfast.data.__main__ import main
+from rsfast.data.convert import convert
+from rsfast.data.index import check_command
+from rsfast.data.splits import find_splits
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """6 training and 4 validation images of two classes."""
+    return make_image_folder(tmp_path / "folder", train=3, val=2)
+
+
+@pytest.fixture
+def flat(folder: Path) -> Path:
+    """The data set with its validation images in one folder, and their list beside it."""
+    for name in ("cat", "dog"):
+        for file in sorted((folder / "val" / name).iterdir()):
+            file.rename(folder / "val" / f"{name}{file.name}")
+        (folder / "val" / name).rmdir()
+    (folder / "list.txt").write_text("cat\ncat\ndog\ndog\n")
+    return folder
+
+
+def roots(data: Path) -> list[Path]:
+    return [split.root for split in find_splits(data)]
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "vehicles"])
+@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("bus", "train", "val")])
+def test_a_split_with_a_class_called_train_is_checked_whole(
+    name: str, classes: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_image_folder(tmp_path / "set", classes, train=2, val=2)
+    shutil.rmtree(root / "val")
+    split = (root / "train").rename(root / name)
+    said = f"{name}: 6 images, 0 bad"
+    assert main(["check", str(split)]) == 0
+    assert said in capsys.readouterr().out
+    if name != "vehicles":
+        assert main(shlex.split(check_command(split))[3:]) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_a_folder_called_train_may_be_that_of_the_data_set(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "train", train=1, val=1)
+    assert roots(root) == [root / "train", root / "val"]
+    (root / "notes").mkdir()
+    assert roots(root) == [root / "train", root / "val"]
+    shutil.rmtree(root / "val")
+    (root / "notes").rmdir()
+    assert roots(root) == [root / "train"]
+
+
+def test_images_without_class_folders_are_a_split_beside_another_one(flat: Path) -> None:
+    (flat / "test").mkdir()
+    (flat / "test" / "0.jpg").write_bytes(JPEG)
+    assert [split.is_flat for split in find_splits(flat)] == [False, True]
+    assert roots(flat / "val") == [flat / "val"]
+    shutil.rmtree(flat / "train")
+    assert roots(flat) == [flat]
+
+
+def test_shards_are_a_split_beside_other_folders(folder: Path, tmp_path: Path) -> None:
+    data = archived(
+        make_image_folder(tmp_path / "f", ("cat", "dog", "eel")), tmp_path / "s", "shards"
+    )
+    (data / "notes").mkdir()
+    assert roots(data) == [data / "train", data / "val"]
+    assert roots(data / "val") == [data / "val"]
+
+
+def test_a_folder_of_classes_called_train_and_val_is_converted_and_back(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "set", ("train", "val"), train=2, val=0) / "train"
+    shards, back = tmp_path / "shards", tmp_path / "back"
+    convert(root, shards)
+    (done,) = convert(shards / "train", back)
+    assert (done.images, done.same_order) == (4, True)
+    assert index_folder(done.folder).class_names == ("train", "val")
+
+
+@pytest.mark.parametrize("name", ["lost+found", "@eaDir", ".cache"])
+def test_archives_may_lie_beside_what_systems_leave_behind(name: str, folder: Path) -> None:
+    root = folder.parent / "shards"
+    for split in ("train", "val"):
+        write_tar(root / split / "0.tar", samples_of(folder / split))
+        (root / split / name).mkdir()
+        (root / split / "._0.tar").write_bytes(b"of another system")
+    assert len(open_split(root, "train")) == 6
+    assert [bool(split.files) for split in find_splits(root)] == [True, True]
+    assert main(["check", str(root)]) == 0
+
+
+def test_hidden_images_and_classes_are_no_part_of_a_list(flat: Path) -> None:
+    (flat / "val" / "._cat0000.jpg").write_bytes(b"of another system")
+    (flat / "train" / ".ipynb_checkpoints").mkdir()
+    (flat / "train" / "lost+found").mkdir()
+    index = open_split(flat, "val", labels=flat / "list.txt")
+    assert index.class_names == ("cat", "dog")
+    assert (len(index), index.labels.tolist()) == (4, [0, 0, 1, 1])
+    assert main(["check", str(flat)]) == 0
+
+
+def test_a_folder_of_hidden_things_only_is_none_of_class_folders(flat: Path) -> None:
+    (flat / "val" / "@eaDir").mkdir()
+    assert [split.is_flat for split in find_splits(flat)] == [False, True]
+
+
+def test_a_conversion_may_begin_beside_what_systems_leave_behind(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "train" / "lost+found").mkdir(parents=True)
+    assert [done.images for done in convert(folder, tmp_path / "out")] == [6, 4]
