@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rsfast.data.archive import Contents, OffsetArchive, join_names, number_names
-from rsfast.data.cache import cache_root, load_bad, load_excluded, save_excluded
+from rsfast.data.cache import load_bad, load_excluded
 from rsfast.data.folder import index_folder, report_left_out
 from rsfast.data.index import Archive, ImageIndex
 from rsfast.data.manifest import check_manifest
@@ -21,17 +19,10 @@ from rsfast.data.patterns import is_pattern
 from rsfast.data.shards import index_shards
 from rsfast.data.splits import Split, existing, find_split
 from rsfast.data.turning import turned
-from rsfast.data.val_list import flat_images, index_listed, read_classes
+from rsfast.data.val_list import index_listed, read_classes
 from rsfast.files.orientation import EXIF_MODES
 
-__all__ = [
-    "Members",
-    "exclude_members",
-    "is_member",
-    "list_members",
-    "open_archive",
-    "open_split",
-]
+__all__ = ["Members", "list_members", "open_archive", "open_split"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,7 +100,7 @@ def _stored(
     if tolerate_truncated:
         raise ValueError(
             f"tolerate_truncated goes with a folder of images, got archives in {found.place}; "
-            f"python -m rsfast.data convert makes a folder of them"
+            f"python -m rsfast.data convert --to folder makes a folder of them"
         )
     members = list_members(found)
     return _usable(members, open_archive(members), strict)
@@ -195,61 +186,3 @@ def _usable(members: Members, archive: Archive, strict: bool) -> ImageIndex:
         rows=rows,
         place=split.place,
     )
-
-
-def exclude_members(
-    splits: Sequence[Split], files: Sequence[str], *, undo: bool = False
-) -> dict[Split, int]:
-    """Leaves images of splits without class folders out of a data set, or no longer.
-
-    Args:
-        splits: with archives, or flat.
-        files: an image's path, or an archive's with the name of the image within it behind, from
-            the working folder or from that of the split.
-        undo: take them in again.
-
-    Returns:
-        How many images are left out of each split that was changed.
-
-    Raises:
-        ValueError: naming the file that is no image of the data set, or is not excluded; if the
-            cache folder cannot be written.
-    """
-    excluded = {split: set(load_excluded(split.place)) for split in splits}
-    known = {split: excluded[split] if undo else {*_paths(split)} for split in splits}
-    changed = set()
-    for file in files:
-        places = [
-            (split, path)
-            for split in splits
-            for path in _spellings(split, file)
-            if path in known[split]
-        ]
-        if not places:
-            rule = "an image that is excluded" if undo else "an image of the data set"
-            raise ValueError(f"file must be {rule}, got {file}")
-        split, path = places[0]
-        (excluded[split].remove if undo else excluded[split].add)(path)
-        changed.add(split)
-    try:
-        for split in changed:
-            save_excluded(split.place, excluded[split])
-    except OSError as error:
-        raise ValueError(f"cache folder {cache_root()} must be writable: {error}") from error
-    return {split: len(excluded[split]) for split in splits if split in changed}
-
-
-def is_member(splits: Sequence[Split], file: str) -> bool:
-    """Whether a file is an image of one of these splits, excluded or not."""
-    return any(path in _paths(split) for split in splits for path in _spellings(split, file))
-
-
-def _paths(split: Split) -> Sequence[str]:
-    return list_members(split).paths if split.files else flat_images(split.root)
-
-
-def _spellings(split: Split, file: str) -> Iterator[str]:
-    """What the index may call a file."""
-    yield os.path.relpath(os.path.abspath(file), split.root)
-    yield os.path.relpath(os.path.abspath(split.root / file), split.root)
-    yield os.path.relpath(os.path.abspath(split.root.parent / file), split.root)

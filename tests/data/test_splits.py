@@ -128,3 +128,29 @@ def test_a_conversion_may_begin_beside_what_systems_leave_behind(
 ) -> None:
     (tmp_path / "out" / "train" / "lost+found").mkdir(parents=True)
     assert [done.images for done in convert(folder, tmp_path / "out")] == [6, 4]
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_an_image_is_left_out_of_either_split(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "val").rename(folder / "validation")
+    split = "train" if name == "train" else "val"
+    count = len(open_split(folder, split))
+    monkeypatch.chdir(folder.parent)
+    for number, file in enumerate((f"{name}/cat/0000.jpg", f"folder/{name}/dog/0001.jpg"), 1):
+        assert main(["exclude", "folder", file]) == 0
+        assert capsys.readouterr().out == f"{name}: files left out by hand: {number}\n"
+        assert len(open_split(folder, split)) == count - number
+    assert main(["exclude", "folder", "cat/0001.jpg"]) == 2  # of which split?
+    assert main(["exclude", f"folder/{name}", "cat/0000.jpg", "--undo"]) == 0
+    assert len(open_split(folder, split)) == count - 1
+
+
+def test_no_file_is_left_out_where_one_of_them_is_no_image(flat: Path) -> None:
+    files = [str(flat / "val" / "cat0000.jpg"), "train/cat/0000.jpg"]
+    assert main(["exclude", str(flat), *files, "val/none.jpg"]) == 2
+    assert len(open_split(flat, "train")) == 6
+    assert main(["exclude", str(flat), *files]) == 0
+    assert len(open_split(flat, "train")) == 5
+    assert len(open_split(flat, "val", labels=flat / "list.txt")) == 3
