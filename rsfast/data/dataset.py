@@ -166,7 +166,7 @@ def open_archive(members: Members) -> Archive:
 def _usable(members: Members, archive: Archive, strict: bool) -> ImageIndex:
     """All images but the bad ones and those left out by hand."""
     contents, split = members.contents, members.split
-    found_bad, by_hand = load_bad(split.place), set(load_excluded(split.place))
+    found_bad, by_hand = load_bad(split.key), set(load_excluded(split.key))
     bad = contents.sizes.min(axis=1) <= 0
     excluded = np.zeros(len(bad), dtype=bool)
     for row, path in enumerate(members.paths) if found_bad or by_hand else ():
@@ -185,4 +185,5 @@ def _usable(members: Members, archive: Archive, strict: bool) -> ImageIndex:
         archive=archive,
         rows=rows,
         place=split.place,
+        files=split.files,
     )

@@ -32,7 +32,7 @@ def exclude(data: str | Path, files: Sequence[str], *, undo: bool = False) -> di
             cache folder cannot be written.
     """
     splits = find_splits(data)
-    excluded = {split: set(load_excluded(split.place)) for split in splits}
+    excluded = {split: set(load_excluded(split.key)) for split in splits}
     listed = {split: _listed(split) for split in splits if not undo}
     changed = set()
     for file in files:
@@ -47,7 +47,7 @@ def exclude(data: str | Path, files: Sequence[str], *, undo: bool = False) -> di
             raise ValueError(f"file must be {_rule(splits, data, undo)}, got {file}")
     try:
         for split in changed:
-            save_excluded(split.place, excluded[split])
+            save_excluded(split.key, excluded[split])
     except OSError as error:
         raise ValueError(str(error)) from error
     return {split: len(excluded[split]) for split in splits if split in changed}

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from rsfast.data import reading
+from rsfast.data.cache import Key
 from rsfast.files.orientation import shown_size, upright
 from rsfast.files.pictures import as_rgb
 
@@ -67,6 +68,7 @@ class ImageIndex:
         copies: path -> absolute path of what is read in place of the file, of those cut-off images
             that are tolerated; None where there are none.
         place: what the commands know the split by, such as a pattern of archives; None for root.
+        files: the archives, absolute and sorted.
     """
 
     root: Path
@@ -79,6 +81,7 @@ class ImageIndex:
     exif: str = "ignore"
     copies: Mapping[str, str] | None = None
     place: Path | None = None
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -90,8 +93,13 @@ class ImageIndex:
 
     @property
     def known_as(self) -> Path:
-        """What `python -m rsfast.data` knows the split by, and its record is kept under."""
+        """What `python -m rsfast.data` knows the split by."""
         return self.root if self.place is None else self.place
+
+    @property
+    def key(self) -> Key:
+        """What the records of the split are kept under."""
+        return self.files or self.known_as
 
     def read(self, position: int) -> bytes:
         """One image as it was encoded; errors that may pass are waited for, some seconds long.

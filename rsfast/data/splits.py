@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsfast.data.cache import Key
 from rsfast.data.index import SPLITS
 from rsfast.data.patterns import (
     ARCHIVE_EXTENSIONS,
@@ -54,6 +55,11 @@ class Split:
     def name(self) -> str:
         """Of the split, for people."""
         return self.place.name
+
+    @property
+    def key(self) -> Key:
+        """What its records are kept under, however its archives are named."""
+        return self.files or self.place
 
 
 def find_split(data: str | Path, split: str) -> Split:

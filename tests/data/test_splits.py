@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from archives import archived, samples_of, write_tar
-from helpers import JPEG, make_image_folder
-from rsfast.data import index_folder, open_split
+from archives import archived, samples_of, write_parquet, write_tar
+from helpers import JPEG, cut, make_image_folder
+from rsfast.data import index_folder, open_split, train_loader
 from rsfast.data.__main__ import main
+from rsfast.data.cache import has_record
 from rsfast.data.convert import convert
 from rsfast.data.index import check_command
 from rsfast.data.splits import find_splits
@@ -154,3 +156,39 @@ def test_no_file_is_left_out_where_one_of_them_is_no_image(flat: Path) -> None:
     assert main(["exclude", str(flat), *files]) == 0
     assert len(open_split(flat, "train")) == 5
     assert len(open_split(flat, "val", labels=flat / "list.txt")) == 3
+
+
+def test_a_check_and_an_exclusion_count_however_the_archives_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut(folder / "train" / "dog" / "0001.jpg")
+    root = tmp_path / "shards"
+    members = samples_of(folder / "train")
+    for number in range(2):
+        write_tar(root / "train" / f"t-{number:03d}.tar", members[6 * number : 6 * number + 6])
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(root / "train")
+    assert main(["check", "t-*.tar"]) == 1
+    assert main(["exclude", "t-*.tar", "t-000.tar/cat/0002.jpg"]) == 0
+    for data in (root, "t-{000..001}.tar", f"{tmp_path}/link/train/*.tar"):
+        assert len(open_split(data, "train")) == 4
+        train_loader(data, (32,), 2, backend="pil")
+    assert "was never checked" not in caplog.text
+    one = open_split("t-000.tar", "train")
+    assert (len(one), has_record(one.key)) == (3, False)  # other archives
+
+
+def test_who_tolerates_cut_off_images_is_told_to_make_a_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+    images = [image for name, image in samples_of(folder / "train") if name.endswith("jpg")]
+    file = write_parquet(tmp_path / "p" / "train" / "0.parquet", images, [0, 0, 0, 1, 1, 1])
+    with pytest.raises(ValueError, match="with a folder of images, got archives") as caught:
+        open_split(tmp_path / "p", "train", tolerate_truncated=True)
+    command = re.search("python -m rsfast.data (convert --to folder)", str(caught.value))[1]
+    assert main([*command.split(), str(tmp_path / "p"), str(tmp_path / "out")]) == 0
+    index = open_split(tmp_path / "out", "train")
+    assert len(index) == 6
+    assert not index.files
+    assert file.exists()
