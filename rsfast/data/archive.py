@@ -141,6 +141,13 @@ class OffsetArchive:
         Raises:
             OSError: if its file cannot be read, has changed since it was indexed, or ends early.
         """
+        return self._read(row, int(self._contents.lengths[row]))
+
+    def head(self, row: int, most: int) -> bytes:
+        """At most so many of its first bytes, with the same errors."""
+        return self._read(row, min(most, int(self._contents.lengths[row])))
+
+    def _read(self, row: int, length: int) -> bytes:
         contents = self._contents
         number = int(contents.file_of[row])
         path = contents.files[number]
@@ -150,9 +157,7 @@ class OffsetArchive:
         try:
             handle = files.get(path)
             check_unchanged(path, os.fstat(handle.descriptor), contents.stats[number])
-            return _read_exactly(
-                handle.descriptor, path, int(contents.offsets[row]), int(contents.lengths[row])
-            )
+            return _read_exactly(handle.descriptor, path, int(contents.offsets[row]), length)
         except OSError:
             files.drop(path)  # a handle that is stale remains so
             raise

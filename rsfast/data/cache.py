@@ -26,6 +26,7 @@ __all__ = [
     "load_excluded",
     "load_record",
     "pack",
+    "record_digest",
     "save_arrays",
     "save_excluded",
     "save_record",
@@ -139,6 +140,14 @@ class Record:
 def has_record(key: Key) -> bool:
     """Whether a split was ever checked."""
     return exists(_record_file(key))
+
+
+def record_digest(key: Key) -> str:
+    """Changes with what the checks of a split have found; empty if there was none."""
+    try:
+        return hashlib.sha256(_record_file(key).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def load_record(key: Key) -> Record | None:
