@@ -115,11 +115,11 @@ def list_members(split: Split) -> Members:
     """
     check_manifest(split.root, split.files)
     if split.files[0].endswith(".tar"):
-        contents = index_shards(split.files, progress=split.name)
+        contents = index_shards(split.files, name=split.name)
     else:
         from rsfast.data.parquet import index_parquet  # pyarrow is optional
 
-        contents = index_parquet(split.files, progress=split.name)
+        contents = index_parquet(split.files, name=split.name)
     if not len(contents.labels):
         raise ValueError(f"the archives of {split.place} must hold at least one image, found none")
     names = read_classes(split.root) or contents.class_names or number_names(contents.labels)
