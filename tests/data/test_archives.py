@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import gc
 import multiprocessing
 import os
 import pickle
 import re
 import shlex
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,6 +207,40 @@ def test_an_archive_whose_handle_is_stale_is_opened_anew(
         monkeypatch.setattr(archive.os, "pread", failing)
     assert [index.read(row) for row in range(3)] == [other.read(row) for row in range(3)]
     assert (len(opened), len(refused)) == (2, 1)
+
+
+def test_a_loop_that_ends_or_is_left_early_leaves_no_thread_that_reads(shards: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="the dali loader needs NVIDIA DALI")
+
+    def readers() -> list[str]:
+        end = time.monotonic() + 10
+        while (names := [t.name for t in threading.enumerate() if "rsfast-read" in t.name]) and (
+            time.monotonic() < end
+        ):
+            time.sleep(0.02)
+        return names
+
+    gc.collect()
+    gc.disable()
+    try:
+        loader = train_loader(shards, (32,), 2, backend="dali", workers=2)
+        for _ in loader:
+            break
+        assert not readers()
+        assert loader._decoder._idle is None
+        list(loader)
+        assert not readers()
+    finally:
+        gc.enable()
+
+
+def test_the_digest_tells_other_labels_of_the_same_names(data: Path, form: str) -> None:
+    before = open_split(data, "train")
+    labels = before.labels.copy()
+    labels[[0, -1]] = labels[[-1, 0]]
+    other = dataclasses.replace(before, labels=labels)
+    assert other.digest != before.digest
+    assert open_split(data, "train").digest == before.digest
 
 
 @pytest.mark.parametrize("inside", ["", "data"], ids=["flat", "in_data"])
