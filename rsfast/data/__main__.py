@@ -89,6 +89,8 @@ def _convert(args: argparse.Namespace) -> int:
             f"{done.folder}: {done.images} images in {done.files} files, {done.written} of them "
             f"written now and read back; {order}"
         )
+        if done.left_out:
+            print(f"{done.folder}: images excluded by hand in SRC, and left out: {done.left_out}")
     return 0
 
 
