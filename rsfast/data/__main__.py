@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rsfast.data.check import KINDS, Finding, Report, check_split
 from rsfast.data.convert import FORMS, convert, parse_size
-from rsfast.data.dataset import exclude_members, find_splits, is_member
 from rsfast.data.exclusion import exclude
 from rsfast.data.index import printable
+from rsfast.data.splits import find_splits
 
 __all__ = ["main"]
 
@@ -89,6 +89,8 @@ def _convert(args: argparse.Namespace) -> int:
             f"{done.folder}: {done.images} images in {done.files} files, {done.written} of them "
             f"written now and read back; {order}"
         )
+        if done.left_out:
+            print(f"{done.folder}: images excluded by hand in SRC, and left out: {done.left_out}")
     return 0
 
 
@@ -141,19 +143,8 @@ def _summary(name: str, report: Report) -> str:
 
 
 def _exclude(args: argparse.Namespace) -> int:
-    splits = find_splits(args.dir)
-    special = [split for split in splits if split.files or split.is_flat]
-    members = list(args.files)
-    if len(special) < len(splits):  # files of class folders are known by another rule
-        members = [file for file in args.files if is_member(special, file)]
-    others = [file for file in args.files if file not in members]
-    named = {}
-    for split, count in exclude_members(special, members, undo=args.undo).items():
-        named[split.name] = count
-    for folder, count in exclude(args.dir, others, undo=args.undo).items() if others else ():
-        named[folder.name] = count
-    for name, count in named.items():
-        print(f"{name}: files left out by hand: {count}")
+    for split, count in exclude(args.dir, args.files, undo=args.undo).items():
+        print(f"{split.name}: files left out by hand: {count}")
     return 0
 
 

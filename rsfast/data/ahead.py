@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +17,7 @@ _AHEAD = 2  # batches
 
 def read_ahead(
     index: ImageIndex, batches: Iterable[np.ndarray], workers: int
-) -> Iterator[list[np.ndarray]]:
+) -> Generator[list[np.ndarray]]:
     """The bytes of the images of each batch, while those of the next batches are being read.
 
     Args:

@@ -109,6 +109,11 @@ class _OpenFiles:
                 self._handles.popitem(last=False)
         return handle
 
+    def drop(self, path: str) -> None:
+        """Has a file opened anew when it is wanted next; who reads from it may end that."""
+        with self._lock:
+            self._handles.pop(path, None)
+
 
 class OffsetArchive:
     """Images that lie in files as they were encoded, each read with one seek.
@@ -136,17 +141,26 @@ class OffsetArchive:
         Raises:
             OSError: if its file cannot be read, has changed since it was indexed, or ends early.
         """
+        return self._read(row, int(self._contents.lengths[row]))
+
+    def head(self, row: int, most: int) -> bytes:
+        """At most so many of its first bytes, with the same errors."""
+        return self._read(row, min(most, int(self._contents.lengths[row])))
+
+    def _read(self, row: int, length: int) -> bytes:
         contents = self._contents
         number = int(contents.file_of[row])
         path = contents.files[number]
         files = self._open
         if files is None or files.process != os.getpid():  # a lock may have been forked closed
             files = self._open = _OpenFiles(_MOST_OPEN)
-        handle = files.get(path)
-        check_unchanged(path, os.fstat(handle.descriptor), contents.stats[number])
-        return _read_exactly(
-            handle.descriptor, path, int(contents.offsets[row]), int(contents.lengths[row])
-        )
+        try:
+            handle = files.get(path)
+            check_unchanged(path, os.fstat(handle.descriptor), contents.stats[number])
+            return _read_exactly(handle.descriptor, path, int(contents.offsets[row]), length)
+        except OSError:
+            files.drop(path)  # a handle that is stale remains so
+            raise
 
 
 def check_unchanged(path: str, now: os.stat_result, indexed: np.ndarray) -> None:

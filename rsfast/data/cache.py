@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "Key",
     "Record",
     "cache_root",
     "exists",
@@ -25,6 +26,7 @@ __all__ = [
     "load_excluded",
     "load_record",
     "pack",
+    "record_digest",
     "save_arrays",
     "save_excluded",
     "save_record",
@@ -34,6 +36,7 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _INT64_MAX = 2**63 - 1
+Key = str | Path | tuple[str, ...]  # of a split: its folder, or its archives, absolute and sorted
 
 
 def cache_root() -> Path:
@@ -134,15 +137,23 @@ class Record:
     rules: str = ""
 
 
-def has_record(root: Path) -> bool:
+def has_record(key: Key) -> bool:
     """Whether a split was ever checked."""
-    return exists(_record_file(root))
+    return exists(_record_file(key))
 
 
-def load_record(root: Path) -> Record | None:
+def record_digest(key: Key) -> str:
+    """Changes with what the checks of a split have found; empty if there was none."""
+    try:
+        return hashlib.sha256(_record_file(key).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def load_record(key: Key) -> Record | None:
     """The record of a split; None if there is none, or a damaged one."""
     names = ("paths", "stats", "sizes", "found_paths", "found_kinds", "found_reasons")
-    arrays = load_arrays(_record_file(root), *names)
+    arrays = load_arrays(_record_file(key), *names)
     if arrays is None:
         return None
     stats, sizes = arrays[1:3]
@@ -153,12 +164,12 @@ def load_record(root: Path) -> Record | None:
         return None
     if not stats.shape == sizes.shape == (len(paths), 2) or not findings.keys() <= set(paths):
         return None
-    rules = load_arrays(_record_file(root), "rules")  # absent in older records
+    rules = load_arrays(_record_file(key), "rules")  # absent in older records
     name = "" if rules is None else rules[0].tobytes().decode(errors="replace")
     return Record(paths, stats.astype(np.int64), sizes.astype(np.int32), findings, name)
 
 
-def save_record(root: Path, record: Record) -> None:
+def save_record(key: Key, record: Record) -> None:
     """Keeps the record of a split.
 
     Raises:
@@ -166,7 +177,7 @@ def save_record(root: Path, record: Record) -> None:
     """
     row_of = {path: row for row, path in enumerate(record.paths) if path in record.findings}
     save_arrays(
-        _record_file(root),
+        _record_file(key),
         paths=pack(record.paths),
         rules=np.frombuffer(record.rules.encode(), dtype=np.uint8),
         stats=record.stats,
@@ -179,9 +190,9 @@ def save_record(root: Path, record: Record) -> None:
     )
 
 
-def load_bad(root: Path) -> dict[str, tuple[int, int]]:
+def load_bad(key: Key) -> dict[str, tuple[int, int]]:
     """Paths of the bad files of the last check, and what `file_stat` said of each then."""
-    file = _record_file(root)
+    file = _record_file(key)
     arrays = load_arrays(file, "found_paths", "found_stats", "found_kinds")
     try:
         if arrays is not None:
@@ -197,9 +208,9 @@ def load_bad(root: Path) -> dict[str, tuple[int, int]]:
     return {}
 
 
-def load_excluded(root: Path) -> list[str]:
+def load_excluded(key: Key) -> list[str]:
     """Paths of the files of a split that are left out by hand, sorted."""
-    file = _excluded_file(root)
+    file = _excluded_file(key)
     arrays = load_arrays(file, "paths")
     try:
         if arrays is not None:
@@ -211,26 +222,33 @@ def load_excluded(root: Path) -> list[str]:
     return []
 
 
-def save_excluded(root: Path, paths: Iterable[str]) -> None:
+def save_excluded(key: Key, paths: Iterable[str]) -> None:
     """Keeps the paths of the files of a split that are left out by hand.
 
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    save_arrays(_excluded_file(root), paths=pack(sorted(paths)))
+    save_arrays(_excluded_file(key), paths=pack(sorted(paths)))
 
 
-def _record_file(root: Path) -> Path:
-    return cache_root() / "check" / f"{_key(root)}.npz"
+def _record_file(key: Key) -> Path:
+    return cache_root() / "check" / f"{_name(key)}.npz"
 
 
-def _excluded_file(root: Path) -> Path:
-    return cache_root() / "check" / f"{_key(root)}-excluded.npz"
+def _excluded_file(key: Key) -> Path:
+    return cache_root() / "check" / f"{_name(key)}-excluded.npz"
 
 
-def _key(root: Path) -> str:
-    """The same however the path of a split is spelt."""
-    return hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+def _name(key: Key) -> str:
+    """The same however the path of a folder is spelt, or the pattern that names archives."""
+    if isinstance(key, tuple):
+        folder = os.path.commonpath([os.path.dirname(file) for file in key])
+        # Images go by their paths from the common folder; where those differ, so do the records.
+        parts = [f"{os.path.realpath(file)}\0{os.path.relpath(file, folder)}" for file in key]
+        text = "\0".join(parts)
+    else:
+        text = os.path.realpath(key)
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
 
 
 def pack(texts: Iterable[str]) -> np.ndarray:

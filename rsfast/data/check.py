@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rsfast.data import cache, comparing
-from rsfast.data.dataset import Members, Split, list_members, open_archive
+from rsfast.data.dataset import Members, list_members, open_archive
 from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
 from rsfast.data.index import Archive
 from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
+from rsfast.data.splits import Split
 from rsfast.data.val_list import flat_images
 from rsfast.files.progress import progress
 
@@ -119,7 +120,8 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         listing = listing_of(source.root, flat_images(source.root), (source.name,))
     else:
         listing = list_split(source.root if isinstance(source, Split) else source)
-    record = _known(listing)
+    key = listing.root if members is None else members.split.key
+    record = _known(listing, key)
     task = _Task(
         str(listing.root),
         record.paths,
@@ -140,7 +142,7 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
                     decoded += row < task.images
                     _put_down(record, row, verdict)
     finally:
-        _save(listing.root, record)
+        _save(key, record)
     seconds = time.perf_counter() - start
     if members is None:
         save_sizes(listing, record.sizes[: task.images])
@@ -148,16 +150,16 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         classes = [path.split(os.sep, 1)[0] if os.sep in path else only for path in listing.paths]
     else:
         classes = [members.class_names[label] for label in members.contents.labels.tolist()]
-    return _report(listing, classes, record, decoded, seconds)
+    return _report(listing, classes, record, set(cache.load_excluded(key)), decoded, seconds)
 
 
-def _known(listing: Listing) -> cache.Record:
+def _known(listing: Listing, key: cache.Key) -> cache.Record:
     """A record of the listed files, with what the last check found out about each."""
     paths = [*listing.paths, *listing.others]
     stats = np.full((len(paths), 2), _NEW, dtype=np.int64)
     sizes = np.zeros((len(paths), 2), dtype=np.int32)
     rules = _RULES + (_WITH_DALI if comparing.is_available() else "")
-    old = cache.load_record(listing.root)
+    old = cache.load_record(key)
     if old is None or old.rules not in (rules, _RULES + _WITH_DALI):
         return cache.Record(paths, stats, sizes, {}, rules)
     row_of = {path: row for row, path in enumerate(old.paths)}
@@ -187,7 +189,7 @@ def _put_down(record: cache.Record, row: int, verdict: _Verdict) -> None:
         record.findings[record.paths[row]] = (verdict.kind, verdict.reason)
 
 
-def _save(root: Path, record: cache.Record) -> None:
+def _save(key: cache.Key, record: cache.Record) -> None:
     """Keeps the part of a record that some check has come to."""
     seen = record.stats[:, 0] != _NEW
     paths = [path for path, was in zip(record.paths, seen, strict=True) if was]
@@ -195,15 +197,19 @@ def _save(root: Path, record: cache.Record) -> None:
         paths, record.stats[seen], record.sizes[seen], record.findings, record.rules
     )
     try:
-        cache.save_record(root, part)
+        cache.save_record(key, part)
     except OSError as error:
         _LOG.warning("record of the check not kept, bad images will not be left out: %s", error)
 
 
 def _report(
-    listing: Listing, classes: Sequence[str], record: cache.Record, decoded: int, seconds: float
+    listing: Listing,
+    classes: Sequence[str],
+    record: cache.Record,
+    excluded: set[str],
+    decoded: int,
+    seconds: float,
 ) -> Report:
-    excluded = set(cache.load_excluded(listing.root))
     findings = []
     usable = dict.fromkeys(listing.class_names, 0)
     for path, name in zip(listing.paths, classes, strict=True):

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rsfast.data.archive import stats_of
-from rsfast.data.dataset import Split, find_splits, list_members, open_archive
+from rsfast.data.cache import load_excluded
+from rsfast.data.dataset import list_members, open_archive
 from rsfast.data.folder import EXTENSIONS, list_split
 from rsfast.data.index import Archive, printable
 from rsfast.data.manifest import load_manifest, save_manifest
+from rsfast.data.splits import Split, find_splits, split_at
+from rsfast.data.walking import is_hidden
+from rsfast.files.progress import progress
 
 __all__ = ["FORMS", "Converted", "convert", "parse_size"]
 
@@ -43,6 +46,7 @@ class Converted:
         files: shards, or images where they are files of their own.
         same_order: the index of the result has the images in the order of the source, so the same
             seed trains on the same batches.
+        left_out: images of the source that are excluded by hand, and so are not in the result.
     """
 
     folder: Path
@@ -50,11 +54,12 @@ class Converted:
     written: int
     files: int
     same_order: bool
+    left_out: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """All images of a split, bad ones included, in the order of its index."""
+    """The images of a split, bad ones included, in the order of its index."""
 
     name: str
     paths: Sequence[str]
@@ -62,11 +67,13 @@ class _Source:
     labels: np.ndarray
     class_names: tuple[str, ...]
     archive: Archive | None
+    rows: np.ndarray  # in the archive
     stats: np.ndarray  # of the files that they lie in
+    left_out: int  # excluded by hand
 
     def read(self, row: int) -> bytes:
         if self.archive is not None:
-            return self.archive.read(row)
+            return self.archive.read(int(self.rows[row]))
         return (self.root / self.paths[row]).read_bytes()
 
 
@@ -128,18 +135,35 @@ def convert(
 def _source(split: Split) -> _Source:
     if split.is_flat:
         raise ValueError(f"SRC {split.root} must have class folders or archives, got images alone")
+    archive: Archive | None = None
     if split.files:
         members = list_members(split)
+        paths: Sequence[str] = members.paths
         labels, names = members.contents.labels, members.class_names
         archive = open_archive(members)
-        stats = members.contents.stats
-        return _Source(split.name, members.paths, split.root, labels, names, archive, stats)
-    listing = list_split(split.root)
-    number_of = {name: number for number, name in enumerate(listing.class_names)}
-    labels = np.array([number_of[path.split(os.sep, 1)[0]] for path in listing.paths], np.int64)
-    names = listing.class_names
-    stats = stats_of([os.path.join(listing.root, path) for path in listing.paths])
-    return _Source(split.name, listing.paths, listing.root, labels, names, None, stats)
+    else:
+        listing = list_split(split.root)
+        paths, names = listing.paths, listing.class_names
+        number_of = {name: number for number, name in enumerate(names)}
+        labels = np.array([number_of[path.split(os.sep, 1)[0]] for path in paths], np.int64)
+    by_hand = set(load_excluded(split.key))
+    rows = np.array([row for row, path in enumerate(paths) if path not in by_hand], np.int64)
+    kept = [paths[row] for row in rows]
+    files = split.files or [os.path.join(split.root, path) for path in kept]
+    left_out = len(paths) - len(kept)
+    if not kept:
+        raise ValueError(f"SRC {split.place} must hold an image that is not excluded, found none")
+    return _Source(
+        name=split.name,
+        paths=kept,
+        root=split.root,
+        labels=labels[rows],
+        class_names=names,
+        archive=archive,
+        rows=rows,
+        stats=stats_of(files),
+        left_out=left_out,
+    )
 
 
 def _to_shards(
@@ -155,7 +179,7 @@ def _to_shards(
     names = _keys(source)
     shards: list[dict[str, Any]] = []
     at = written = 0
-    with tqdm(total=len(source.paths), desc=f"writing {source.name}", unit="img") as bar:
+    with progress(total=len(source.paths), desc=f"writing {source.name}", unit="img") as bar:
         while at < len(source.paths):
             file = folder / f"{prefix}-{len(shards):05d}.tar"
             shard = known.get(file.name)
@@ -168,7 +192,8 @@ def _to_shards(
             bar.update(shard["images"])
             at += shard["images"]
     _note(folder, settings, known, complete=True)
-    return Converted(folder, at, written, len(shards), _keeps_order(source, folder, names))
+    same_order = _keeps_order(source, folder, names)
+    return Converted(folder, at, written, len(shards), same_order, source.left_out)
 
 
 def _about(source: _Source) -> dict[str, Any]:
@@ -198,7 +223,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"DST {folder} must be empty or hold a part of the same conversion, got one of other "
             f"images or settings"
         )
-    if old is None and (others := [e.name for e in os.scandir(folder) if e.name[0] != "."]):
+    if old is None and (others := [e.name for e in os.scandir(folder) if not is_hidden(e.name)]):
         raise ValueError(f"DST {folder} must be empty, got a folder with {sorted(others)[0]}")
     shards = [] if old is None else old["shards"]
     save_manifest(folder, {**settings, "complete": False, "shards": shards})
@@ -330,16 +355,15 @@ def _to_folder(source: _Source, folder: Path) -> Converted:
     for name in safe:
         (folder / name).mkdir(exist_ok=True)
     digest = hashlib.sha256()  # of all images, one behind the other
-    for row in tqdm(range(len(targets)), desc=f"writing {source.name}", unit="img"):
+    for row in progress(range(len(targets)), desc=f"writing {source.name}", unit="img"):
         content = source.read(row)
         digest.update(content)
         written += _write_image(content, folder / targets[row])
     save_manifest(
         folder, {**settings, "complete": True, "shards": [], "sha256": digest.hexdigest()}
     )
-    return Converted(
-        folder, len(targets), written, len(targets), _keeps_order(source, folder, targets)
-    )
+    count, same_order = len(targets), _keeps_order(source, folder, targets)
+    return Converted(folder, count, written, count, same_order, source.left_out)
 
 
 def _write_image(content: bytes, file: Path) -> bool:
@@ -356,7 +380,7 @@ def _write_image(content: bytes, file: Path) -> bool:
 
 def _keeps_order(source: _Source, folder: Path, names: Sequence[str]) -> bool:
     """Whether the index of the result has the images in the order of the source."""
-    (split,) = find_splits(folder)
+    split = split_at(folder)
     if split.files:
         return list_members(split).contents.names == tuple(names)
     return list_split(folder).paths == list(names)

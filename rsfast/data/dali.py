@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +67,7 @@ class _Feed:
         self._plan = plan
         self._workers = workers
         self._pending: Iterator[tuple[int, int]] = iter(())
-        self._encoded: Iterator[list[np.ndarray]] = iter(())
+        self._encoded: Generator[list[np.ndarray]] | None = None
 
     def start(self, epoch: int, steps: range) -> None:
         """Says which batches are next; images in archives are read ahead of them."""
@@ -75,6 +75,12 @@ class _Feed:
         if self._plan.index.archive is not None:
             images = (self._plan.images(epoch, step) for step in steps)
             self._encoded = read_ahead(self._plan.index, images, self._workers)
+
+    def stop(self) -> None:
+        """Ends the threads that read ahead, and lets go of what they have read."""
+        if self._encoded is not None:
+            self._encoded.close()
+            self._encoded = None
 
     def next_train(self) -> list[list[np.ndarray] | np.ndarray]:
         """Images, corner and shape of the windows, start and end of the resizes, operations."""
@@ -115,6 +121,7 @@ class _Feed:
         """Paths of the images; the images themselves if they lie in an archive."""
         index = self._plan.index
         if index.archive is not None:
+            assert self._encoded is not None
             return next(self._encoded)
         return [_as_bytes(index.path(i)) for i in images]
 
@@ -170,22 +177,27 @@ class DaliDecoder:
         # A loop that is left early never comes to the end of this function: its pipeline holds
         # batches that nobody wants, and the next loop builds another one.
         running, self._idle = self._idle or self._build(), None
-        running.feed.start(epoch, steps)
-        for place, step in enumerate(steps):
-            for tries_left in reversed(range(_READ_TRIES)):
-                try:
-                    rows = self._render(running.pipeline, epoch, step)
-                    break
-                except _UnreadError as error:  # nothing can be had from this pipeline any more
-                    if not (tries_left and self._reads_now(epoch, step)):
-                        raise self._explained(error, epoch, step) from error
-                    running = self._build()
-                    running.feed.start(epoch, steps[place:])
-            yield rows
-        with contextlib.suppress(StopIteration):
-            running.pipeline.run()
-        running.pipeline.reset()
-        self._idle = running
+        try:
+            running.feed.start(epoch, steps)
+            for place, step in enumerate(steps):
+                for tries_left in reversed(range(_READ_TRIES)):
+                    try:
+                        rows = self._render(running.pipeline, epoch, step)
+                        break
+                    except _UnreadError as error:  # nothing can be had from this pipeline any more
+                        if not (tries_left and self._reads_now(epoch, step)):
+                            raise self._explained(error, epoch, step) from error
+                        running.feed.stop()
+                        running = self._build()
+                        running.feed.start(epoch, steps[place:])
+                yield rows
+            with contextlib.suppress(StopIteration):
+                running.pipeline.run()
+            running.pipeline.reset()
+            self._idle = running
+        finally:
+            # DALI holds the feed in a cycle, and the threads would wait for the garbage collector.
+            running.feed.stop()
 
     def _render(self, pipeline: Pipeline, epoch: int, step: int) -> Tensor:
         stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
@@ -338,8 +350,8 @@ class DaliDecoder:
             remedy = "; --dont-use-mmap does not map files into memory" if mapped else ""
             return RuntimeError(failed + remedy)
         return RuntimeError(
-            f"DALI cannot decode {index.path(culprit)}: {cause(error)}; to leave it out: "
-            f"{exclude_command(index.known_as, index.path(culprit))}"
+            f"DALI cannot decode {index.name(culprit)}: {cause(error)}; to leave it out: "
+            f"{exclude_command(index.known_as, index.name(culprit))}"
         )
 
 

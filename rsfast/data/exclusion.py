@@ -1,4 +1,4 @@
-"""Leaving single files of class folders out of a data set, whatever they hold."""
+"""Leaving single images out of a data set by hand, whatever they hold."""
 
 from __future__ import annotations
 
@@ -7,58 +7,78 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rsfast.data.cache import load_excluded, save_excluded
-from rsfast.data.folder import split_folders
+from rsfast.data.dataset import list_members
 from rsfast.data.formats import EXTENSIONS
+from rsfast.data.splits import Split, find_splits
+from rsfast.data.val_list import flat_images
 
 __all__ = ["exclude"]
 
 
-def exclude(folder: str | Path, files: Sequence[str], *, undo: bool = False) -> dict[Path, int]:
-    """Leaves files out of a data set, or no longer.
+def exclude(data: str | Path, files: Sequence[str], *, undo: bool = False) -> dict[Split, int]:
+    """Leaves images out of a data set, or no longer; all of these files, or none.
 
     Args:
-        folder: of the data set or of one split.
-        files: paths, from the working folder or from `folder`.
+        data: folder of the data set or of one split, or a pattern of archives.
+        files: an image's path, or an archive's with the name of the image within it behind, from
+            the working folder, or from that of the data set or split.
         undo: take them in again.
 
     Returns:
-        How many files are left out of each split that was changed.
+        How many images are left out of each split that was changed.
 
     Raises:
         ValueError: naming the file that is no image of the data set, or is not excluded; if the
             cache folder cannot be written.
     """
-    splits = split_folders(folder)
-    excluded = {split: set(load_excluded(split)) for split in splits}
+    splits = find_splits(data)
+    excluded = {split: set(load_excluded(split.key)) for split in splits}
+    listed = {split: _listed(split) for split in splits if not undo}
     changed = set()
     for file in files:
-        places = [place for split in splits for place in _places(split, Path(folder), file)]
-        if undo:
-            places = [(split, path) for split, path in places if path in excluded[split]]
+        places = ((split, path) for split in splits for path in _spellings(split, Path(data), file))
+        for split, path in places:
+            known = excluded[split] if undo else listed[split]
+            if path in known if known is not None else _is_in_class_folder(split, path):
+                (excluded[split].remove if undo else excluded[split].add)(path)
+                changed.add(split)
+                break
         else:
-            places = [(split, path) for split, path in places if os.path.lexists(split / path)]
-        if not places:
-            rule = "a file that is excluded" if undo else f"an image in a class folder of {folder}"
-            raise ValueError(f"file must be {rule}, got {file}")
-        split, path = places[0]
-        (excluded[split].discard if undo else excluded[split].add)(path)
-        changed.add(split)
+            raise ValueError(f"file must be {_rule(splits, data, undo)}, got {file}")
     try:
         for split in changed:
-            save_excluded(split, excluded[split])
+            save_excluded(split.key, excluded[split])
     except OSError as error:
         raise ValueError(str(error)) from error
     return {split: len(excluded[split]) for split in splits if split in changed}
 
 
-def _places(split: Path, folder: Path, file: str) -> Iterator[tuple[Path, str]]:
-    """Where in a split a file may be meant to lie, as the index would call it."""
-    for absolute in (os.path.abspath(file), os.path.abspath(folder / file)):
-        for base, path in (
-            (str(split), absolute),
-            (os.path.realpath(split), os.path.realpath(absolute)),
-        ):
-            relative = os.path.relpath(path, base)
-            in_class_folder = os.sep in relative and not relative.startswith(os.pardir + os.sep)
-            if in_class_folder and relative.lower().endswith(EXTENSIONS):
-                yield split, relative
+def _listed(split: Split) -> set[str] | None:
+    """The images of a split; None of class folders, where the file system knows."""
+    if split.files:
+        return {*list_members(split).paths}
+    return {*flat_images(split.root)} if split.is_flat else None
+
+
+def _is_in_class_folder(split: Split, path: str) -> bool:
+    inside = os.sep in path and not path.startswith(os.pardir + os.sep)
+    is_image = path.lower().endswith(EXTENSIONS)
+    return inside and is_image and os.path.lexists(split.root / path)
+
+
+def _rule(splits: Sequence[Split], data: str | Path, undo: bool) -> str:
+    if undo:
+        return "a file that is excluded"
+    if any(split.files or split.is_flat for split in splits):
+        return "an image of the data set"
+    return f"an image in a class folder of {data}"
+
+
+def _spellings(split: Split, folder: Path, file: str) -> Iterator[str]:
+    """What the index may call a file."""
+    # Two splits may have class folders of the same name, and files of the same name in them.
+    more = (split.root, split.root.parent) if split.files or split.is_flat else ()
+    for base in ("", folder, *more):
+        absolute = os.path.abspath(os.path.join(base, file))
+        yield os.path.relpath(absolute, split.root)
+        yield os.path.relpath(os.path.realpath(absolute), os.path.realpath(split.root))

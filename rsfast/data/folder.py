@@ -29,9 +29,9 @@ from rsfast.data.cache import (
     save_arrays,
 )
 from rsfast.data.formats import EXTENSIONS, is_supported, unread
-from rsfast.data.index import SPLITS, ImageIndex, check_command, printable
+from rsfast.data.index import ImageIndex, check_command, printable
 from rsfast.data.repairing import repair
-from rsfast.data.walking import Note, is_hidden, walk
+from rsfast.data.walking import Note, walk
 from rsfast.files.progress import progress
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "listing_of",
     "report_left_out",
     "save_sizes",
-    "split_folders",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -215,27 +214,6 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def split_folders(folder: str | Path) -> list[Path]:
-    """The splits below a folder: its train/ and val/, or the folder itself.
-
-    A folder called train or val is a split if it holds class folders, so that a class may be
-    called so, too.
-
-    Raises:
-        ValueError: if the folder does not exist.
-    """
-    folder = Path(os.path.abspath(folder))
-    if not folder.is_dir():
-        raise ValueError(f"data folder {folder} does not exist")
-    splits = [folder / name for name in SPLITS if (folder / name).is_dir()]
-    found = [split for split in splits if any(map(_is_class, split.iterdir()))]
-    return found or [folder]
-
-
-def _is_class(path: Path) -> bool:
-    return not is_hidden(path.name) and path.is_dir()
 
 
 def save_sizes(listing: Listing, sizes: np.ndarray) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from rsfast.data import reading
+from rsfast.data.cache import Key
 from rsfast.files.orientation import shown_size, upright
 from rsfast.files.pictures import as_rgb
 
@@ -48,6 +49,9 @@ class Archive(Protocol):
             OSError: if it cannot be read.
         """
 
+    def head(self, row: int, most: int) -> bytes:
+        """At most so many of its first bytes, with the same errors."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageIndex:
@@ -67,6 +71,7 @@ class ImageIndex:
         copies: path -> absolute path of what is read in place of the file, of those cut-off images
             that are tolerated; None where there are none.
         place: what the commands know the split by, such as a pattern of archives; None for root.
+        files: the archives, absolute and sorted.
     """
 
     root: Path
@@ -79,6 +84,7 @@ class ImageIndex:
     exif: str = "ignore"
     copies: Mapping[str, str] | None = None
     place: Path | None = None
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,10 +94,19 @@ class ImageIndex:
         path = self.paths[position]
         return os.path.join(self.root, (self.copies or {}).get(path, path))
 
+    def name(self, position: int) -> str:
+        """Absolute path by which people and the commands know one image, repaired or not."""
+        return os.path.join(self.root, self.paths[position])
+
     @property
     def known_as(self) -> Path:
-        """What `python -m rsfast.data` knows the split by, and its record is kept under."""
+        """What `python -m rsfast.data` knows the split by."""
         return self.root if self.place is None else self.place
+
+    @property
+    def key(self) -> Key:
+        """What the records of the split are kept under."""
+        return self.files or self.known_as
 
     def read(self, position: int) -> bytes:
         """One image as it was encoded; errors that may pass are waited for, some seconds long.
@@ -99,18 +114,26 @@ class ImageIndex:
         Raises:
             RuntimeError: naming the file, if it is gone or cannot be read.
         """
-        path = self.path(position)
-        try:
-            return reading.patiently(lambda: self._read_once(position), path)
-        except OSError as error:
-            raise reading.unreadable(self.root, path, error) from error
+        return self._read(position, -1)
 
-    def _read_once(self, position: int) -> bytes:
+    def head(self, position: int, most: int) -> bytes:
+        """At most so many of the first bytes of one image, with the same errors."""
+        return self._read(position, most)
+
+    def _read(self, position: int, most: int) -> bytes:
+        name, copy = self.name(position), (self.copies or {}).get(self.paths[position])
+        try:
+            return reading.patiently(lambda: self._read_once(position, most), name)
+        except OSError as error:
+            raise reading.unreadable(self.root, name, error, copy) from error
+
+    def _read_once(self, position: int, most: int) -> bytes:
         if self.archive is not None:
             assert self.rows is not None
-            return self.archive.read(int(self.rows[position]))
+            row = int(self.rows[position])
+            return self.archive.read(row) if most < 0 else self.archive.head(row, most)
         with open(self.path(position), "rb") as file:
-            return file.read()
+            return file.read(most)
 
     def take(self, positions: np.ndarray) -> ImageIndex:
         """Some of the images, with all classes."""
@@ -124,10 +147,14 @@ class ImageIndex:
 
     @property
     def digest(self) -> str:
-        """A name for the images, in order, and for what becomes of their orientation."""
-        paths = os.fsencode("\0".join(self.paths))  # names of any bytes
+        """A name for the images, in order, for their labels, and for what becomes of their
+        orientation."""
+        digest = hashlib.sha256(os.fsencode("\0".join(self.paths)))  # names of any bytes
+        is_flat = any(self.paths[:1]) and not os.path.dirname(self.paths[0])
+        if self.archive is not None or is_flat:  # no class folder tells the labels
+            digest.update(self.labels.tobytes())
         suffix = "" if self.exif == "ignore" else f":{self.exif}"
-        return f"{len(self)}:{hashlib.sha256(paths).hexdigest()[:16]}{suffix}"
+        return f"{len(self)}:{digest.hexdigest()[:16]}{suffix}"
 
 
 def printable(path: str) -> str:
@@ -161,8 +188,8 @@ def decode(index: ImageIndex, position: int) -> Image.Image:
             picture = _rgb(index, file) if _is_known(index, position, size) else None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         raise RuntimeError(
-            f"cannot decode {index.path(position)}: {str(error) or type(error).__name__}; to "
-            f"leave it out: {exclude_command(index.known_as, index.path(position))}"
+            f"cannot decode {index.name(position)}: {str(error) or type(error).__name__}; to "
+            f"leave it out: {exclude_command(index.known_as, index.name(position))}"
         ) from error
     check_size(index, position, size)
     assert picture is not None
@@ -178,7 +205,7 @@ def check_size(index: ImageIndex, position: int, size: tuple[int, int]) -> None:
     if not _is_known(index, position, size):
         height, width = index.sizes[position].tolist()
         command = check_command(index.known_as)
-        raise reading.changed(index.path(position), (height, width), size, command)
+        raise reading.changed(index.name(position), (height, width), size, command)
 
 
 def size_now(index: ImageIndex, position: int) -> tuple[int, int] | None:

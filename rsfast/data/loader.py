@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsfast import kernels
 from rsfast.data.augment import NOTHING, Augment
-from rsfast.data.cache import cache_root, has_record
+from rsfast.data.cache import Key, cache_root, has_record
 from rsfast.data.dataset import open_split
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.index import SPLITS, ImageIndex, check_command
@@ -320,7 +320,7 @@ def _index(
         if root is None:
             raise ValueError(f"root must be a folder for the {backend} loader, got None")
         index = open_split(root, split, labels=labels, exif=exif, **damage)
-        _warn_if_unchecked(index.known_as)
+        _warn_if_unchecked(index.known_as, index.key)
         return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
     return ImageIndex(
         root=Path("synthetic"),
@@ -332,9 +332,9 @@ def _index(
 
 
 @cache
-def _warn_if_unchecked(root: Path) -> None:
+def _warn_if_unchecked(root: Path, key: Key) -> None:
     """Once per folder; generated images need no check."""
-    if not has_record(root) and not root.is_relative_to(cache_root().absolute()):
+    if not has_record(key) and not root.is_relative_to(cache_root().absolute()):
         _LOG.warning(
             "%s was never checked: a damaged image ends the run, or goes unnoticed where a GPU "
             "decodes it; to check all images: %s",

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rsfast.data.archive import (
     Contents,
@@ -29,6 +28,7 @@ from rsfast.data.archive import (
     stats_of,
 )
 from rsfast.data.index import printable
+from rsfast.files.progress import progress
 
 try:
     import pyarrow as arrow
@@ -64,14 +64,14 @@ def open_parquet(contents: Contents) -> OffsetArchive | RowGroupArchive:
 
 
 def index_parquet(
-    files: Sequence[str], *, cache: bool = True, progress: str = "Parquet files"
+    files: Sequence[str], *, cache: bool = True, name: str = "Parquet files"
 ) -> Contents:
     """Lists the images of Parquet files: reads all of them once, and verifies each offset.
 
     Args:
         files: absolute paths, in the order that the images shall have.
         cache: keep what was found, and use it again while no file changes.
-        progress: what the progress bar says is indexed.
+        name: what the progress bar says is indexed.
 
     Raises:
         ValueError: naming the file and what is wrong with it: it is damaged, has no columns `image`
@@ -84,7 +84,8 @@ def index_parquet(
         name: [] for name in ("file_of", "names", "offsets", "lengths", "places", "labels", "sizes")
     }
     class_names: tuple[str, ...] | None = None
-    for number, path in enumerate(tqdm(files, desc=f"indexing {progress}", disable=len(files) < 9)):
+    bar = progress(files, desc=f"indexing {name}", unit="file", disable=len(files) < 9)
+    for number, path in enumerate(bar):
         with _opened(path) as file:
             names = _class_names(file.schema_arrow)
             if class_names not in (None, names):
@@ -249,8 +250,12 @@ class _OpenGroups:
         with self._lock:
             rows = self._groups.pop((number, group), None)
             if rows is None:
-                file = self._file(number)
-                rows = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+                try:
+                    file = self._file(number)
+                    rows = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+                except (OSError, arrow.ArrowException):
+                    self._drop(number)
+                    raise
             self._groups[number, group] = rows
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
@@ -266,6 +271,14 @@ class _OpenGroups:
         if len(self._files) > _MOST_OPEN:
             self._files.popitem(last=False)[1].close()
         return file
+
+    def _drop(self, number: int) -> None:
+        """Has a file opened anew when it is wanted next: a handle that is stale remains so."""
+        file = self._files.pop(number, None)
+        for key in [key for key in self._groups if key[0] == number]:
+            del self._groups[key]
+        if file is not None:
+            file.close()
 
 
 class RowGroupArchive:
@@ -308,3 +321,9 @@ class RowGroupArchive:
             raise OSError(f"{contents.files[number]} is damaged: {_line(error)}") from error
         image = value.as_py()
         return image["bytes"] if isinstance(image, dict) else image
+
+    def head(self, row: int, most: int) -> bytes:
+        """At most so many of its first bytes, with the same errors."""
+        if self._contents.offsets[row] >= 0:
+            return self._plain.head(row, most)
+        return self.read(row)[:most]

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rsfast.data.walking import is_hidden
+
 __all__ = [
     "ARCHIVE_EXTENSIONS",
     "check_archives",
@@ -121,7 +123,8 @@ def _check_kind(files: Sequence[str], pattern: str) -> None:
 
 def compressed_tars(folder: Path) -> list[str]:
     """Names of the compressed tar files in a folder."""
-    return sorted(entry.name for entry in os.scandir(folder) if _COMPRESSED.search(entry.name))
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(name for name in names if _COMPRESSED.search(name) and not is_hidden(name))
 
 
 def check_complete(files: Sequence[str]) -> None:

@@ -11,9 +11,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 __all__ = ["ReadingError", "changed", "patiently", "unreadable"]
 
+_T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 _PAUSES_S = (0.2, 1.0, 5.0)  # before a second, third and fourth try
 # What network file systems, and disks behind a busy controller, say and then take back.
@@ -41,7 +43,7 @@ class ReadingError(RuntimeError):
     """An image cannot be had, or is another one than the index knows."""
 
 
-def patiently(read: Callable[[], bytes], path: str) -> bytes:
+def patiently(read: Callable[[], _T], path: str) -> _T:
     """Reads, and tries again after a pause where the error may pass.
 
     Args:
@@ -62,14 +64,21 @@ def patiently(read: Callable[[], bytes], path: str) -> bytes:
     return read()
 
 
-def unreadable(root: str | os.PathLike[str], path: str, error: OSError) -> ReadingError:
+def unreadable(
+    root: str | os.PathLike[str], path: str, error: OSError, copy: str | None = None
+) -> ReadingError:
     """Says of an image that cannot be read what may be done about it.
 
     Args:
         root: the split's folder.
         path: of the image, absolute.
         error: of the last try.
+        copy: what was read in its place.
     """
+    if error.errno in _GONE and copy is not None:
+        return ReadingError(
+            f"the repaired copy {copy} of {path} is gone: start again, which makes another one"
+        )
     if error.errno in _GONE and not os.path.isdir(root):
         return ReadingError(
             f"data folder {root} is gone, and {path} with it: it was moved or is no longer "

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from rsfast.data.archive import (
     Contents,
@@ -29,6 +28,7 @@ from rsfast.data.archive import (
 )
 from rsfast.data.folder import EXTENSIONS
 from rsfast.data.index import printable
+from rsfast.files.progress import progress
 
 __all__ = ["index_shards", "label_number"]
 
@@ -69,7 +69,7 @@ class _Row(NamedTuple):
 
 
 def index_shards(
-    files: Sequence[str], *, workers: int = 8, cache: bool = True, progress: str = "shards"
+    files: Sequence[str], *, workers: int = 8, cache: bool = True, name: str = "shards"
 ) -> Contents:
     """Lists the images of tar files, and reads the header of each.
 
@@ -77,7 +77,7 @@ def index_shards(
         files: absolute paths, in the order that the images shall have.
         workers: threads, each with a file at a time.
         cache: keep what was found, and use it again while no file changes.
-        progress: what the progress bar says is indexed.
+        name: what the progress bar says is indexed.
 
     Raises:
         ValueError: naming the file and what is wrong with it: it is cut off, damaged or compressed,
@@ -88,10 +88,10 @@ def index_shards(
         return known
     with ThreadPoolExecutor(workers) as pool:
         shards = list(
-            tqdm(
+            progress(
                 pool.map(_index_shard, files),
                 total=len(files),
-                desc=f"indexing {progress}",
+                desc=f"indexing {name}",
                 unit="shard",
                 disable=len(files) < 20,
             )

@@ -10,6 +10,7 @@ import numpy as np
 
 from rsfast.data.folder import EXTENSIONS, index_files
 from rsfast.data.index import ImageIndex
+from rsfast.data.walking import is_folder, is_hidden
 
 __all__ = ["flat_images", "index_listed", "read_classes"]
 
@@ -51,7 +52,8 @@ def _lines(file: Path) -> list[str]:
 
 def flat_images(root: Path) -> list[str]:
     """Names of the images in a folder itself, sorted."""
-    return sorted(e.name for e in os.scandir(root) if e.name.lower().endswith(EXTENSIONS))
+    names = (entry.name for entry in os.scandir(root))
+    return sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not is_hidden(n))
 
 
 def index_listed(
@@ -124,7 +126,8 @@ def _train_classes(root: Path) -> tuple[str, ...]:
     train = root.parent / "train"
     if not train.is_dir():
         return ()
-    return tuple(sorted(entry.name for entry in os.scandir(train) if entry.is_dir()))
+    folders = (entry.name for entry in os.scandir(train) if is_folder(entry))
+    return tuple(sorted(name for name in folders if not is_hidden(name)))
 
 
 def _names_in(texts: Sequence[str]) -> tuple[str, ...]:

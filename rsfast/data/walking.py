@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Folder", "Note", "Walk", "is_hidden", "walk"]
+__all__ = ["Folder", "Note", "Walk", "is_folder", "is_hidden", "walk"]
 
 # Left behind by systems of files, of archives and of servers; compared in lower case.
 _SYSTEM = {
@@ -73,6 +73,14 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def walk(root: Path, extensions: Sequence[str]) -> Walk:
     """Visits the class folders of a split, with their sub-folders and what links lead to.
 
@@ -89,7 +97,7 @@ def walk(root: Path, extensions: Sequence[str]) -> Walk:
     real = Path(os.path.realpath(root))
     above = {_identity(os.stat(folder)) for folder in (real, *real.parents)}
     names = []
-    for name in sorted(entry.name for entry in os.scandir(root) if _is_folder(entry)):
+    for name in sorted(entry.name for entry in os.scandir(root) if is_folder(entry)):
         if is_hidden(name):
             found.notes.append(Note("unused", name, _HIDDEN))
         elif _identity(os.stat(root / name)) in above:
@@ -130,12 +138,12 @@ def _visit(
         files = []
         with os.scandir(root / path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                is_folder = _is_folder(entry)
+                inner_folder = is_folder(entry)
                 inside = os.path.join(path, entry.name)
                 if is_hidden(entry.name):
-                    if is_folder or entry.name.lower().endswith(tuple(extensions)):
+                    if inner_folder or entry.name.lower().endswith(tuple(extensions)):
                         found.notes.append(Note("unused", inside, _HIDDEN))
-                elif not is_folder:
+                elif not inner_folder:
                     files.append(entry.name)
                 else:
                     (linked if entry.is_symlink() else inner).append(inside)
@@ -146,10 +154,3 @@ def _visit(
 
 def _identity(stat: os.stat_result) -> _Identity:
     return stat.st_dev, stat.st_ino
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False

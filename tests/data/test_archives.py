@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import gc
 import multiprocessing
 import os
 import pickle
 import re
 import shlex
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +22,10 @@ import torch
 
 from archives import archived, write_tar
 from helpers import JPEG, cut, make_image_folder
-from rsfast.data import index_folder, open_split, train_loader, val_loader
+from rsfast.data import archive, index_folder, open_split, reading, train_loader, val_loader
 from rsfast.data.__main__ import main
 from rsfast.data.check import check_split
-from rsfast.data.dataset import find_splits
+from rsfast.data.splits import find_splits
 
 # Python 3.12 says so of every fork beside a thread; the workers only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -162,6 +167,80 @@ def test_a_shard_that_changed_after_it_was_indexed_is_an_error_and_then_a_new_in
     assert len(batches(train_loader, shards, backend)) == 3
     write_tar(file, [("cat/new.jpg", JPEG), ("cat/new.cls", b"0")])
     assert len(open_split(shards, "train")) == 5 - 1 + 1
+
+
+def test_an_archive_whose_handle_is_stale_is_opened_anew(
+    data: Path, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_PAUSES_S", (0.0, 0.0, 0.0))
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    index, other = open_split(data, "train"), index_folder(folder / "train")
+    opened, refused = [], []
+
+    def is_first() -> bool:
+        refused.extend([1] * (len(opened) == 1))
+        return len(opened) == 1
+
+    if form == "compressed_parquet":
+        from rsfast.data import parquet
+
+        class Opened(parquet.parquet.ParquetFile):
+            def __init__(self, *arguments, **options) -> None:
+                opened.append(1)
+                super().__init__(*arguments, **options)
+
+            def read_row_group(self, *arguments, **options):
+                if is_first():
+                    raise stale
+                return super().read_row_group(*arguments, **options)
+
+        monkeypatch.setattr(parquet.parquet, "ParquetFile", Opened)
+    else:
+        pread, handle = os.pread, archive._Handle
+
+        def failing(*arguments) -> bytes:
+            if is_first():
+                raise stale
+            return pread(*arguments)
+
+        monkeypatch.setattr(archive, "_Handle", lambda path: opened.append(1) or handle(path))
+        monkeypatch.setattr(archive.os, "pread", failing)
+    assert [index.read(row) for row in range(3)] == [other.read(row) for row in range(3)]
+    assert (len(opened), len(refused)) == (2, 1)
+
+
+def test_a_loop_that_ends_or_is_left_early_leaves_no_thread_that_reads(shards: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="the dali loader needs NVIDIA DALI")
+
+    def readers() -> list[str]:
+        end = time.monotonic() + 10
+        while (names := [t.name for t in threading.enumerate() if "rsfast-read" in t.name]) and (
+            time.monotonic() < end
+        ):
+            time.sleep(0.02)
+        return names
+
+    gc.collect()
+    gc.disable()
+    try:
+        loader = train_loader(shards, (32,), 2, backend="dali", workers=2)
+        for _ in loader:
+            break
+        assert not readers()
+        assert loader._decoder._idle is None
+        list(loader)
+        assert not readers()
+    finally:
+        gc.enable()
+
+
+def test_the_digest_tells_other_labels_of_the_same_names(data: Path, form: str) -> None:
+    before = open_split(data, "train")
+    labels = before.labels.copy()
+    labels[[0, -1]] = labels[[-1, 0]]
+    other = dataclasses.replace(before, labels=labels)
+    assert other.digest != before.digest
+    assert open_split(data, "train").digest == before.digest
 
 
 @pytest.mark.parametrize("inside", ["", "data"], ids=["flat", "in_data"])

@@ -18,7 +18,7 @@ from helpers import FOR_DALI, JPEG, PNG, SPECIMENS, cut, make_image_folder
 from rsfast.data import check, index, index_folder, judging, train_loader, val_loader
 from rsfast.data.__main__ import main
 from rsfast.data.check import Report, check_split
-from rsfast.data.folder import split_folders
+from rsfast.data.splits import find_splits
 
 # Python 3.12 says so of every fork beside a thread; the workers of the check only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -349,8 +349,9 @@ def test_odd_and_unused_files_alone_are_no_failure_but_an_empty_class_is(root: P
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     split = make_image_folder(tmp_path, classes=("train", "tram"), train=2, val=0) / "train"
-    assert split_folders(split) == [split]
-    assert split_folders(tmp_path) == [tmp_path / "train", tmp_path / "val"]
+    (found,) = find_splits(split)
+    assert (found.root, found.is_flat) == (split, False)
+    assert [s.root for s in find_splits(tmp_path)] == [tmp_path / "train", tmp_path / "val"]
 
 
 @pytest.mark.parametrize("name", ["record", "excluded"])

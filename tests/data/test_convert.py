@@ -253,6 +253,29 @@ def test_sizes_are_powers_of_1024(text: str, count: int) -> None:
     assert conversion.parse_size(text) == count
 
 
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_images_left_out_by_hand_are_not_converted(
+    form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, path = folder, "train/cat/0001.jpg"
+    if form == "shards":
+        convert(folder, tmp_path / "source", images_per_shard=2)
+        source, path = tmp_path / "source", "train/train-00000.tar/cat/0001.jpg"
+    assert main(["exclude", str(source), path]) == 0
+    expected = images_of(source)
+    assert len(expected) == 5
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/out/train: images excluded by hand in SRC, and left out: 1\n" in said
+    assert said.count("left out: ") == 1
+    assert images_of(tmp_path / "out") == expected
+    names = [str(file.relative_to(folder)) for file in folder.glob("train/*/*.jpg")]
+    if form == "folder":
+        assert main(["exclude", str(source), *(name for name in names if name != path)]) == 0
+        with pytest.raises(ValueError, match=r"must hold an image that is not excluded, found no"):
+            convert(source, tmp_path / "none")
+
+
 @pytest.fixture
 def flat(folder: Path) -> Path:
     """The data set with its four validation images in one folder: a.jpg ... d.jpg."""

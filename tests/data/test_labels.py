@@ -34,12 +34,21 @@ TWELVE = tuple(sorted(map(str, range(12))))
     ids=lambda value: str(value)[:20],
 )
 def test_numbers_are_told_where_text_has_another_order(
-    names: tuple[str, ...], said: str | None, caplog: pytest.LogCaptureFixture
+    names: tuple[str, ...], said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_of_numbers("folder", names)
+    for split in ("train", "val"):
+        warn_of_numbers(tmp_path / split, names)  # of archives
+    warn_of_numbers(None, names)
+    warn_of_numbers("/data/{0..9}.tar", names)
+    assert not caplog.messages
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+    warn_of_numbers(str(tmp_path), names)
     assert len(caplog.messages) == (said is not None)
     if said:
-        assert caplog.messages[0].startswith("class folders in folder are numbered, but labels")
+        assert caplog.messages[0].startswith(
+            f"class folders in {tmp_path} are numbered, but labels"
+        )
         assert re.search(said, caplog.messages[0])
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import io
+import os
+import shlex
 import struct
 import zlib
 from pathlib import Path
@@ -12,8 +16,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from archives import samples_of, write_tar
 from helpers import encoded, smooth_image
-from rsfast.data import Loader, index_folder, open_split, train_loader, val_loader
+from rsfast.data import Loader, index_folder, open_split, reading, train_loader, val_loader
+from rsfast.data.__main__ import main
+from rsfast.data.archive import OffsetArchive
+from rsfast.data.convert import convert
 from rsfast.data.index import decode
 from rsfast.data.turning import turned
 from rsfast.files.orientation import orientation, upright
@@ -163,6 +171,71 @@ def test_orientations_are_read_once_until_the_folder_changes(
     assert len(read) == 5
 
 
+def test_a_check_finds_an_orientation_that_was_written_in_place(tmp_path: Path) -> None:
+    root = write(tmp_path, {"a.jpg": encoded(PICTURE, "JPEG", exif=exif_of(6))})
+    assert len(list(validation(root, "pil"))) == 1
+    (root / "val" / "only" / "a.jpg").write_bytes(encoded(PICTURE, "JPEG", exif=exif_of(1)))
+    with pytest.raises(RuntimeError, match="has changed since .*; run the check") as caught:
+        list(validation(root, "pil"))
+    command = shlex.split(str(caught.value).rpartition(": ")[2])
+    assert main(command[3:]) == 0
+    assert len(list(validation(root, "pil"))) == 1
+
+
+@pytest.mark.parametrize("archived", [False, True], ids=["folder", "shards"])
+def test_what_cannot_be_read_for_a_moment_is_waited_for_and_is_no_orientation(
+    archived: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path / "set", {"a.jpg": encoded(PICTURE, "JPEG", exif=exif_of(6))}) / "val"
+    if archived:
+        root = convert(root, tmp_path / "shards")[0].folder
+    index = open_split(root.parent, "val")
+    monkeypatch.setattr(reading, "_PAUSES_S", (0.0, 0.0))
+    failures: list[int] = []
+    real = builtins.open, os.pread
+
+    def failing(number: int):
+        def read(*arguments, **options):
+            if (number or str(arguments[0]).endswith("a.jpg")) and len(failures) < failing.most:
+                failures.append(1)
+                raise OSError(errno.EIO, "Input/output error")
+            return real[number](*arguments, **options)
+
+        return read
+
+    monkeypatch.setattr(builtins, "open", failing(0))
+    monkeypatch.setattr(os, "pread", failing(1))
+    failing.most = 3
+    with pytest.raises(RuntimeError, match=r"cannot read .*a\.jpg: Input/output error, 3 times"):
+        turned(index)
+    failures.clear()
+    failing.most = 2
+    assert turned(index).sizes.tolist() == [[90, 60]]
+    assert len(failures) == 2
+
+
+def test_of_jpeg_images_in_archives_the_beginning_is_enough(
+    all_ways: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = convert(all_ways / "val", tmp_path / "shards")[0].folder
+    long = jpeg_with(*[b"Exif2" + bytes(60_000)] * 2, exif_of(8))  # EXIF far behind the beginning
+    stored = [*samples_of(all_ways / "val"), ("only/z.jpg", long), ("only/z.cls", b"0")]
+    write_tar(next(root.glob("*.tar")), stored)
+    (root / "manifest.json").unlink()
+    index = open_split(root.parent, "val")
+    whole: list[str] = []
+    real = OffsetArchive.read
+    monkeypatch.setattr(
+        OffsetArchive, "read", lambda self, row: whole.append(index.paths[row]) or real(self, row)
+    )
+    sizes = turned(index).sizes
+    for path, size in zip(index.paths, sizes.tolist(), strict=True):
+        lies = path.endswith("z.jpg") or int(path.rpartition("_")[2][0]) >= 5
+        assert size == ([90, 60] if lies else [60, 90]), path
+    assert all(path.endswith(("z.jpg", ".png", ".webp")) for path in whole)
+    assert any(path.endswith("z.jpg") for path in whole)
+
+
 def test_all_files_of_a_picture_show_the_same_when_they_are_turned_back(
     backend: str, all_ways: Path
 ) -> None:
@@ -224,6 +297,15 @@ def test_exif_that_contradicts_itself_is_refused_before_dali_sees_it(
     for _ in range(2):  # also from the cache
         with pytest.raises(ValueError, match=r"only/b\.jpg must have one orientation .* exclude "):
             validation(root, backend)
+    shards = tmp_path / "my shards"
+    write_tar(shards / "val" / "0.tar", samples_of(root / "val"))
+    pattern = str(shards / "val" / "*.tar")
+    for data in (root, pattern):
+        with pytest.raises(ValueError, match="must have one orientation") as caught:
+            open_split(data, "val", exif="honour")
+        assert main(shlex.split(str(caught.value).rpartition(": ")[2])[3:]) == 0
+        assert len(open_split(data, "val", exif="honour")) == 1
+        assert main([*shlex.split(str(caught.value).rpartition(": ")[2])[3:], "--undo"]) == 0
     assert len(list(validation(root, backend, exif="ignore"))) == 1
 
 

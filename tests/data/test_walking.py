@@ -11,7 +11,7 @@ from helpers import JPEG, make_image_folder
 from rsfast.data import index_folder
 from rsfast.data.__main__ import main
 from rsfast.data.check import Report, check_split
-from rsfast.data.folder import split_folders
+from rsfast.data.splits import find_splits
 
 # Python 3.12 says so of every fork beside a thread; the workers of the check only decode.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -132,7 +132,7 @@ def test_a_split_of_hidden_folders_only_is_none(root: Path) -> None:
     for split in ("train", "val"):
         for folder in (root.parent / split).iterdir():
             folder.rename(folder.with_name(f".{folder.name}"))
-    assert split_folders(root.parent) == [root.parent]
+    assert [split.root for split in find_splits(root.parent)] == [root.parent]
     with pytest.raises(ValueError, match="must have one sub-folder per class, found none"):
         index_folder(root)
 
