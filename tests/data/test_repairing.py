@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageFile
 
 from helpers import JPEG, PNG, encoded, make_image_folder, smooth_image
 from rsfast.data import Loader, index_folder, val_loader
+from rsfast.data.__main__ import main
 from rsfast.data.cache import cache_root
 from rsfast.data.check import check_split
 
@@ -134,3 +136,28 @@ def test_a_cache_that_cannot_be_written_is_named(
     with pytest.raises(ValueError, match="must be writable for tolerate_truncated: .*denied"):
         index_folder(root / "val", tolerate_truncated=True)
     assert not list((cache_root() / "repaired").glob(".*"))
+
+
+def test_people_are_told_the_file_and_not_its_copy(
+    backend: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
+    check_split(root / "val", workers=1)
+    loader = validation(root, backend)
+    index = loader.plan.index
+    file = root / "val" / "cat" / "half.jpg"
+    copy = Path(index.copies["cat/half.jpg"])
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:200])
+    with pytest.raises(RuntimeError, match=f"decode {file}: .*; to leave it out: ") as caught:
+        list(loader)
+    assert str(copy) not in str(caught.value)
+    command = shlex.split(str(caught.value).rpartition(": ")[2])[3:]
+    assert main(command) == 0
+    assert "cat/half.jpg" not in index_folder(root / "val", tolerate_truncated=True).paths
+    copy.unlink()
+    with pytest.raises(RuntimeError, match=f"^the repaired copy {copy} of {file} is gone: start"):
+        list(loader)
+    assert main([*command, "--undo"]) == 0
+    assert len(list(validation(root, backend))) == len(loader)
+    assert copy.read_bytes() == whole

@@ -192,3 +192,22 @@ def test_who_tolerates_cut_off_images_is_told_to_make_a_folder(
     assert len(index) == 6
     assert not index.files
     assert file.exists()
+
+
+@pytest.mark.parametrize("form", ["shards", "parquet"])
+def test_what_is_indexed_and_written_is_counted_in_lines_where_there_is_no_terminal(
+    form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "set" / "train"
+    for number in range(20):
+        if form == "shards":
+            write_tar(root / f"{number}.tar", samples_of(folder / "train")[:2])
+        else:
+            pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+            write_parquet(root / f"{number}.parquet", [JPEG], [0])
+    for to in ("shards", "folder"):
+        convert(root.parent, tmp_path / to, to=to)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert "indexing train: 100%, 20/20" in said
+    assert said.count("writing train: 100%, 20/20") == 2
