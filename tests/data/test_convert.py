@@ -291,10 +291,11 @@ def flat(folder: Path) -> Path:
     [
         "b.jpg dog\na.jpg cat\nd.jpg cat\nc.jpg dog\n",
         "b.jpg 1\na.jpg 0\nd.jpg 0\nc.jpg 1\n",
+        "\ufeffa.jpg,cat\nb.jpg, dog\nd.jpg,cat\nc.jpg,dog\n",
         "cat\ndog\ndog\ncat\n",
         "0\n1\n1\n0\n",
     ],
-    ids=["names", "numbers", "names_in_order", "numbers_in_order"],
+    ids=["names", "numbers", "commas", "names_in_order", "numbers_in_order"],
 )
 def test_a_flat_folder_takes_its_labels_from_a_list(
     lines: str, flat: Path, backend: str, tmp_path: Path
@@ -314,13 +315,25 @@ def test_a_flat_folder_takes_its_labels_from_a_list(
     [
         ("1\n2\n2\n1\n", "classes from 0, got 1 to 2. Those of ILSVRC2012_validation_ground_truth"),
         ("1\n1\n1\n1\n", "classes from 0, got 1 to 1. Those of ILSVRC2012"),
-        ("0\n1\n2\n1\n", "must be those of the 2 classes from 0, got 0 to 2"),
-        ("cat\ndog\n0\ncat\n", "label 'cat' of image 1 in .* must be one of the 2 classes"),
-        ("cat\nemu\ndog\ncat\n", "must be one of the 2 classes, by name or all by number"),
+        ("0\n1\n2\n1\n", "must be those of the 2 classes from 0, got 0 to 2 in line 3"),
+        (
+            "cat\ndog\n0\ncat\n",
+            r"line 3 of .*list.txt: label '0' is a number, and line 1 has a name",
+        ),
+        ("cat\n\ndog\nemu\ncat\n", "line 4 of .*list.txt: label 'emu' is none of the 2 classes$"),
+        ("a cat\nb dog\nc cat\nd cat", "line 1 of .* none of the 2 classes, and no image called a"),
         ("cat\ndog\ncat\n", "must have a line for each of the 4 images in .*, got 3$"),
-        ("a.jpg cat\nb.jpg dog\nc.jpg cat\n", "must name each image of .* once, 1 are not.* d.jpg"),
-        ("a.jpg cat\na.jpg dog\nb.jpg cat\nc.jpg cat\nd.jpg cat", "once, 1 are not.* is a.jpg"),
-        ("a.jpg cat\nb.jpg cat\nc.jpg cat\nd.jpg cat\ne.jpg cat", "once, 1 are not.* is e.jpg"),
+        ("a.jpg cat\nb.jpg dog\nc.jpg cat\n", "name each image of .* once, 1 are missing.* d.jpg"),
+        (
+            "a.jpg cat\na.jpg dog\nb.jpg cat\nc.jpg cat\nd.jpg cat",
+            "line 2 of .*: image a.jpg comes twice, first in line 1$",
+        ),
+        (
+            "a.jpg cat\nb.jpg cat\nc.jpg cat\nd.jpg cat\ne.jpg cat",
+            "line 5 of .*: no image called e.jpg",
+        ),
+        ("x.jpg\tcat\nb.jpg\tdog\n", "line 1 of .*list.txt: no image called x.jpg in .*val$"),
+        ("a.jpg cat\ncat\nc.jpg cat\nd.jpg cat", "line 2 of .* must be `file label` as other"),
         ("", "must have a line for each of the 4 images in .*, got 0$"),
     ],
 )
@@ -330,6 +343,11 @@ def test_lists_that_do_not_say_the_label_of_each_image_are_refused(
     (flat / "list.txt").write_text(lines)
     with pytest.raises(ValueError, match=message):
         open_split(flat, "val", labels=flat / "list.txt")
+
+
+def test_validation_images_without_a_list_are_counted_and_the_flag_is_named(flat: Path) -> None:
+    with pytest.raises(ValueError, match="found none; it holds 4 images: --val-list FILE reads"):
+        open_split(flat, "val")
 
 
 def test_numbers_that_are_names_of_other_classes_are_refused(flat: Path) -> None:
