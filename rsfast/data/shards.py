@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import posixpath
+import shlex
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +35,12 @@ __all__ = ["index_shards", "label_number"]
 
 _LOG = logging.getLogger(__name__)
 _IMAGE_FIELDS = tuple(extension[1:] for extension in EXTENSIONS)
-# How files begin that were compressed, and the program that undoes it.
+# How files begin that were compressed, the program that undoes it, and the ending it asks for.
 _COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\x1f\x8b": ("gunzip", ".gz"),
+    b"BZh": ("bunzip2", ".bz2"),
+    b"\xfd7zXZ": ("unxz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("unzstd --rm", ".zst"),
 }
 _LARGEST_LABEL = 1_000_000
 
@@ -147,11 +148,12 @@ def _index_shard(path: str) -> list[_Row]:
 
 def _refuse_compressed(file: BinaryIO, path: str) -> None:
     start = file.read(6)
-    for magic, program in _COMPRESSED.items():
+    for magic, (program, ending) in _COMPRESSED.items():
         if start.startswith(magic):
+            name, packed = shlex.quote(path), shlex.quote(path + ending)
             raise ValueError(
                 f"shard {path} must be a plain tar file, in which any image is one seek, got a "
-                f"compressed one; unpack it: {program} {path}"
+                f"compressed one; unpack it: mv {name} {packed} && {program} {packed}"
             )
     file.seek(0)
 
