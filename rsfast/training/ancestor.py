@@ -26,6 +26,7 @@ __all__ = ["FIXED", "continue_from"]
 _LOG = logging.getLogger("rsfast")
 # Without these an ancestor's weights, or the ensemble's, have no place; nor without its classes.
 FIXED = ("arch", "resolutions", "bn", "copies")
+_IMAGES = "name its images by --data DIR or --config RUN/config.toml; "
 
 
 def continue_from(run: Run, path: Path) -> None:
@@ -83,8 +84,9 @@ def _check(run: Run, path: Path, content: dict[str, Any]) -> None:
         )
     if content["class_names"] != run.model.class_names:
         raise ValueError(
-            f"continue_from {path} was trained on other classes than {run.cfg.data} has: "
-            f"--pretrained takes its weights to other classes"
+            f"continue_from {path} was trained on other classes than "
+            f"{run.cfg.images or 'the built-in set'} has: "
+            f"{'' if run.cfg.images else _IMAGES}--pretrained takes its weights to other classes"
         )
     if content["step"] or content["validating"]:
         raise ValueError(
