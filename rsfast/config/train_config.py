@@ -229,7 +229,8 @@ class TrainConfig:
         if self.data is None and (self.train_data is None) != (self.val_data is None):
             raise ValueError(
                 "train_data and val_data must be given together, or one of them with data for the "
-                f"other, got train_data {self.train_data} and val_data {self.val_data}"
+                f"other: add --{'train' if self.train_data is None else 'val'}-data PATTERN or "
+                f"--data DIR, got {self.train_data or self.val_data} alone"
             )
         if self.val_list is not None and (self.data is None or self.val_data is not None):
             raise ValueError(
