@@ -128,7 +128,7 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         _trusted(record),
         len(listing.paths),
         members,
-        None if members is None else open_archive(members),
+        None if members is None else open_archive(members, advise=False),
     )
     start, decoded = time.perf_counter(), 0
     try:

@@ -152,15 +152,20 @@ def _say_empty(place: Path, count: int, first: str) -> None:
     _LOG.warning("%s has no image of %d classes, the first is %s", place, count, first)
 
 
-def open_archive(members: Members) -> Archive:
-    """What reads the images."""
+def open_archive(members: Members, *, advise: bool = True) -> Archive:
+    """What reads the images.
+
+    Args:
+        members: of a split.
+        advise: warn where images are slow to read in random order.
+    """
     # By number: names would be half of the memory that an archive takes.
     contents = dataclasses.replace(members.contents, names=())
     if members.split.files[0].endswith(".tar"):
         return OffsetArchive(contents)
     from rsfast.data.parquet import open_parquet
 
-    return open_parquet(contents)
+    return open_parquet(contents, advise=advise)
 
 
 def _usable(members: Members, archive: Archive, strict: bool) -> ImageIndex:

@@ -29,6 +29,7 @@ from rsfast.data.archive import (
 )
 from rsfast.data.index import printable
 from rsfast.files.progress import progress
+from rsfast.runtime.distributed import is_first
 
 try:
     import pyarrow as arrow
@@ -47,18 +48,26 @@ _PROBES = 8  # images of a row group that are not found as they are before the o
 _GROUPS_KEPT = 4  # row groups per process, of some 10 MB each where Hugging Face wrote them
 
 
-def open_parquet(contents: Contents) -> OffsetArchive | RowGroupArchive:
-    """The reader of indexed files; one that reads whole row groups says so in a warning."""
+def open_parquet(contents: Contents, *, advise: bool = True) -> OffsetArchive | RowGroupArchive:
+    """The reader of indexed files.
+
+    Args:
+        contents: of the files.
+        advise: have rank 0 warn if whole row groups are read, and say what to do about it.
+    """
     groups = contents.offsets < 0
     if not groups.any():
         return OffsetArchive(contents)
+    if not (advise and is_first()):
+        return RowGroupArchive(contents)
+    others = len(contents.files) - 1
     _LOG.warning(
-        "%d of %d images in %s and its neighbours are compressed by Parquet, and each read in "
+        "%d of %d images in %s are compressed by Parquet, and each read in "
         "random order costs a whole row group; python -m rsfast.data convert to shards makes it "
         "one seek",
         int(groups.sum()),
         len(groups),
-        contents.files[0],
+        contents.files[0] + (f" and {others} more files" if others else ""),
     )
     return RowGroupArchive(contents)
 
