@@ -151,7 +151,7 @@ def _read_file_or_recipe(name: str) -> dict[str, Any]:
     if not Path(name).exists() and not name.endswith(".toml"):
         raise ValueError(
             f"config must be a TOML file or a recipe, got {cut(name)}, which is no file; recipes "
-            f"of rsfast are: {', '.join(recipe_names())}; --arch takes resnet50_finetune to others"
+            f"of rsfast are: {', '.join(recipe_names())}; for other networks add --arch to one"
         )
     return _read_toml(Path(name))
 

@@ -186,8 +186,8 @@ def _numbers(lines: Sequence[_Line], names: tuple[str, ...], root: Path, file: P
         raise ValueError(
             f"the numbers in {file} must be those of the {len(names)} classes from 0, got "
             f"{numbers.min()} to {numbers.max()}{where}. Those of "
-            f"ILSVRC2012_validation_ground_truth.txt count from 1, in the order of the development kit's meta.mat: write the classes' "
-            f"names (WordNet ids) in their place"
+            f"ILSVRC2012_validation_ground_truth.txt count from 1, in the order of the development "
+            f"kit's meta.mat: write the classes' names (WordNet ids) in their place"
         )
     return numbers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import tarfile
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from archives import samples_of, write_parquet, write_tar
+from archives import archived, samples_of, write_parquet, write_tar
 from helpers import JPEG, PNG, cut, make_image_folder
 from rsfast.data import convert as conversion
-from rsfast.data import index_folder, open_split, train_loader, val_loader
+from rsfast.data import index_folder, manifest, open_split, train_loader, val_loader
 from rsfast.data.__main__ import main
 from rsfast.data.convert import convert
 
@@ -220,6 +221,8 @@ def test_an_image_that_changed_makes_another_conversion(folder: Path, tmp_path: 
         (["nowhere", "out"], "data folder .*nowhere does not exist$"),
         (["folder", "folder"], "DST must be a folder apart from SRC"),
         (["folder", "folder/train/x"], "DST must be a folder apart from SRC"),
+        (["folder", "folder/out"], "DST must be a folder apart from SRC"),
+        (["folder", "out", "--val-list", "x"], "--val-list holds the labels of a val/ without"),
         (["folder", "full"], "DST .*full/train must be empty, got a folder with notes.txt$"),
         (
             ["folder", "out", "--shard-size", "much"],
@@ -272,7 +275,9 @@ def test_images_left_out_by_hand_are_not_converted(
     names = [str(file.relative_to(folder)) for file in folder.glob("train/*/*.jpg")]
     if form == "folder":
         assert main(["exclude", str(source), *(name for name in names if name != path)]) == 0
-        with pytest.raises(ValueError, match=r"must hold an image that is not excluded, found no"):
+        with pytest.raises(
+            ValueError, match=r"must hold an image that can be read and is not excl"
+        ):
             convert(source, tmp_path / "none")
 
 
@@ -396,4 +401,105 @@ def test_a_flat_folder_is_checked_and_an_image_of_it_left_out(
     assert len(index_folder(flat / "train")) == 5
     assert main(["exclude", str(flat), "val/z.jpg"]) == 2
     assert main(["convert", str(flat), str(flat.parent / "out")]) == 2
-    assert "must have class folders or archives, got images alone" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "class folders or archives, got images alone; --val-list FILE reads their" in error
+    assert not (flat.parent / "out").exists(), "all splits are looked at before one is written"
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_a_flat_folder_is_converted_with_its_list(form: str, flat: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "list.txt"
+    labels.write_text("b.jpg dog\na.jpg cat\nd.jpg cat\nc.jpg dog\n")
+    out = tmp_path / "out"
+    assert main(["convert", str(flat), str(out), "--to", form, "--val-list", str(labels)]) == 0
+    expected = open_split(flat, "val", labels=labels)
+    found = open_split(out, "val")
+    assert found.class_names == expected.class_names == ("cat", "dog")
+    assert {(found.read(row), label) for row, label in enumerate(found.labels.tolist())} == {
+        (expected.read(row), label) for row, label in enumerate(expected.labels.tolist())
+    }
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_files_that_cannot_be_opened_are_left_out_and_counted_and_bad_images_copied(
+    form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    os.mkfifo(folder / "train" / "dog" / "pipe.jpg")
+    bad = folder / "train" / "dog" / "0000.jpg"
+    bad.write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert main(["convert", str(folder), str(out), "--to", form]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"{out}/train: files of SRC that cannot be opened, and left out: 2, the first is "
+        f"cat/gone.jpg\n"
+    ) in said
+    assert f"{out}/val: files" not in said
+    assert said.startswith(f"{out}/train: 6 images")
+    assert any(b"no image" in content for content in contents(out).values())
+    assert len(open_split(out, "train")) == 5
+
+
+def test_the_check_compares_the_hashes_of_shards_once(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards = tmp_path / "shards"
+    convert(folder, shards, images_per_shard=2)
+    assert main(["check", str(shards)]) == 0
+    file = shards / "train" / "train-00001.tar"
+    content = bytearray(file.read_bytes())
+    with tarfile.open(file) as tar:
+        at = tar.getmember("dog/0000.jpg").offset_data - 100  # unused bytes of a header
+    content[at : at + 2] = b"\1\1"
+    content = _with_checksum(content, at // 512 * 512)
+    file.write_bytes(content)
+    assert len(open_split(shards, "train")) == 6, "training compares sizes"
+    for reads in (3, 0):
+        hashed = []
+        sha256 = manifest._sha256
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "_sha256", lambda f, s=sha256, h=hashed: h.append(f) or s(f))
+            assert main(["check", str(shards)]) == 1
+        assert len(hashed) == reads
+        said = capsys.readouterr().out
+        assert "bad       train/train-00001.tar  its SHA-256 is not that in " in said
+        assert "bad shards are used all the same" in said
+        assert "bad images" not in said
+
+
+def _with_checksum(content: bytearray, at: int) -> bytearray:
+    """A tar header at this place whose sum is right again."""
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    return content
+
+
+@pytest.mark.parametrize("form", ["shards", "parquet", "converted"])
+def test_the_check_names_every_damaged_archive_of_all_splits(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_image_folder(tmp_path / "images", ("cat", "dog", "eel"), train=3, val=2)
+    data = tmp_path / "archives"
+    if form == "converted":
+        convert(folder, data, images_per_shard=5)
+    else:
+        if form == "parquet":
+            pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+        archived(folder, data, form)
+    files = sorted(file for file in data.glob("*/*") if file.suffix in (".tar", ".parquet"))
+    assert len(files) == 4
+    for file in files[:3]:
+        file.write_bytes(file.read_bytes()[:700])
+    assert main(["check", str(data)]) == 2
+    captured = capsys.readouterr()
+    for file in files[:3]:
+        assert captured.err.count(str(file)) == 1
+    assert str(files[3]) not in captured.err
+    assert "Traceback" not in captured.err
+    with pytest.raises(ValueError, match=re.escape(str(files[0]))):
+        open_split(data, "train")
