@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rsfast.data import BACKENDS
-from rsfast.data.patterns import ARCHIVE_EXTENSIONS, check_archives
+from rsfast.data.patterns import check_archives, quote_hint
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 
@@ -49,11 +49,7 @@ def parse_resolutions(text: str) -> list[int]:
 def refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Exits if there are arguments that no flag takes, as of a pattern without quotes."""
     if arguments:
-        archives = any(text.endswith(ARCHIVE_EXTENSIONS) for text in arguments)
-        hint = (
-            "; quote a pattern of archives, so that the shell leaves it alone" if archives else ""
-        )
-        parser.error(f"unrecognized arguments: {' '.join(arguments)}{hint}")
+        parser.error(f"unrecognized arguments: {' '.join(arguments)}{quote_hint(arguments)}")
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

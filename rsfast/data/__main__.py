@@ -1,7 +1,7 @@
 """`python -m rsfast.data`: finds what is wrong with a data set, leaves files out, and converts it.
 
 Exit codes: 0 all is well, 1 there is a bad file or a class folder without an image to use, 2 bad
-input, 130 interrupted.
+input or an archive that cannot be used, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rsfast.data.convert import FORMS, convert, parse_size
 from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.exclusion import exclude
 from rsfast.data.index import printable
-from rsfast.data.patterns import ARCHIVE_EXTENSIONS
+from rsfast.data.patterns import ARCHIVE_EXTENSIONS, quote_hint
 from rsfast.data.splits import Split, find_splits
 
 __all__ = ["main"]
@@ -27,7 +27,10 @@ _SHOWN = 20  # findings of each kind on screen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    args = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{quote_hint(unknown)}")
     try:
         return {"check": _check, "exclude": _exclude, "convert": _convert}[args.command](args)
     except (ValueError, ImportError, OSError) as error:

@@ -206,7 +206,7 @@ def test_what_is_indexed_and_written_is_counted_in_lines_where_there_is_no_termi
             pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
             write_parquet(root / f"{number}.parquet", [JPEG], [0])
     for to in ("shards", "folder"):
-        convert(root.parent, tmp_path / to, to=to)
+        convert(root.parent, tmp_path / f"to_{to}", to=to)
     said = capsys.readouterr().err
     assert "\r" not in said
     assert "indexing train: 100%, 20/20" in said
