@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rsfast import figures
-from rsfast.config.flags import add_common_flags, common_settings, parse_resolutions
+from rsfast.config.flags import add_common_flags, common_settings, parse_resolutions, refuse_unknown
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.sources import check_sources
@@ -312,7 +312,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--feature-images", type=int, default=1000, help="training images (default 1000)")
     add_common_flags(parser)
     add("--output", type=Path, help="folder; RUN/analysis by default")
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    refuse_unknown(parser, unknown)
+    return args
 
 
 if __name__ == "__main__":

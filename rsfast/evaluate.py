@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from rsfast import figures
-from rsfast.config.flags import DECODING, add_common_flags, common_settings, parse_resolutions
+from rsfast.config.flags import (
+    DECODING,
+    add_common_flags,
+    common_settings,
+    parse_resolutions,
+    refuse_unknown,
+)
 from rsfast.data import ImageIndex, Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
@@ -229,7 +235,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder for accuracy.csv and accuracy.png; by default evaluation/ beside the "
         "checkpoint",
     )
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    refuse_unknown(parser, unknown)
+    return args
 
 
 def _default_dtype(rank: Rank) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rsfast.config.flags import refuse_unknown
 from rsfast.config.older import completed
 from rsfast.config.rules import LARGEST, cut, rules_of
 from rsfast.config.train_config import TrainConfig
@@ -61,7 +62,9 @@ def parse_args(
         prog, about: of the help text.
     """
     parser = _build_parser(prog, about or "Trains a resolution switchable network.")
-    flags = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    refuse_unknown(parser, unknown)
+    flags = vars(known)
     try:
         file = flags.pop("config", None)
         from_file = _read_file_or_recipe(file) if file is not None else {}
@@ -158,6 +161,11 @@ def _read_file_or_recipe(name: str) -> dict[str, Any]:
     """A file goes before a recipe of that name."""
     if name in recipe_names() and not Path(name).exists():
         return _read_recipe(name)
+    if not Path(name).exists() and not name.endswith(".toml"):
+        raise ValueError(
+            f"config must be a TOML file or a recipe, got {cut(name)}, which is no file; recipes "
+            f"of rsfast are: {', '.join(recipe_names())}; for other networks add --arch to one"
+        )
     return _read_toml(Path(name))
 
 

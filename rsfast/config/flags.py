@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from rsfast.data import BACKENDS
+from rsfast.data.patterns import quote_hint
 from rsfast.data.sources import add_data_flags
 from rsfast.engine import PRECISIONS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 
-__all__ = ["DECODING", "WEIGHTS", "add_common_flags", "common_settings", "parse_resolutions"]
+__all__ = [
+    "DECODING",
+    "WEIGHTS",
+    "add_common_flags",
+    "common_settings",
+    "parse_resolutions",
+    "refuse_unknown",
+]
 
 DECODING = ("workers", "hw_decoder_load", "dont_use_mmap", "tolerate_truncated")
 WEIGHTS = ("averaged", "plain")  # of a run with --ema-decay
@@ -36,6 +45,12 @@ def parse_resolutions(text: str) -> list[int]:
             f"resolutions must name at least one positive number, the lower end first, got {text!r}"
         )
     return found
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Exits if there are arguments that no flag takes, as of a pattern without quotes."""
+    if arguments:
+        parser.error(f"unrecognized arguments: {' '.join(arguments)}{quote_hint(arguments)}")
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

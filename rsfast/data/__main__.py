@@ -1,7 +1,7 @@
 """`python -m rsfast.data`: finds what is wrong with a data set, leaves files out, and converts it.
 
 Exit codes: 0 all is well, 1 there is a bad file or a class folder without an image to use, 2 bad
-input, 130 interrupted.
+input or an archive that cannot be used, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 
 from rsfast.data.check import KINDS, Finding, Report, check_split
 from rsfast.data.convert import FORMS, convert, parse_size
+from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.exclusion import exclude
 from rsfast.data.index import printable
-from rsfast.data.splits import find_splits
+from rsfast.data.patterns import ARCHIVE_EXTENSIONS, quote_hint
+from rsfast.data.splits import Split, find_splits
 
 __all__ = ["main"]
 
@@ -25,7 +27,10 @@ _SHOWN = 20  # findings of each kind on screen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    args = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{quote_hint(unknown)}")
     try:
         return {"check": _check, "exclude": _exclude, "convert": _convert}[args.command](args)
     except (ValueError, ImportError, OSError) as error:
@@ -69,6 +74,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     add("target", metavar="DST", help="folder that is empty, or holds a part of the conversion")
     add("--to", choices=FORMS, help="by default shards, and a folder where SRC is shards")
     add("--shard-size", default="256MB", metavar="SIZE", help="of images per shard (256MB)")
+    add("--val-list", metavar="FILE", help="labels of a val/ without class folders")
     add("--images-per-shard", type=int, metavar="N", help="in place of a size")
 
 
@@ -79,6 +85,7 @@ def _convert(args: argparse.Namespace) -> int:
         shard_bytes=parse_size(args.shard_size),
         images_per_shard=args.images_per_shard,
         to=args.to,
+        val_list=args.val_list,
     ):
         order = (
             "in the order of SRC: the same seed trains on the same batches"
@@ -91,6 +98,11 @@ def _convert(args: argparse.Namespace) -> int:
         )
         if done.left_out:
             print(f"{done.folder}: images excluded by hand in SRC, and left out: {done.left_out}")
+        if done.unreadable:
+            print(
+                f"{done.folder}: files of SRC that cannot be opened, and left out: "
+                f"{len(done.unreadable)}, the first is {printable(done.unreadable[0])}"
+            )
     return 0
 
 
@@ -100,7 +112,14 @@ def _check(args: argparse.Namespace) -> int:
         _write(args.list, "")  # a check takes too long to find out at its end
     folder = Path(os.path.abspath(args.dir))
     folder = folder if folder.is_dir() else splits[0].root
-    reports = {split: check_split(split, workers=args.workers) for split in splits}
+    reports, is_damaged = dict[Split, Report](), False
+    for split in splits:
+        try:
+            reports[split] = check_split(split, workers=args.workers)
+        except DamagedArchivesError as error:
+            is_damaged = True
+            for reason in error.reasons.values():
+                print(f"rsfast.data: error: {reason}", file=sys.stderr)
     findings = [
         finding._replace(path=os.path.relpath(split.root / finding.path, folder))
         for split, report in reports.items()
@@ -112,8 +131,14 @@ def _check(args: argparse.Namespace) -> int:
     _show(findings)
     for split, report in reports.items():
         print(_summary(split.name, report))
-    if any(finding.kind == "bad" for finding in findings):
+    bad = [finding.path for finding in findings if finding.kind == "bad"]
+    shards = [path for path in bad if path.endswith(ARCHIVE_EXTENSIONS)]
+    if len(bad) > len(shards):
         print("bad images are left out of training until they change")
+    if shards:
+        print("bad shards are used all the same, until they are replaced")
+    if is_damaged:
+        return 2
     return 0 if all(report.is_good for report in reports.values()) else 1
 
 

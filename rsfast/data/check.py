@@ -7,6 +7,7 @@ out, and the next check looks only at files that are new or have changed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 import itertools
@@ -26,10 +27,12 @@ from typing import NamedTuple
 import numpy as np
 
 from rsfast.data import cache, comparing
+from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.dataset import Members, list_members, open_archive
 from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
 from rsfast.data.index import Archive
 from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
+from rsfast.data.manifest import MANIFEST, changed_shards
 from rsfast.data.splits import Split
 from rsfast.data.val_list import flat_images
 from rsfast.files.progress import progress
@@ -106,12 +109,15 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
 
     Raises:
         ValueError: if the folder does not exist or has no class folders, or workers is below 1.
+        DamagedArchivesError: naming all archives that cannot be used.
     """
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    members = list_members(source) if isinstance(source, Split) and source.files else None
+    members, changed = None, list[Finding]()
+    if isinstance(source, Split) and source.files:
+        members, changed = _members(source, workers)
     if members is not None:
         listing = Listing(
             members.split.place, members.class_names, list(members.paths), [], digest=""
@@ -128,7 +134,7 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         _trusted(record),
         len(listing.paths),
         members,
-        None if members is None else open_archive(members),
+        None if members is None else open_archive(members, advise=False),
     )
     start, decoded = time.perf_counter(), 0
     try:
@@ -150,7 +156,23 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         classes = [path.split(os.sep, 1)[0] if os.sep in path else only for path in listing.paths]
     else:
         classes = [members.class_names[label] for label in members.contents.labels.tolist()]
-    return _report(listing, classes, record, set(cache.load_excluded(key)), decoded, seconds)
+    excluded = set(cache.load_excluded(key))
+    report = _report(listing, classes, record, excluded, decoded, seconds)
+    if not changed:
+        return report
+    return dataclasses.replace(report, findings=[*changed, *report.findings], is_good=False)
+
+
+def _members(split: Split, workers: int) -> tuple[Members, list[Finding]]:
+    """What the archives hold, and which of them are not what their manifest says."""
+    changed = changed_shards(split.root, split.files, workers=workers)
+    said = f"its SHA-256 is not that in {split.root / MANIFEST}: get it anew, or convert again"
+    try:
+        members = list_members(split, thorough=True)
+    except DamagedArchivesError as error:
+        others = {file: f"shard {file} is damaged: {said}" for file in changed}
+        raise DamagedArchivesError({**others, **error.reasons}) from error
+    return members, [Finding("bad", os.path.relpath(file, split.root), said) for file in changed]
 
 
 def _known(listing: Listing, key: cache.Key) -> cache.Record:

@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rsfast.data.archive import stats_of
-from rsfast.data.cache import load_excluded
-from rsfast.data.dataset import list_members, open_archive
+from rsfast.data.dataset import list_members
 from rsfast.data.folder import EXTENSIONS, list_split
-from rsfast.data.index import Archive, printable
+from rsfast.data.index import printable
 from rsfast.data.manifest import load_manifest, save_manifest
-from rsfast.data.splits import Split, find_splits, split_at
+from rsfast.data.source import Source, check_flat, open_source
+from rsfast.data.splits import find_splits, split_at
 from rsfast.data.walking import is_hidden
 from rsfast.files.progress import progress
 
@@ -47,6 +44,7 @@ class Converted:
         same_order: the index of the result has the images in the order of the source, so the same
             seed trains on the same batches.
         left_out: images of the source that are excluded by hand, and so are not in the result.
+        unreadable: paths of those that cannot be opened, and so are not either.
     """
 
     folder: Path
@@ -55,26 +53,7 @@ class Converted:
     files: int
     same_order: bool
     left_out: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """The images of a split, bad ones included, in the order of its index."""
-
-    name: str
-    paths: Sequence[str]
-    root: Path
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    archive: Archive | None
-    rows: np.ndarray  # in the archive
-    stats: np.ndarray  # of the files that they lie in
-    left_out: int  # excluded by hand
-
-    def read(self, row: int) -> bytes:
-        if self.archive is not None:
-            return self.archive.read(int(self.rows[row]))
-        return (self.root / self.paths[row]).read_bytes()
+    unreadable: Sequence[str] = ()
 
 
 def parse_size(text: str) -> int:
@@ -96,6 +75,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     images_per_shard: int | None = None,
     to: str | None = None,
+    val_list: str | Path | None = None,
 ) -> list[Converted]:
     """Writes the splits of a data set in another form.
 
@@ -107,6 +87,8 @@ def convert(
         images_per_shard: end a shard after so many images instead.
         to: "shards" or "folder"; None for what is not the source: tar shards become a folder, class
             folders and Parquet files become shards.
+        val_list: labels of validation images that lie in one folder, as
+            :func:`rsfast.data.open_split` takes them.
 
     Raises:
         ValueError: naming what is wrong with the source or the target.
@@ -116,15 +98,20 @@ def convert(
     if images_per_shard is not None and images_per_shard < 1:
         raise ValueError(f"--images-per-shard must be at least 1, got {images_per_shard}")
     splits = find_splits(source)
+    if os.path.realpath(source) in map(os.path.realpath, (target, *target.parents)):
+        raise ValueError(f"DST must be a folder apart from SRC, got {target}")
+    check_flat(splits, val_list)
     alone = len(splits) == 1 and splits[0].name not in ("train", "val", "validation")
-    done = []
+    planned = []  # all splits are looked at before the first byte is written
     for split in splits:
         folder = target if alone else target / ("train" if split.name == "train" else "val")
         if folder == split.root or folder in split.root.parents or split.root in folder.parents:
             raise ValueError(f"DST must be a folder apart from SRC, got {target}")
         from_tar = bool(split.files) and split.files[0].endswith(".tar")
         form = to or ("folder" if from_tar else "shards")
-        found = _source(split)
+        planned.append((open_source(split, val_list), folder, form))
+    done = []
+    for found, folder, form in planned:
         if form == "folder":
             done.append(_to_folder(found, folder))
         else:
@@ -132,42 +119,8 @@ def convert(
     return done
 
 
-def _source(split: Split) -> _Source:
-    if split.is_flat:
-        raise ValueError(f"SRC {split.root} must have class folders or archives, got images alone")
-    archive: Archive | None = None
-    if split.files:
-        members = list_members(split)
-        paths: Sequence[str] = members.paths
-        labels, names = members.contents.labels, members.class_names
-        archive = open_archive(members)
-    else:
-        listing = list_split(split.root)
-        paths, names = listing.paths, listing.class_names
-        number_of = {name: number for number, name in enumerate(names)}
-        labels = np.array([number_of[path.split(os.sep, 1)[0]] for path in paths], np.int64)
-    by_hand = set(load_excluded(split.key))
-    rows = np.array([row for row, path in enumerate(paths) if path not in by_hand], np.int64)
-    kept = [paths[row] for row in rows]
-    files = split.files or [os.path.join(split.root, path) for path in kept]
-    left_out = len(paths) - len(kept)
-    if not kept:
-        raise ValueError(f"SRC {split.place} must hold an image that is not excluded, found none")
-    return _Source(
-        name=split.name,
-        paths=kept,
-        root=split.root,
-        labels=labels[rows],
-        class_names=names,
-        archive=archive,
-        rows=rows,
-        stats=stats_of(files),
-        left_out=left_out,
-    )
-
-
 def _to_shards(
-    source: _Source, folder: Path, shard_bytes: int, images_per_shard: int | None
+    source: Source, folder: Path, shard_bytes: int, images_per_shard: int | None
 ) -> Converted:
     """Shards in the order of the index, beside classes.txt and a manifest."""
     settings = _about(source)
@@ -193,10 +146,12 @@ def _to_shards(
             at += shard["images"]
     _note(folder, settings, known, complete=True)
     same_order = _keeps_order(source, folder, names)
-    return Converted(folder, at, written, len(shards), same_order, source.left_out)
+    return Converted(
+        folder, at, written, len(shards), same_order, source.left_out, source.unreadable
+    )
 
 
-def _about(source: _Source) -> dict[str, Any]:
+def _about(source: Source) -> dict[str, Any]:
     """By which a conversion is known to be the same one."""
     digest = hashlib.sha256(os.fsencode("\0".join(source.paths)))
     digest.update(source.labels.tobytes() + source.stats.tobytes())
@@ -237,13 +192,13 @@ def _note(
     save_manifest(folder, {**settings, "complete": complete, "shards": listed})
 
 
-def _keys(source: _Source) -> list[str]:
+def _keys(source: Source) -> list[str]:
     """Names of the members: class and name of the image, without dots but the last."""
     names = []
     seen: set[str] = set()
     for path, label in zip(source.paths, source.labels.tolist(), strict=True):
         within = os.path.basename(path)
-        if source.archive is None:  # sub-folders of a class stay part of the key
+        if source.archive is None and os.sep in path:  # sub-folders of a class stay part of the key
             within = path.split(os.sep, 1)[1].replace(os.sep, "/")
         stem, extension = _parts(within)
         folder, _, base = stem.rpartition("/")
@@ -275,7 +230,7 @@ def _safe(name: str) -> str:
 
 
 def _write_shard(
-    source: _Source,
+    source: Source,
     names: Sequence[str],
     first: int,
     file: Path,
@@ -337,7 +292,7 @@ def _is_whole(file: Path, shard: dict[str, Any]) -> bool:
     return is_there and _sha256(file) == shard["sha256"]
 
 
-def _to_folder(source: _Source, folder: Path) -> Converted:
+def _to_folder(source: Source, folder: Path) -> Converted:
     """An image per file in the folder of its class, beside a manifest."""
     safe = [_safe(name) for name in source.class_names]
     width = len(str(len(safe) - 1))
@@ -363,7 +318,7 @@ def _to_folder(source: _Source, folder: Path) -> Converted:
         folder, {**settings, "complete": True, "shards": [], "sha256": digest.hexdigest()}
     )
     count, same_order = len(targets), _keeps_order(source, folder, targets)
-    return Converted(folder, count, written, count, same_order, source.left_out)
+    return Converted(folder, count, written, count, same_order, source.left_out, source.unreadable)
 
 
 def _write_image(content: bytes, file: Path) -> bool:
@@ -378,7 +333,7 @@ def _write_image(content: bytes, file: Path) -> bool:
     return True
 
 
-def _keeps_order(source: _Source, folder: Path, names: Sequence[str]) -> bool:
+def _keeps_order(source: Source, folder: Path, names: Sequence[str]) -> bool:
     """Whether the index of the result has the images in the order of the source."""
     split = split_at(folder)
     if split.files:

@@ -12,6 +12,7 @@ import numpy as np
 
 from rsfast.data.archive import Contents, OffsetArchive, join_names, number_names
 from rsfast.data.cache import load_bad, load_excluded
+from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.folder import index_folder, report_left_out
 from rsfast.data.index import Archive, ImageIndex
 from rsfast.data.manifest import check_manifest
@@ -106,26 +107,43 @@ def _stored(
     return _usable(members, open_archive(members), strict)
 
 
-def list_members(split: Split) -> Members:
+def list_members(split: Split, *, thorough: bool = False) -> Members:
     """What a split's archives hold, from the cache folder if they are as they were.
 
+    Args:
+        split: with archives.
+        thorough: look at all archives before one that is damaged is an error.
+
     Raises:
-        ValueError: naming the archive and what is wrong with it.
+        ValueError: naming the archive and what is wrong with it; a DamagedArchivesError, which
+            names all of them, if thorough.
         ImportError: with the install command, if Parquet files are opened without pyarrow.
     """
-    check_manifest(split.root, split.files)
-    if split.files[0].endswith(".tar"):
-        contents = index_shards(split.files, name=split.name)
-    else:
-        from rsfast.data.parquet import index_parquet  # pyarrow is optional
-
-        contents = index_parquet(split.files, name=split.name)
+    try:
+        check_manifest(split.root, split.files)
+    except DamagedArchivesError as error:
+        if not thorough:
+            raise
+        try:
+            _contents(split, thorough)
+        except DamagedArchivesError as other:
+            raise DamagedArchivesError({**error.reasons, **other.reasons}) from error
+        raise
+    contents = _contents(split, thorough)
     if not len(contents.labels):
         raise ValueError(f"the archives of {split.place} must hold at least one image, found none")
     names = read_classes(split.root) or contents.class_names or number_names(contents.labels)
     members = Members(split, contents, join_names(split.files, contents, split.root), names)
     _check_labels(members)
     return members
+
+
+def _contents(split: Split, thorough: bool) -> Contents:
+    if split.files[0].endswith(".tar"):
+        return index_shards(split.files, name=split.name, thorough=thorough)
+    from rsfast.data.parquet import index_parquet  # pyarrow is optional
+
+    return index_parquet(split.files, name=split.name, thorough=thorough)
 
 
 def _check_labels(members: Members) -> None:
@@ -152,15 +170,20 @@ def _say_empty(place: Path, count: int, first: str) -> None:
     _LOG.warning("%s has no image of %d classes, the first is %s", place, count, first)
 
 
-def open_archive(members: Members) -> Archive:
-    """What reads the images."""
+def open_archive(members: Members, *, advise: bool = True) -> Archive:
+    """What reads the images.
+
+    Args:
+        members: of a split.
+        advise: warn where images are slow to read in random order.
+    """
     # By number: names would be half of the memory that an archive takes.
     contents = dataclasses.replace(members.contents, names=())
     if members.split.files[0].endswith(".tar"):
         return OffsetArchive(contents)
     from rsfast.data.parquet import open_parquet
 
-    return open_parquet(contents)
+    return open_parquet(contents, advise=advise)
 
 
 def _usable(members: Members, archive: Archive, strict: bool) -> ImageIndex:

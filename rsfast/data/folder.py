@@ -31,7 +31,7 @@ from rsfast.data.cache import (
 from rsfast.data.formats import EXTENSIONS, is_supported, unread
 from rsfast.data.index import ImageIndex, check_command, printable
 from rsfast.data.repairing import repair
-from rsfast.data.walking import Note, walk
+from rsfast.data.walking import Note, is_hidden, walk
 from rsfast.files.progress import progress
 
 __all__ = [
@@ -188,7 +188,9 @@ def list_split(root: str | Path) -> Listing:
         message = f"folder {error.filename} must be readable: {error.strerror}"
         raise ValueError(message) from error
     if not found.class_names:
-        raise ValueError(f"data folder {root} must have one sub-folder per class, found none")
+        raise ValueError(
+            f"data folder {root} must have one sub-folder per class, found none{_flat(root)}"
+        )
     for name in found.class_names:
         if not _is_text(name):
             raise ValueError(
@@ -206,6 +208,13 @@ def list_split(root: str | Path) -> Listing:
     digest.update(os.fsencode("\0".join(paths)))
     key = digest.hexdigest()[:32]
     return Listing(root, found.class_names, paths, others, key, found.notes)
+
+
+def _flat(root: Path) -> str:
+    """What to do about validation images that lie in the folder itself."""
+    names = os.listdir(root) if root.name in ("val", "validation") else []
+    count = sum(name.lower().endswith(EXTENSIONS) and not is_hidden(name) for name in names)
+    return f"; it holds {count} images: --val-list FILE reads their labels" if count else ""
 
 
 def _is_text(name: str) -> bool:

@@ -27,8 +27,10 @@ from rsfast.data.archive import (
     save_contents,
     stats_of,
 )
+from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.index import printable
 from rsfast.files.progress import progress
+from rsfast.runtime.distributed import is_first
 
 try:
     import pyarrow as arrow
@@ -47,24 +49,36 @@ _PROBES = 8  # images of a row group that are not found as they are before the o
 _GROUPS_KEPT = 4  # row groups per process, of some 10 MB each where Hugging Face wrote them
 
 
-def open_parquet(contents: Contents) -> OffsetArchive | RowGroupArchive:
-    """The reader of indexed files; one that reads whole row groups says so in a warning."""
+def open_parquet(contents: Contents, *, advise: bool = True) -> OffsetArchive | RowGroupArchive:
+    """The reader of indexed files.
+
+    Args:
+        contents: of the files.
+        advise: have rank 0 warn if whole row groups are read, and say what to do about it.
+    """
     groups = contents.offsets < 0
     if not groups.any():
         return OffsetArchive(contents)
+    if not (advise and is_first()):
+        return RowGroupArchive(contents)
+    others = len(contents.files) - 1
     _LOG.warning(
-        "%d of %d images in %s and its neighbours are compressed by Parquet, and each read in "
+        "%d of %d images in %s are compressed by Parquet, and each read in "
         "random order costs a whole row group; python -m rsfast.data convert to shards makes it "
         "one seek",
         int(groups.sum()),
         len(groups),
-        contents.files[0],
+        contents.files[0] + (f" and {others} more files" if others else ""),
     )
     return RowGroupArchive(contents)
 
 
 def index_parquet(
-    files: Sequence[str], *, cache: bool = True, name: str = "Parquet files"
+    files: Sequence[str],
+    *,
+    cache: bool = True,
+    name: str = "Parquet files",
+    thorough: bool = False,
 ) -> Contents:
     """Lists the images of Parquet files: reads all of them once, and verifies each offset.
 
@@ -72,10 +86,12 @@ def index_parquet(
         files: absolute paths, in the order that the images shall have.
         cache: keep what was found, and use it again while no file changes.
         name: what the progress bar says is indexed.
+        thorough: look at all files before a damaged one is an error.
 
     Raises:
         ValueError: naming the file and what is wrong with it: it is damaged, has no columns `image`
-            and `label`, or an image or label is missing.
+            and `label`, or an image or label is missing. If thorough, it is a
+            DamagedArchivesError, which names all such files.
     """
     stats = stats_of(files)
     if cache and (known := load_contents(files, stats)) is not None:
@@ -84,17 +100,25 @@ def index_parquet(
         name: [] for name in ("file_of", "names", "offsets", "lengths", "places", "labels", "sizes")
     }
     class_names: tuple[str, ...] | None = None
+    damaged: dict[str, str] = {}
     bar = progress(files, desc=f"indexing {name}", unit="file", disable=len(files) < 9)
     for number, path in enumerate(bar):
-        with _opened(path) as file:
-            names = _class_names(file.schema_arrow)
-            if class_names not in (None, names):
-                raise ValueError(f"Parquet file {path} must have the class names of {files[0]}")
-            class_names = names
-            for row in _rows(file, path):
-                columns["file_of"].append(number)
-                for name, value in row.items():
-                    columns[name].append(value)
+        try:
+            with _opened(path) as file:
+                names = _class_names(file.schema_arrow)
+                if class_names not in (None, names):
+                    raise ValueError(f"Parquet file {path} must have the class names of {files[0]}")
+                class_names = names
+                for row in _rows(file, path):
+                    columns["file_of"].append(number)
+                    for name, value in row.items():
+                        columns[name].append(value)
+        except ValueError as error:
+            if not thorough:
+                raise
+            damaged[path] = str(error)
+    if damaged:
+        raise DamagedArchivesError(damaged)
     contents = Contents(
         files=tuple(files),
         stats=stats,

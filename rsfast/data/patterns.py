@@ -18,6 +18,7 @@ __all__ = [
     "compressed_tars",
     "expand",
     "is_pattern",
+    "quote_hint",
 ]
 
 ARCHIVE_EXTENSIONS = (".tar", ".parquet")
@@ -146,3 +147,9 @@ def check_complete(files: Sequence[str]) -> None:
             raise ValueError(
                 f"the archives beside {file} must be all {int(count)}, found no {missing[0]}"
             )
+
+
+def quote_hint(arguments: Sequence[str]) -> str:
+    """What to say of arguments that no flag takes, where the shell has expanded a pattern."""
+    is_expanded = any(text.endswith(ARCHIVE_EXTENSIONS) for text in arguments)
+    return "; quote a pattern of archives, so that the shell leaves it alone" if is_expanded else ""

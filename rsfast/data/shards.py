@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import posixpath
+import shlex
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from rsfast.data.archive import (
     save_contents,
     stats_of,
 )
+from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.folder import EXTENSIONS
 from rsfast.data.index import printable
 from rsfast.files.progress import progress
@@ -34,12 +36,12 @@ __all__ = ["index_shards", "label_number"]
 
 _LOG = logging.getLogger(__name__)
 _IMAGE_FIELDS = tuple(extension[1:] for extension in EXTENSIONS)
-# How files begin that were compressed, and the program that undoes it.
+# How files begin that were compressed, the program that undoes it, and the ending it asks for.
 _COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\x1f\x8b": ("gunzip", ".gz"),
+    b"BZh": ("bunzip2", ".bz2"),
+    b"\xfd7zXZ": ("unxz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("unzstd --rm", ".zst"),
 }
 _LARGEST_LABEL = 1_000_000
 
@@ -69,7 +71,12 @@ class _Row(NamedTuple):
 
 
 def index_shards(
-    files: Sequence[str], *, workers: int = 8, cache: bool = True, name: str = "shards"
+    files: Sequence[str],
+    *,
+    workers: int = 8,
+    cache: bool = True,
+    name: str = "shards",
+    thorough: bool = False,
 ) -> Contents:
     """Lists the images of tar files, and reads the header of each.
 
@@ -78,24 +85,39 @@ def index_shards(
         workers: threads, each with a file at a time.
         cache: keep what was found, and use it again while no file changes.
         name: what the progress bar says is indexed.
+        thorough: look at all files before a damaged one is an error.
 
     Raises:
         ValueError: naming the file and what is wrong with it: it is cut off, damaged or compressed,
-            has two members of the same name, or an image without a label.
+            has two members of the same name, or an image without a label. If thorough, it is a
+            DamagedArchivesError, which names all such files.
     """
     stats = stats_of(files)
     if cache and (known := load_contents(files, stats)) is not None:
         return known
+    damaged: dict[str, str] = {}
+
+    def index_one(path: str) -> list[_Row]:
+        try:
+            return _index_shard(path)
+        except ValueError as error:
+            if not thorough:
+                raise
+            damaged[path] = str(error)
+            return []
+
     with ThreadPoolExecutor(workers) as pool:
         shards = list(
             progress(
-                pool.map(_index_shard, files),
+                pool.map(index_one, files),
                 total=len(files),
                 desc=f"indexing {name}",
                 unit="shard",
                 disable=len(files) < 20,
             )
         )
+    if damaged:
+        raise DamagedArchivesError({path: damaged[path] for path in files if path in damaged})
     rows = [row for shard in shards for row in shard]
     count = len(rows)
     contents = Contents(
@@ -147,11 +169,12 @@ def _index_shard(path: str) -> list[_Row]:
 
 def _refuse_compressed(file: BinaryIO, path: str) -> None:
     start = file.read(6)
-    for magic, program in _COMPRESSED.items():
+    for magic, (program, ending) in _COMPRESSED.items():
         if start.startswith(magic):
+            name, packed = shlex.quote(path), shlex.quote(path + ending)
             raise ValueError(
                 f"shard {path} must be a plain tar file, in which any image is one seek, got a "
-                f"compressed one; unpack it: {program} {path}"
+                f"compressed one; unpack it: mv {name} {packed} && {program} {packed}"
             )
     file.seek(0)
 

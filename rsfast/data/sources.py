@@ -64,7 +64,8 @@ def check_sources(
     if is_one_missing and (both_splits or val_data is None):
         raise ValueError(
             "train_data and val_data must be given together, or one of them with data for the "
-            f"other, got train_data {train_data} and val_data {val_data}"
+            f"other: add --{'train' if train_data is None else 'val'}-data PATTERN or --data DIR, "
+            f"got {train_data or val_data} alone"
         )
     if both_splits and data is not None and is_pattern(data):
         raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,9 +14,20 @@ from rsfast.data.folder import EXTENSIONS, index_files
 from rsfast.data.index import ImageIndex
 from rsfast.data.walking import is_folder, is_hidden
 
-__all__ = ["flat_images", "index_listed", "read_classes"]
+__all__ = ["flat_images", "index_listed", "labels_listed", "read_classes"]
 
 _CLASSES = "classes.txt"
+_NAMED = re.compile(
+    rf"(.*?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE
+)
+
+
+class _Line(NamedTuple):
+    """One line of a list; the image is empty where the line is a label alone."""
+
+    number: int
+    image: str
+    label: str
 
 
 def read_classes(root: Path) -> tuple[str, ...]:
@@ -45,7 +58,7 @@ def _checked(file: Path) -> tuple[str, ...]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} must be a text file that can be read: {error}") from error
 
@@ -61,8 +74,8 @@ def index_listed(
 ) -> ImageIndex:
     """The images of a folder without class folders, with labels from a list.
 
-    A line is `file label`, or `label` alone; then the lines belong to the files in the order of
-    their names. A label is the name of a class or its number from 0.
+    A line is `file label` or `file,label`, or `label` alone; then the lines belong to the files in
+    the order of their names. A label is the name of a class or its number from 0.
 
     Args:
         root: folder of the images.
@@ -72,6 +85,23 @@ def index_listed(
     Raises:
         ValueError: naming the file, the line and what is wrong with it.
     """
+    on_disk, numbers, names = labels_listed(root, labels)
+    return index_files(
+        root,
+        on_disk,
+        numbers,
+        names,
+        strict=strict,
+        tolerate_truncated=tolerate_truncated,
+    )
+
+
+def labels_listed(root: Path, labels: str | Path) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+    """The names of the images of a flat folder, sorted, [n] int64 labels, and the class names.
+
+    Raises:
+        ValueError: as :func:`index_listed`.
+    """
     file = Path(labels)
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist")
@@ -80,44 +110,44 @@ def index_listed(
         raise ValueError(
             f"data folder {root} must hold the images of {file} without class folders, found none"
         )
-    rows = [line.split(None, 1) for line in _lines(file) if line.strip()]
-    _check_rows(rows, on_disk, root, file)
-    if _is_named(rows, on_disk):
-        named = {row[0]: row[1].strip() for row in rows}
-        texts = [named[name] for name in on_disk]
-    else:
-        texts = [" ".join(row).strip() for row in rows]
-    names = read_classes(root) or _train_classes(root) or _names_in(texts)
-    return index_files(
-        root,
-        on_disk,
-        _numbers(texts, names, file),
-        names,
-        strict=strict,
-        tolerate_truncated=tolerate_truncated,
-    )
-
-
-def _is_named(rows: Sequence[list[str]], on_disk: Sequence[str]) -> bool:
-    return all(len(row) == 2 for row in rows) and rows[0][0] in set(on_disk)
-
-
-def _check_rows(rows: Sequence[list[str]], on_disk: Sequence[str], root: Path, file: Path) -> None:
-    """The list must be of these files, each once."""
-    if rows and _is_named(rows, on_disk):
-        listed = [row[0] for row in rows]
-        odd = sorted(set(listed) ^ set(on_disk))
-        if len(set(listed)) != len(listed):
-            odd = [name for name in on_disk if listed.count(name) > 1]
-        if odd:
-            raise ValueError(
-                f"{file} must name each image of {root} once, {len(odd)} are not, the first is "
-                f"{odd[0]}"
-            )
-    elif len(rows) != len(on_disk):
+    lines = [_line(number, text) for number, text in enumerate(_lines(file), 1) if text.strip()]
+    if any(line.image for line in lines):
+        _check_images(lines, on_disk, root, file)
+        place = {name: position for position, name in enumerate(on_disk)}
+        lines.sort(key=lambda line: place[line.image])
+    elif len(lines) != len(on_disk):
         raise ValueError(
             f"{file} must have a line for each of the {len(on_disk)} images in {root}, "
-            f"`file label` or `label`, got {len(rows)}"
+            f"`file label` or `label`, got {len(lines)}"
+        )
+    texts = [line.label for line in lines]
+    names = read_classes(root) or _train_classes(root) or _names_in(texts)
+    return on_disk, _numbers(lines, names, root, file), names
+
+
+def _line(number: int, text: str) -> _Line:
+    named = _NAMED.fullmatch(text.strip())
+    return _Line(number, named[1], named[2]) if named else _Line(number, "", text.strip())
+
+
+def _check_images(lines: Sequence[_Line], on_disk: Sequence[str], root: Path, file: Path) -> None:
+    """The list must be of these files, each once."""
+    first: dict[str, int] = {}
+    known = set(on_disk)
+    for line in lines:
+        where = f"line {line.number} of {file}"
+        if not line.image:
+            raise ValueError(f"{where} must be `file label` as other lines, got {line.label!r}")
+        if line.image not in known:
+            raise ValueError(f"{where}: no image called {line.image} in {root}")
+        if first.setdefault(line.image, line.number) != line.number:
+            raise ValueError(
+                f"{where}: image {line.image} comes twice, first in line {first[line.image]}"
+            )
+    if missing := [name for name in on_disk if name not in first]:
+        raise ValueError(
+            f"{file} must name each image of {root} once, {len(missing)} are missing, the first "
+            f"is {missing[0]}"
         )
 
 
@@ -137,17 +167,13 @@ def _names_in(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted({*texts}))
 
 
-def _numbers(texts: Sequence[str], names: tuple[str, ...], file: Path) -> np.ndarray:
+def _numbers(lines: Sequence[_Line], names: tuple[str, ...], root: Path, file: Path) -> np.ndarray:
     """[n] int64 labels."""
+    texts = [line.label for line in lines]
     number_of = {name: number for number, name in enumerate(names)}
     if all(text in number_of for text in texts) and not all(text.isdecimal() for text in texts):
         return np.array([number_of[text] for text in texts], dtype=np.int64)
-    for line, text in enumerate(texts, 1):
-        if not text.isdecimal():
-            raise ValueError(
-                f"label {text!r} of image {line} in {file} must be one of the {len(names)} "
-                f"classes, by name or all by number from 0"
-            )
+    _check_labels(lines, number_of, root, file)
     numbers = np.array([int(text) for text in texts], dtype=np.int64)
     as_names = [number_of.get(text, number) for text, number in zip(texts, numbers, strict=True)]
     if as_names != numbers.tolist():
@@ -156,10 +182,35 @@ def _numbers(texts: Sequence[str], names: tuple[str, ...], file: Path) -> np.nda
             f"numbers: write lines of `file label` with names that are no numbers"
         )
     if numbers.min() > 0 or numbers.max() >= len(names):
+        where = "" if numbers.min() else f" in line {lines[int(numbers.argmax())].number}"
         raise ValueError(
             f"the numbers in {file} must be those of the {len(names)} classes from 0, got "
-            f"{numbers.min()} to {numbers.max()}. Those of ILSVRC2012_validation_ground_truth.txt "
-            f"count from 1, in the order of the development kit's meta.mat: write the classes' "
-            f"names (WordNet ids) in their place"
+            f"{numbers.min()} to {numbers.max()}{where}. Those of "
+            f"ILSVRC2012_validation_ground_truth.txt count from 1, in the order of the development "
+            f"kit's meta.mat: write the classes' names (WordNet ids) in their place"
         )
     return numbers
+
+
+def _check_labels(
+    lines: Sequence[_Line], number_of: Mapping[str, int], root: Path, file: Path
+) -> None:
+    """Labels that are not all names must all be numbers."""
+    others = [line for line in lines if not line.label.isdecimal()]
+    if not others:
+        return
+    unknown = [line for line in others if line.label not in number_of]
+    if not unknown:
+        odd = min(line for line in lines if line.label not in number_of)
+        raise ValueError(
+            f"line {odd.number} of {file}: label {odd.label!r} is a number, and line "
+            f"{min(others).number} has a name: labels must be names of classes or numbers from 0, "
+            f"all of one kind"
+        )
+    number, image, label = min(unknown)
+    hint = ""
+    if not image and len(fields := re.split(r"[\s,]+", label)) == 2:
+        hint = f", and no image called {fields[0]} in {root}"
+    raise ValueError(
+        f"line {number} of {file}: label {label!r} is none of the {len(number_of)} classes{hint}"
+    )

@@ -26,6 +26,7 @@ __all__ = ["FIXED", "continue_from"]
 _LOG = logging.getLogger("rsfast")
 # Without these an ancestor's weights, or the ensemble's, have no place; nor without its classes.
 FIXED = ("arch", "resolutions", "bn", "copies")
+_IMAGES = "name its images by --data DIR or --config RUN/config.toml; "
 
 
 def continue_from(run: Run, path: Path) -> None:
@@ -88,9 +89,10 @@ def _check(run: Run, path: Path, content: dict[str, Any]) -> None:
             f"has begun with ({theirs}): a run that continues another has its weights"
         )
     if content["class_names"] != run.model.class_names:
+        remedy = _IMAGES if run.cfg.is_builtin else ""
         raise ValueError(
             f"continue_from {path} was trained on other classes than those of {run.cfg.images}: "
-            f"--pretrained takes its weights to other classes"
+            f"{remedy}--pretrained takes its weights to other classes"
         )
     if content["step"] or content["validating"]:
         raise ValueError(

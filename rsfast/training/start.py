@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rsfast.config import TrainConfig, profiled_steps
-from rsfast.data import Loader, default_workers, train_loader, val_loader
+from rsfast.data import ImageIndex, Loader, default_workers, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
 from rsfast.engine import PRECISIONS, TrainStep
@@ -208,7 +208,34 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             f"order, but {len(odd)} are in one only: {odd[:3]}"
         )
     warn_of_numbers(cfg.train_data or root, training.class_names)
+    if rank.is_main:
+        _say_what_is_odd(cfg, training, validation)
     return training, validation
+
+
+def _say_what_is_odd(cfg: TrainConfig, training: Loader, validation: Loader) -> None:
+    """Images that are named and not read, or are trained and validated on."""
+    if cfg.loader == "synthetic":
+        if named := [name for name in (cfg.data, cfg.train_data, cfg.val_data) if name]:
+            _LOG.info(
+                "loader synthetic does not read %s: images are random, of %d classes",
+                " and ".join(named),
+                len(training.class_names),
+            )
+        return
+    ours, others = (_places(loader.plan.index) for loader in (training, validation))
+    if both := sorted(ours & others):
+        _LOG.warning(
+            "training and validation read the same images, so that the accuracy is that of images "
+            "seen in training: %s%s",
+            both[0],
+            f" and {len(both) - 1} more" if both[1:] else "",
+        )
+
+
+def _places(index: ImageIndex) -> set[str]:
+    """The archives of a split, or its folder, wherever links lead."""
+    return {os.path.realpath(place) for place in index.files or (index.root,)}
 
 
 def _open_folder(run: Run) -> None:

@@ -1,21 +1,21 @@
-"""Conversions between class folders, tar shards and Parquet files, and lists of labels."""
+"""Conversions between class folders, tar shards and Parquet files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shlex
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from archives import samples_of, write_parquet, write_tar
-from helpers import JPEG, PNG, cut, make_image_folder
+from archives import write_parquet, write_tar
+from helpers import JPEG, PNG, make_image_folder
 from rsfast.data import convert as conversion
-from rsfast.data import index_folder, open_split, train_loader, val_loader
+from rsfast.data import open_split, train_loader
 from rsfast.data.__main__ import main
 from rsfast.data.convert import convert
 
@@ -220,6 +220,8 @@ def test_an_image_that_changed_makes_another_conversion(folder: Path, tmp_path: 
         (["nowhere", "out"], "data folder .*nowhere does not exist$"),
         (["folder", "folder"], "DST must be a folder apart from SRC"),
         (["folder", "folder/train/x"], "DST must be a folder apart from SRC"),
+        (["folder", "folder/out"], "DST must be a folder apart from SRC"),
+        (["folder", "out", "--val-list", "x"], "--val-list holds the labels of a val/ without"),
         (["folder", "full"], "DST .*full/train must be empty, got a folder with notes.txt$"),
         (
             ["folder", "out", "--shard-size", "much"],
@@ -272,110 +274,28 @@ def test_images_left_out_by_hand_are_not_converted(
     names = [str(file.relative_to(folder)) for file in folder.glob("train/*/*.jpg")]
     if form == "folder":
         assert main(["exclude", str(source), *(name for name in names if name != path)]) == 0
-        with pytest.raises(ValueError, match=r"must hold an image that is not excluded, found no"):
+        with pytest.raises(
+            ValueError, match=r"must hold an image that can be read and is not excl"
+        ):
             convert(source, tmp_path / "none")
 
 
-@pytest.fixture
-def flat(folder: Path) -> Path:
-    """The data set with its four validation images in one folder: a.jpg ... d.jpg."""
-    for number, path in enumerate(sorted((folder / "val").glob("*/*.jpg"))):
-        path.rename(folder / "val" / f"{'abcd'[number]}.jpg")
-    for name in ("cat", "dog"):
-        (folder / "val" / name).rmdir()
-    return folder
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "b.jpg dog\na.jpg cat\nd.jpg cat\nc.jpg dog\n",
-        "b.jpg 1\na.jpg 0\nd.jpg 0\nc.jpg 1\n",
-        "cat\ndog\ndog\ncat\n",
-        "0\n1\n1\n0\n",
-    ],
-    ids=["names", "numbers", "names_in_order", "numbers_in_order"],
-)
-def test_a_flat_folder_takes_its_labels_from_a_list(
-    lines: str, flat: Path, backend: str, tmp_path: Path
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_files_that_cannot_be_opened_are_left_out_and_counted_and_bad_images_copied(
+    form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "list.txt").write_text(lines)
-    loader = val_loader(
-        flat, (32,), 4, backend=backend, workers=0, labels=str(tmp_path / "list.txt")
-    )
-    (batch,) = loader
-    assert batch.labels.tolist() == [0, 1, 1, 0]
-    assert loader.class_names == ("cat", "dog") == index_folder(flat / "train").class_names
-    assert loader.plan.index.paths == ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("1\n2\n2\n1\n", "classes from 0, got 1 to 2. Those of ILSVRC2012_validation_ground_truth"),
-        ("1\n1\n1\n1\n", "classes from 0, got 1 to 1. Those of ILSVRC2012"),
-        ("0\n1\n2\n1\n", "must be those of the 2 classes from 0, got 0 to 2"),
-        ("cat\ndog\n0\ncat\n", "label 'cat' of image 1 in .* must be one of the 2 classes"),
-        ("cat\nemu\ndog\ncat\n", "must be one of the 2 classes, by name or all by number"),
-        ("cat\ndog\ncat\n", "must have a line for each of the 4 images in .*, got 3$"),
-        ("a.jpg cat\nb.jpg dog\nc.jpg cat\n", "must name each image of .* once, 1 are not.* d.jpg"),
-        ("a.jpg cat\na.jpg dog\nb.jpg cat\nc.jpg cat\nd.jpg cat", "once, 1 are not.* is a.jpg"),
-        ("a.jpg cat\nb.jpg cat\nc.jpg cat\nd.jpg cat\ne.jpg cat", "once, 1 are not.* is e.jpg"),
-        ("", "must have a line for each of the 4 images in .*, got 0$"),
-    ],
-)
-def test_lists_that_do_not_say_the_label_of_each_image_are_refused(
-    lines: str, message: str, flat: Path
-) -> None:
-    (flat / "list.txt").write_text(lines)
-    with pytest.raises(ValueError, match=message):
-        open_split(flat, "val", labels=flat / "list.txt")
-
-
-def test_numbers_that_are_names_of_other_classes_are_refused(flat: Path) -> None:
-    (flat / "list.txt").write_text("0\n1\n1\n0\n")
-    (flat / "classes.txt").write_text("1\n0\n")
-    with pytest.raises(ValueError, match="must not be names of classes, too"):
-        open_split(flat, "val", labels=flat / "list.txt")
-    (flat / "classes.txt").write_text("0\n1\n")
-    assert open_split(flat, "val", labels=flat / "list.txt").labels.tolist() == [0, 1, 1, 0]
-
-
-def test_a_list_that_cannot_be_read_or_goes_with_a_pattern_is_refused(flat: Path) -> None:
-    with pytest.raises(ValueError, match="none.txt must be a text file that can be read"):
-        open_split(flat, "val", labels=flat / "none.txt")
-    shard = write_tar(flat / "x.tar", samples_of(flat / "train"))
-    with pytest.raises(
-        ValueError, match="list of labels goes with a folder of images, got .*x.tar"
-    ):
-        open_split(str(shard), "val", labels=flat / "none.txt")
-
-
-def test_a_flat_folder_is_checked_and_an_image_of_it_left_out(
-    flat: Path, backend: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (flat / "list.txt").write_text("cat\ndog\ndog\ncat\n")
-    cut(flat / "val" / "b.jpg")
-
-    def labels() -> list[int]:
-        loader = val_loader(
-            flat, (32,), 4, backend=backend, workers=0, labels=str(flat / "list.txt")
-        )
-        (batch,) = loader
-        return batch.labels.tolist()
-
-    with pytest.raises(RuntimeError, match="cannot decode .*val/b.jpg") as caught:
-        labels()
-    assert main(["check", str(flat)]) == 1
-    out = capsys.readouterr().out
-    assert "bad       val/b.jpg" in out
-    assert "train: 6 images, 0 bad" in out
-    assert labels() == [0, 1, 0]
-    command = shlex.split(re.search("; to leave it out: (.*)$", str(caught.value))[1])[3:]
-    assert main(command) == 0
-    assert main(["exclude", str(flat), str(flat / "val" / "a.jpg"), "train/cat/0000.jpg"]) == 0
-    assert labels() == [1, 0]
-    assert len(index_folder(flat / "train")) == 5
-    assert main(["exclude", str(flat), "val/z.jpg"]) == 2
-    assert main(["convert", str(flat), str(flat.parent / "out")]) == 2
-    assert "must have class folders or archives, got images alone" in capsys.readouterr().err
+    (folder / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    os.mkfifo(folder / "train" / "dog" / "pipe.jpg")
+    bad = folder / "train" / "dog" / "0000.jpg"
+    bad.write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert main(["convert", str(folder), str(out), "--to", form]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"{out}/train: files of SRC that cannot be opened, and left out: 2, the first is "
+        f"cat/gone.jpg\n"
+    ) in said
+    assert f"{out}/val: files" not in said
+    assert said.startswith(f"{out}/train: 6 images")
+    assert any(b"no image" in content for content in contents(out).values())
+    assert len(open_split(out, "train")) == 5

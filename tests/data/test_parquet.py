@@ -11,6 +11,7 @@ from archives import archived, write_parquet
 from helpers import JPEG, PNG, make_image_folder
 from rsfast.data import open_split
 from rsfast.data.__main__ import main
+from rsfast.data.convert import convert
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_compressed_parquet_warns_that_random_reads_cost_row_groups(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
     data = archived(folder, tmp_path / "packed", "compressed_parquet")
@@ -34,8 +38,14 @@ def test_compressed_parquet_warns_that_random_reads_cost_row_groups(
     assert (index.archive._contents.offsets < 0).all()
     assert "9 of 9 images in" in caplog.text
     assert "each read in random order costs a whole row group" in caplog.text
+    assert "and 1 more files are compressed" in caplog.text
     assert "rsfast.data convert" in caplog.text
     caplog.clear()
+    convert(data, tmp_path / "shards")
+    monkeypatch.setenv("RANK", "1")
+    open_split(data, "train")
+    monkeypatch.delenv("RANK")
+    assert "row group" not in caplog.text, "while converting, and by every rank"
     plain = open_split(archived(folder, tmp_path / "plain", "parquet"), "train")
     assert (plain.archive._contents.offsets >= 0).all()
     assert "row group" not in caplog.text

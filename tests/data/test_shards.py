@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,9 +128,12 @@ def test_compressed_shards_are_refused_whatever_they_are_called(
     pack: Callable[[bytes], bytes], shards: Path
 ) -> None:
     file = shards / "train" / "train-00000-of-00002.tar"
-    file.write_bytes(pack(file.read_bytes()))
-    with pytest.raises(ValueError, match="must be a plain tar file.*unpack it: (gunzip|bunzip2) "):
+    whole = file.read_bytes()
+    file.write_bytes(pack(whole))
+    with pytest.raises(ValueError, match="must be a plain tar file.*unpack it: mv ") as caught:
         open_split(shards, "train")
+    subprocess.run(str(caught.value).partition("unpack it: ")[2], shell=True, check=True)
+    assert file.read_bytes() == whole
     for tar in (shards / "train").glob("*.tar"):
         tar.rename(tar.with_suffix(".tar.gz"))
     (shards / "train" / "classes.txt").unlink()

@@ -211,3 +211,13 @@ def test_what_is_indexed_and_written_is_counted_in_lines_where_there_is_no_termi
     assert "\r" not in said
     assert "indexing train: 100%, 20/20" in said
     assert said.count("writing train: 100%, 20/20") == 2
+
+
+def test_a_pattern_that_the_shell_has_expanded_is_to_be_quoted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for argv in (["check", "a.tar", "b.tar"], ["convert", "a.tar", "b.tar", "c.tar"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+        assert f"unrecognized arguments: {argv[-1]}; quote a pattern" in capsys.readouterr().err

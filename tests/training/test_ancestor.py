@@ -224,7 +224,13 @@ def test_other_classes_a_part_of_an_epoch_and_no_run_at_all_are_refused(
     others = make_image_folder(tmp_path / "others", ("one", "two"), train=9, val=5)
     flags = ["--epochs", "4", "--continue-from"]
     assert start(others, tmp_path / "run", *flags, str(ended)) == 2
-    assert f"was trained on other classes than those of {others}:" in capsys.readouterr().err
+    assert f"was trained on other classes than those of {others}: --p" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("rsfast.training.start.builtin_root", lambda: others)
+        without = [*SMALL, "--output", str(tmp_path / "run"), *flags, str(ended)]
+        assert train.main(without) == 2
+        error = capsys.readouterr().err
+        assert "than those of the built-in set: name its images by --data DIR or --conf" in error
     with monkeypatch.context() as patch:
         stop_when(patch, lambda run: run.steps_done == 2)
         assert start(folder, tmp_path / "stopped", "--epochs", "2") == 75

@@ -205,3 +205,24 @@ def test_splits_with_other_classes_are_refused(
     flags = [*patterns(shards)[:3], str(file)]
     assert start(flags, tmp_path / "run") == 2
     assert "must have the same classes, in the same order, but 2" in capsys.readouterr().err
+
+
+def test_training_on_the_validation_images_is_told(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    val = str(shards / "val" / "*.tar")
+    flags = ["--train-data", val, "--val-data", str(shards / "val" / "val-0000[01].tar")]
+    assert start(flags, tmp_path / "run", "--epochs", "1") == 0
+    assert "training and validation read the same images" in caplog.text
+    assert "val-00000.tar and 1 more" in caplog.text
+
+
+def test_the_synthetic_loader_says_that_it_reads_no_data(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rsfast")
+    data = ["--data", str(folder)]
+    short = ("--epochs", "1", "--steps-per-epoch", "1")
+    assert start(data, tmp_path / "run", *short, loader="synthetic") == 0
+    said = f"loader synthetic does not read {folder}: images are random, of 1000 classes"
+    assert said in caplog.messages
