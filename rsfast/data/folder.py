@@ -164,8 +164,10 @@ def _found(
         if cache:
             save_sizes(listing, sizes)
     bad, excluded = _left_out(root, paths, sizes)
-    copies = repair(root, [paths[row] for row in np.flatnonzero(bad)]) if tolerate_truncated else {}
-    bad &= np.array([path not in copies for path in paths], dtype=bool)
+    copies = {}
+    if tolerate_truncated:
+        copies = repair(root, [paths[row] for row in np.flatnonzero(bad)])
+        bad &= np.array([path not in copies for path in paths], dtype=bool)
     report_left_out(root, paths, bad, excluded, strict)
     _warn_of_notes(listing)
     return _Found(sizes, ~(bad | excluded), copies or None)

@@ -21,3 +21,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 training and 8 validation JPEGs in two classes, about 200 x 160 pixels. Read only."""
     return make_image_folder(tmp_path_factory.mktemp("images"), size=(200, 160))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """6 training and 4 validation images of two classes."""
+    return make_image_folder(tmp_path / "folder", train=3, val=2)

@@ -28,14 +28,11 @@ from rsfast.data.check import check_split
 from rsfast.data.splits import find_splits
 
 # Python 3.12 says so of every fork beside a thread; the workers only decode.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
+    pytest.mark.usefixtures("cache"),
+]
 FORMS = ["shards", "parquet", "compressed_parquet"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -13,22 +13,13 @@ import pytest
 import torch
 
 from archives import write_parquet, write_tar
-from helpers import JPEG, PNG, make_image_folder
+from helpers import JPEG, PNG
 from rsfast.data import convert as conversion
 from rsfast.data import open_split, train_loader
 from rsfast.data.__main__ import main
 from rsfast.data.convert import convert
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """6 training and 4 validation images of two classes."""
-    return make_image_folder(tmp_path / "folder", train=3, val=2)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def contents(root: Path) -> dict[str, bytes]:

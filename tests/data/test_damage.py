@@ -14,16 +14,7 @@ from rsfast.data import manifest, open_split
 from rsfast.data.__main__ import main
 from rsfast.data.convert import convert
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """6 training and 4 validation images of two classes."""
-    return make_image_folder(tmp_path / "folder", train=3, val=2)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_the_check_compares_the_hashes_of_shards_once(

@@ -18,11 +18,7 @@ from archives import archived, write_tar
 from helpers import JPEG, PNG, make_image_folder
 from rsfast.data import archive, open_split
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -18,16 +18,7 @@ from rsfast.data.convert import convert
 from rsfast.data.index import check_command
 from rsfast.data.splits import find_splits
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """6 training and 4 validation images of two classes."""
-    return make_image_folder(tmp_path / "folder", train=3, val=2)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

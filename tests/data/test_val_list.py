@@ -9,20 +9,11 @@ from pathlib import Path
 import pytest
 
 from archives import samples_of, write_tar
-from helpers import cut, make_image_folder
+from helpers import cut
 from rsfast.data import index_folder, open_split, val_loader
 from rsfast.data.__main__ import main
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSFAST_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """6 training and 4 validation images of two classes."""
-    return make_image_folder(tmp_path / "folder", train=3, val=2)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
