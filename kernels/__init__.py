@@ -20,6 +20,7 @@ from rsfast.kernels.distillation_loss import (
     teacher_weights,
 )
 from rsfast.kernels.global_avg_pool import global_avg_pool, global_avg_pool_reference
+from rsfast.kernels.lq_activation import lq_activation_levels
 from rsfast.kernels.normalize import normalize, normalize_reference
 from rsfast.kernels.subsample import subsample, subsample_gradient, subsample_reference
 from rsfast.kernels.switchable_bn_act import (
@@ -46,6 +47,7 @@ __all__ = [
     "distillation_loss_reference",
     "global_avg_pool",
     "global_avg_pool_reference",
+    "lq_activation_levels",
     "normalize",
     "normalize_reference",
     "subsample",

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from rsfast.kernels.common.levels import Levels, Norm
 
-__all__ = ["average_over_ranks", "joint_batch_norm", "joint_moments", "move_running_statistics"]
+__all__ = [
+    "average_over_ranks",
+    "joint_batch_norm",
+    "joint_moments",
+    "move_running_statistics",
+    "sum_over_ranks",
+]
 
 
 class _Sum(torch.autograd.Function):
@@ -35,6 +41,13 @@ def average_over_ranks(tensor: Tensor) -> Tensor:
     """The mean over all ranks, in place and without gradients."""
     dist.all_reduce(tensor)
     return tensor.div_(dist.get_world_size())
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place and without gradients; of one rank, what it is."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def joint_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from rsfast.config.flags import refuse_unknown
 from rsfast.config.older import completed
 from rsfast.config.rules import LARGEST, cut, rules_of
 from rsfast.config.train_config import TrainConfig
-from rsfast.models.registry import NETWORKS
+from rsfast.models.registry import recipe_of
 
 __all__ = ["as_flag", "parse_args", "read_config", "recipe_names", "shown"]
 
@@ -69,7 +69,8 @@ def parse_args(
         file = flags.pop("config", None)
         from_file = _read_file_or_recipe(file) if file is not None else {}
         arch = flags.get("arch", from_file.get("arch", TrainConfig().arch))
-        values = _read_recipe(NETWORKS[arch].recipe) if arch in NETWORKS else {}
+        recipe = recipe_of(arch)
+        values = _read_recipe(recipe) if recipe else {}
         given = {**from_file, **flags}
         named = {"data", "train_data", "val_data"} & given.keys()
         if not named and given.get("loader") != "synthetic":

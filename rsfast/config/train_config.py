@@ -21,13 +21,14 @@ from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.files.orientation import EXIF_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
-from rsfast.models.registry import ARCHITECTURES, check_arch
+from rsfast.models.lq import FULL_PRECISION
+from rsfast.models.registry import ARCHITECTURES, bits_of, check_arch
 from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 
 __all__ = ["TrainConfig", "checkpoint_interval", "profiled_steps"]
 
-# What the help lists: the names of NETWORKS, and forms that check_arch knows.
+# What the help lists: networks that come with rsfast, and forms that check_arch knows.
 _ARCHS = (*ARCHITECTURES, "torchvision/NAME", "timm/NAME", "MODULE:FUNCTION")
 
 
@@ -122,6 +123,12 @@ class TrainConfig:
     """which resolutions teach which"""
     bn: str = setting("private", choices=BN_MODES)
     """one batch-norm bank per resolution, or one for all"""
+    weight_bits: int | None = None
+    """of the weights of a quantised network (resnet18_lq, resnet50_lq), 1 to 4; by default 2"""
+    activation_bits: int | None = None
+    """of its activations, 1 to 4, or 32 for full precision, the default"""
+    fix_activation_basis: bool = False
+    """let the largest resolution alone move the levels of quantised activations"""
     sync_bn: bool = False
     """batch statistics over all ranks, set by set, instead of each rank's own"""
     label_smoothing: float = setting(0.0, at_least=0, below=1)
@@ -229,6 +236,12 @@ class TrainConfig:
         check(self)
         named = self.data, self.train_data, self.val_data, self.val_list
         check_sources(*named, both_splits=True)
+        bits = bits_of(self.arch, self.weight_bits, self.activation_bits)
+        if self.fix_activation_basis and (bits is None or bits.activation == FULL_PRECISION):
+            raise ValueError(
+                "fix_activation_basis is of quantised activations, and there are none: add --arch "
+                "resnet18_lq --activation-bits 2, or leave it away"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "

@@ -10,10 +10,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rsfast.models.lq import FULL_PRECISION, Bits, check_bits
 from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.resnet import DEPTHS, resnet
+from rsfast.models.resnet_lq import LQ_RESNETS, resnet_lq
 
-__all__ = ["ARCHITECTURES", "NETWORKS", "Network", "build", "check_arch", "is_own"]
+__all__ = [
+    "ARCHITECTURES",
+    "NETWORKS",
+    "QUANTISED",
+    "Network",
+    "bits_of",
+    "build",
+    "check_arch",
+    "is_own",
+    "recipe_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +69,9 @@ NETWORKS: dict[str, Network] = {
     **{name: Network(functools.partial(resnet, name), _same, name) for name in DEPTHS},
     "mobilenetv2": Network(MobileNetV2, _mobilenetv2_name, "mobilenetv2"),
 }
-ARCHITECTURES = tuple(NETWORKS)
+# Quantised networks, and the recipe of each; the authors' checkpoints of them are not read.
+QUANTISED = {name: f"{plain}_w2a32" for name, plain in LQ_RESNETS.items()}
+ARCHITECTURES = (*NETWORKS, *QUANTISED)
 _OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -67,7 +81,7 @@ def check_arch(arch: str) -> str:
     Raises:
         ValueError: if it is not.
     """
-    if arch in NETWORKS or re.fullmatch(rf"(torchvision|timm)/[\w.-]+|{_OWN}", arch):
+    if arch in ARCHITECTURES or re.fullmatch(rf"(torchvision|timm)/[\w.-]+|{_OWN}", arch):
         return arch
     raise ValueError(
         f"arch must be one of {ARCHITECTURES}, torchvision/NAME, timm/NAME or MODULE:FUNCTION, "
@@ -80,12 +94,44 @@ def is_own(arch: str) -> bool:
     return re.fullmatch(_OWN, arch) is not None
 
 
-def build(arch: str, num_classes: int) -> nn.Module:
+def recipe_of(arch: str) -> str | None:
+    """The file in rsfast/recipes with the settings it is trained with; None if there is none."""
+    if arch in NETWORKS:
+        return NETWORKS[arch].recipe
+    return QUANTISED.get(arch)
+
+
+def bits_of(
+    arch: str, weight_bits: int | None = None, activation_bits: int | None = None
+) -> Bits | None:
+    """The bits of a quantised network, None for one in full precision.
+
+    Args:
+        arch: see :func:`rsfast.create_model`.
+        weight_bits: 1 to 4, by default 2.
+        activation_bits: 1 to 4, or 32, the default, for full precision.
+
+    Raises:
+        ValueError: if a number is out of range, or given for a network that is not quantised.
+    """
+    if arch not in QUANTISED:
+        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+            if bits is not None:
+                raise ValueError(f"{name} is of {' and '.join(QUANTISED)}, got {bits} for {arch}")
+        return None
+    weight = 2 if weight_bits is None else check_bits("weight_bits", weight_bits)
+    if activation_bits in (None, FULL_PRECISION):
+        return Bits(weight, FULL_PRECISION)
+    return Bits(weight, check_bits("activation_bits (or 32 for none)", activation_bits))
+
+
+def build(arch: str, num_classes: int, bits: Bits | None = None) -> nn.Module:
     """A plain network, randomly initialised, for one resolution at a time.
 
     Args:
         arch: see :func:`rsfast.create_model`.
         num_classes: K.
+        bits: of a quantised network.
 
     Raises:
         ValueError: if the name is unknown, or what it names returns no network.
@@ -93,6 +139,8 @@ def build(arch: str, num_classes: int) -> nn.Module:
     """
     if check_arch(arch) in NETWORKS:
         return NETWORKS[arch].build(num_classes)
+    if bits is not None:
+        return resnet_lq(arch, num_classes, bits)
     package, slash, name = arch.partition("/")
     if slash:
         return (

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rsfast import kernels
-from rsfast.models import registry
+from rsfast.models import lq, registry
 from rsfast.pyramid import Pyramid, SwitchableBatchNorm2d, check_resolutions
 from rsfast.pyramid.content import Content
 from rsfast.pyramid.convert import bn_mixture, to_single, to_switchable
@@ -34,6 +34,7 @@ class RSNet(nn.Module):
         num_classes: K.
         bn: "private" or "shared" (one bank for all).
         arch: the name that :func:`create_model` knows it by; None if there is none.
+        bits: of weights and activations of a quantised network; None in full precision.
         input_mean, input_std: the normalisation of the input that the weights expect, on values
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
@@ -56,6 +57,7 @@ class RSNet(nn.Module):
         self.num_classes = num_classes
         self.bn = bn
         self.arch = arch
+        self.bits: lq.Bits | None = None
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
         self.val_crop = "center"
@@ -139,18 +141,42 @@ class RSNet(nn.Module):
         mixture = bn_mixture(self.resolutions, resolution, between)
         return to_single(self.network, ((0, 1.0),) if self.bn == "shared" else mixture).eval()
 
+    def fix_activation_basis(self, fixed: bool = True) -> RSNet:
+        """Chooses which levels move the bases of quantised activations, and returns the network.
+
+        Args:
+            fixed: the largest only, instead of all in turn.
+        """
+        for module in self.modules():
+            if isinstance(module, lq.LQActivation):
+                module.largest_only = fixed
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module.
+
+        Raises:
+            ValueError: if the state is of a network with weights or activations of other bits.
+            RuntimeError: if names or shapes do not fit otherwise.
+        """
+        lq.check_state(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def batch_norms(self) -> list[SwitchableBatchNorm2d]:
         """All batch-norm layers, in the order of the modules."""
         return [m for m in self.modules() if isinstance(m, SwitchableBatchNorm2d)]
 
     def settings(self) -> dict[str, Any]:
         """The arguments of :func:`create_model` that make this network."""
-        return {
+        settings = {
             "arch": self.arch,
             "resolutions": self.resolutions,
             "num_classes": self.num_classes,
             "bn": self.bn,
         }
+        if self.bits is not None:
+            settings |= {"weight_bits": self.bits.weight, "activation_bits": self.bits.activation}
+        return settings
 
     def _banks_of(self, images: Pyramid) -> tuple[int, ...]:
         num_banks = 1 if self.bn == "shared" else len(self.resolutions)
@@ -252,18 +278,24 @@ def create_model(
     num_classes: int = 1000,
     bn: str = "private",
     *,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
     backend: str = "torch",
 ) -> RSNet:
     """Builds a randomly initialised RS-Net.
 
     Args:
         arch: resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d,
-            resnext101_32x8d, mobilenetv2; torchvision/NAME or timm/NAME where those are installed;
-            or MODULE:FUNCTION, which is called with `num_classes`.
+            resnext101_32x8d, mobilenetv2; resnet18_lq, resnet50_lq, which are quantised (LQ-Nets);
+            torchvision/NAME or timm/NAME where those are installed; or MODULE:FUNCTION, which is
+            called with `num_classes`.
         resolutions: in pixels, strictly descending.
         num_classes: K.
         bn: "private" (one bank per resolution) or "shared" (one bank for all, the paper's
             ablation).
+        weight_bits: of a quantised network, 1 to 4, by default 2.
+        activation_bits: of a quantised network, 1 to 4 (pre-activation blocks), or 32, the default,
+            for activations in full precision (post-activation blocks).
         backend: see :meth:`RSNet.use_backend`; not part of what a checkpoint holds.
 
     Raises:
@@ -272,7 +304,10 @@ def create_model(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    network = registry.build(arch, num_classes)
+    bits = registry.bits_of(arch, weight_bits, activation_bits)
+    network = registry.build(arch, num_classes, bits)
     # Tests say that rsfast's own convert; to try it out takes seconds at the start of a process.
-    known = num_classes if arch in registry.NETWORKS else None
-    return _convert(network, resolutions, bn, backend, arch, known)
+    known = num_classes if arch in registry.ARCHITECTURES else None
+    model = _convert(network, resolutions, bn, backend, arch, known)
+    model.bits = bits
+    return model

@@ -48,11 +48,20 @@ def to_switchable(network: nn.Module, num_banks: int) -> nn.Module:
 def to_single(network: nn.Module, mixture: Sequence[tuple[int, float]]) -> nn.Module:
     """A copy whose batch norms are plain ones, their values a weighted sum of banks.
 
+    Other modules that only training needs say by a method `as_plain_module` what stands in for
+    them.
+
     Args:
         network: that :func:`to_switchable` made.
         mixture: (bank, weight) pairs; the weights add up to 1.
     """
-    return replace_norms(network, lambda norm: norm.single(mixture))
+    single = replace_norms(network, lambda norm: norm.single(mixture))
+
+    def swap(path: str, module: nn.Module) -> nn.Module | None:
+        make: Callable[[], nn.Module] | None = getattr(module, "as_plain_module", None)
+        return None if make is None else make()
+
+    return _swap(single, swap)
 
 
 def replace_norms(

@@ -137,8 +137,17 @@ def _prepare_process(cfg: TrainConfig) -> None:
 def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     """On the device, and knowing what images it gets."""
     num_classes = len(loader.class_names)
-    model = create_model(cfg.arch, cfg.resolutions, num_classes, cfg.bn, backend=cfg.kernels)
+    model = create_model(
+        cfg.arch,
+        cfg.resolutions,
+        num_classes,
+        cfg.bn,
+        weight_bits=cfg.weight_bits,
+        activation_bits=cfg.activation_bits,
+        backend=cfg.kernels,
+    )
     model.to(rank.device)
+    model.fix_activation_basis(cfg.fix_activation_basis)
     model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
     check_map_sizes(model, cfg.batch_size, rank.world_size if cfg.sync_bn else 1)
     model.input_mean, model.input_std = loader.mean, loader.std
