@@ -12,6 +12,7 @@ from torch import nn
 
 from rsfast.models.lq import FULL_PRECISION, Bits, check_bits
 from rsfast.models.mobilenetv2 import MobileNetV2
+from rsfast.models.refinenet import REFINENETS, refinenet
 from rsfast.models.resnet import DEPTHS, resnet
 from rsfast.models.resnet_lq import LQ_RESNETS, resnet_lq
 
@@ -19,12 +20,15 @@ __all__ = [
     "ARCHITECTURES",
     "NETWORKS",
     "QUANTISED",
+    "TASKS",
     "Network",
     "bits_of",
     "build",
     "check_arch",
+    "check_task",
     "is_own",
     "recipe_of",
+    "task_of",
 ]
 
 
@@ -71,7 +75,8 @@ NETWORKS: dict[str, Network] = {
 }
 # Quantised networks, and the recipe of each; the authors' checkpoints of them are not read.
 QUANTISED = {name: f"{plain}_w2a32" for name, plain in LQ_RESNETS.items()}
-ARCHITECTURES = (*NETWORKS, *QUANTISED)
+ARCHITECTURES = (*NETWORKS, *QUANTISED, *REFINENETS)
+TASKS = ("classification", "segmentation")
 _OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -98,7 +103,29 @@ def recipe_of(arch: str) -> str | None:
     """The file in rsfast/recipes with the settings it is trained with; None if there is none."""
     if arch in NETWORKS:
         return NETWORKS[arch].recipe
-    return QUANTISED.get(arch)
+    return "refinenet101" if arch in REFINENETS else QUANTISED.get(arch)
+
+
+def task_of(arch: str) -> str | None:
+    """What a network that comes with rsfast computes, one of TASKS; None for all others."""
+    if arch in REFINENETS:
+        return "segmentation"
+    return "classification" if arch in ARCHITECTURES else None
+
+
+def check_task(arch: str, task: str | None = None) -> str:
+    """What a network is for: `task`, or by default what its architecture is for.
+
+    Raises:
+        ValueError: if there is no such task, or it is not the architecture's.
+    """
+    own = task_of(arch)
+    if task is None:
+        return own or "classification"
+    if task not in TASKS or own not in (None, task):
+        wanted = f"{own}, which {arch} is for" if own else f"one of {TASKS}"
+        raise ValueError(f"task must be {wanted}, got {task!r}")
+    return task
 
 
 def bits_of(
@@ -139,6 +166,8 @@ def build(arch: str, num_classes: int, bits: Bits | None = None) -> nn.Module:
     """
     if check_arch(arch) in NETWORKS:
         return NETWORKS[arch].build(num_classes)
+    if arch in REFINENETS:
+        return refinenet(arch, num_classes)
     if bits is not None:
         return resnet_lq(arch, num_classes, bits)
     package, slash, name = arch.partition("/")

@@ -34,6 +34,7 @@ class RSNet(nn.Module):
         num_classes: K.
         bn: "private" or "shared" (one bank for all).
         arch: the name that :func:`create_model` knows it by; None if there is none.
+        task: "classification", or "segmentation" for a network whose logits are maps.
         bits: of weights and activations of a quantised network; None in full precision.
         input_mean, input_std: the normalisation of the input that the weights expect, on values
             in [0, 1], RGB. Loaders apply it; the network does not.
@@ -50,6 +51,7 @@ class RSNet(nn.Module):
         num_classes: int,
         bn: str = "private",
         arch: str | None = None,
+        task: str = "classification",
     ) -> None:
         super().__init__()
         self.network = network
@@ -57,6 +59,7 @@ class RSNet(nn.Module):
         self.num_classes = num_classes
         self.bn = bn
         self.arch = arch
+        self.task = task
         self.bits: lq.Bits | None = None
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -65,7 +68,7 @@ class RSNet(nn.Module):
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
 
-    def forward(self, images: Pyramid | Sequence[Tensor]) -> Tensor:
+    def forward(self, images: Pyramid | Sequence[Tensor]) -> Any:
         """Logits of every level.
 
         Args:
@@ -74,7 +77,7 @@ class RSNet(nn.Module):
                 resolution, in descending order; levels of one resolution share its bank.
 
         Returns:
-            [L, N, K], level by level.
+            [L, N, K], level by level; for segmentation a Pyramid of levels [N, K, h, w].
 
         Raises:
             ValueError: if a level has a resolution that was not trained, or a bank is out of range.
@@ -91,11 +94,14 @@ class RSNet(nn.Module):
         if self.backend == "torch" and x.device.type == "cpu":
             x = x.by_level()
         logits = self.network(x)
+        if self.task == "segmentation":
+            if not isinstance(logits, Pyramid):
+                raise ValueError(_unlike("[N, K, h, w]", logits))
+            return logits
         if isinstance(logits, Pyramid) and logits.is_pooled:
             logits = logits.rows
         if not isinstance(logits, Tensor) or logits.dim() != 2:
-            shown = getattr(logits, "shape", type(logits).__name__)
-            raise ValueError(f"network must return logits [N, K] for images, got {shown}")
+            raise ValueError(_unlike("[N, K]", logits))
         return logits.unflatten(0, (images.num_levels, images.num_images))
 
     def use_backend(self, backend: str) -> RSNet:
@@ -136,7 +142,7 @@ class RSNet(nn.Module):
                 the two neighbours, or "nearest". Outside the trained range both take the nearest.
 
         Returns:
-            [N, 3, r, r] -> [N, K], on the network's device.
+            [N, 3, r, r] -> [N, K], or [N, K, h, w] for segmentation, on the network's device.
         """
         mixture = bn_mixture(self.resolutions, resolution, between)
         return to_single(self.network, ((0, 1.0),) if self.bn == "shared" else mixture).eval()
@@ -174,6 +180,8 @@ class RSNet(nn.Module):
             "num_classes": self.num_classes,
             "bn": self.bn,
         }
+        if registry.check_task(self.arch or "") != self.task:
+            settings["task"] = self.task
         if self.bits is not None:
             settings |= {"weight_bits": self.bits.weight, "activation_bits": self.bits.activation}
         return settings
@@ -200,8 +208,20 @@ class RSNet(nn.Module):
         return tuple(indices) if self.bn == "private" else (0,) * len(indices)
 
 
+def _unlike(wanted: str, logits: Any) -> str:
+    shown = getattr(logits, "shape", type(logits).__name__)
+    maps = isinstance(logits, Pyramid) and wanted == "[N, K]"
+    hint = '; maps are of task="segmentation"' if maps else ""
+    return f"network must return logits {wanted} for images, got {shown}{hint}"
+
+
 def convert(
-    module: nn.Module, resolutions: Sequence[int], bn: str = "private", backend: str = "torch"
+    module: nn.Module,
+    resolutions: Sequence[int],
+    bn: str = "private",
+    backend: str = "torch",
+    *,
+    task: str = "classification",
 ) -> RSNet:
     """Makes any CNN with batch norm a resolution switchable network.
 
@@ -211,16 +231,19 @@ def convert(
     images without content before it is returned.
 
     Args:
-        module: images [N, 3, r, r] -> logits [N, K].
+        module: images [N, 3, r, r] -> logits [N, K], or [N, K, h, w] for segmentation.
         resolutions: in pixels, strictly descending.
         bn: "private" (one bank per resolution) or "shared" (one bank for all, the paper's
             ablation).
         backend: see :meth:`RSNet.use_backend`.
+        task: "classification", or "segmentation".
 
     Raises:
         ValueError: in one sentence with the module's name, if the network cannot be converted.
     """
-    return _convert(module, resolutions, bn, backend)
+    if task not in registry.TASKS:
+        raise ValueError(f"task must be one of {registry.TASKS}, got {task!r}")
+    return _convert(module, resolutions, bn, backend, task=task)
 
 
 def _convert(
@@ -230,6 +253,7 @@ def _convert(
     backend: str,
     arch: str | None = None,
     num_classes: int | None = None,
+    task: str = "classification",
 ) -> RSNet:
     """Tries the network out unless it is known how many classes it has."""
     resolutions = check_resolutions(resolutions)
@@ -239,13 +263,13 @@ def _convert(
     num_banks = len(resolutions) if bn == "private" else 1
     if num_classes is None:
         # On a copy first: a network that is refused stays as it was.
-        trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn)
+        trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn, task=task)
         num_classes = _try_out(trial)
     network = to_switchable(module, num_banks)
     for param in network.parameters():
         if param.dim() == 4:  # as convolutions of channels-last pixels read it
             param.data = param.data.contiguous(memory_format=torch.channels_last)
-    return RSNet(network, resolutions, num_classes, bn, arch).use_backend(backend)
+    return RSNet(network, resolutions, num_classes, bn, arch, task).use_backend(backend)
 
 
 def _hollow(module: nn.Module) -> nn.Module:
@@ -263,7 +287,8 @@ def _try_out(model: RSNet) -> int:
     images = [torch.empty(2, _COLOURS, r, r, dtype=dtype, device="meta") for r in model.resolutions]
     try:
         with torch.no_grad():
-            return model.train()(images).shape[-1]
+            logits = model.train()(images)
+            return logits.num_channels if isinstance(logits, Pyramid) else logits.shape[-1]
     except Exception as error:
         place = place_in_network(error.__traceback__)
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
@@ -280,6 +305,7 @@ def create_model(
     *,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    task: str | None = None,
     backend: str = "torch",
 ) -> RSNet:
     """Builds a randomly initialised RS-Net.
@@ -287,6 +313,7 @@ def create_model(
     Args:
         arch: resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d,
             resnext101_32x8d, mobilenetv2; resnet18_lq, resnet50_lq, which are quantised (LQ-Nets);
+            refinenet18, refinenet50, refinenet101, refinenet152, for segmentation;
             torchvision/NAME or timm/NAME where those are installed; or MODULE:FUNCTION, which is
             called with `num_classes`.
         resolutions: in pixels, strictly descending.
@@ -296,6 +323,8 @@ def create_model(
         weight_bits: of a quantised network, 1 to 4, by default 2.
         activation_bits: of a quantised network, 1 to 4 (pre-activation blocks), or 32, the default,
             for activations in full precision (post-activation blocks).
+        task: "classification" or "segmentation"; by default what the architecture is for, and
+            "classification" for networks that are not rsfast's.
         backend: see :meth:`RSNet.use_backend`; not part of what a checkpoint holds.
 
     Raises:
@@ -304,10 +333,11 @@ def create_model(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    task = registry.check_task(arch, task)
     bits = registry.bits_of(arch, weight_bits, activation_bits)
     network = registry.build(arch, num_classes, bits)
     # Tests say that rsfast's own convert; to try it out takes seconds at the start of a process.
     known = num_classes if arch in registry.ARCHITECTURES else None
-    model = _convert(network, resolutions, bn, backend, arch, known)
+    model = _convert(network, resolutions, bn, backend, arch, known, task)
     model.bits = bits
     return model
