@@ -95,8 +95,8 @@ def make_pair_folder(
 ) -> Path:
     """Writes a data set of segmentation: images, masks beside them, no classes.txt.
 
-    Even images lie in the folder of the split, odd ones in a sub-folder, and they are JPEG and PNG
-    files in turn. Masks have all classes, and some ignored pixels.
+    Even images lie in the folder of the split, odd ones in a sub-folder; all are JPEG files, two
+    called .jpg and two .jpeg in turn. Masks have all classes, and some ignored pixels.
 
     Args:
         root: folder to fill; made if absent.
@@ -120,7 +120,7 @@ def make_pair_folder(
                 folder.mkdir(parents=True, exist_ok=True)
             height, width = (int(side) for side in np.rint(size * rng.uniform(0.8, 1.2, 2)))
             image = smooth_image(height, width, rng)
-            image.save(images / f"{number:04d}.{('jpg', 'png')[number // 2 % 2]}", quality=90)
+            image.save(images / f"{number:04d}.{('jpg', 'jpeg')[number // 2 % 2]}", quality=90)
             mask = mask_of_cells(height, width, rng, labels)
             mask.flat[: len(labels)] = labels
             Image.fromarray(mask).save(masks / f"{number:04d}.png")

@@ -72,12 +72,12 @@ def check_pairs(split: Split, *, ignore_label: int, workers: int | None = None) 
         ValueError: if there is no image, classes.txt is wrong, or workers is below 1.
     """
     assert split.masks is not None
-    report = check_split(split, workers=workers)
     unclear = ""
     try:
         labelling = labelling_of(split.root, ignore_label)
     except NoClassesError as error:  # there is more to say about the masks
         labelling, unclear = labelling_of_numbers(MAX_CLASSES, ignore_label), str(error)
+    report = check_split(split, workers=workers)
     images = images_below(split.root)
     pairing = paired(split.root, images)
     survey = survey_masks(split.masks, [mask for mask in pairing.masks if mask])

@@ -114,7 +114,8 @@ def flat_scenes(root: Path) -> Path:
         labels[labels == 255] = 4
         split, *inner = mask.relative_to(root).parts
         image = root.joinpath(split.removesuffix("annot"), *inner)
-        image.with_suffix(".jpg").unlink(missing_ok=True)
+        for extension in (".jpg", ".jpeg"):
+            image.with_suffix(extension).unlink(missing_ok=True)
         Image.fromarray(40 * (1 + labels)).convert("RGB").save(image)
     return root
 
@@ -300,11 +301,11 @@ def test_a_mask_of_another_size_than_it_was_is_named(
 
 def test_what_is_excluded_by_hand_is_no_longer_trained_on(pairs: Path, cache: Path) -> None:
     assert training(pairs, "pil").num_images == 6
-    exclude(pairs, [str(pairs / "train" / "0002.png"), str(pairs / "val/town/0001.jpg")])
+    exclude(pairs, [str(pairs / "train" / "0002.jpeg"), str(pairs / "val/town/0001.jpg")])
     names = open_pairs(pairs, "train").images.paths
     assert training(pairs, "pil").num_images == 5
     assert validation(pairs, "pil").num_images == 3
-    assert "0002.png" not in names
+    assert "0002.jpeg" not in names
 
 
 def turned_folder(root: Path, orientation: int) -> Path:
