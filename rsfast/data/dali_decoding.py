@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -28,7 +29,7 @@ def decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
     return fn.decoders.image_slice(encoded, axis_names="HW", start=start, shape=shape, **how)
 
 
-def decoded_masks(paths, dont_use_mmap):
+def decoded_masks(paths: Callable[[], list[np.ndarray]], dont_use_mmap: bool) -> Any:
     """[H, W, 1] uint8 on the CPU of files of 8-bit grey.
 
     Args:
