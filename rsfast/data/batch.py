@@ -1,15 +1,16 @@
-"""What a loader yields for one step."""
+"""What a loader yields for one step, and what a decoder hands to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from rsfast.data.mixing import Mix
 from rsfast.pyramid import Pyramid
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Rendered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +37,16 @@ class Batch:
     indices: Tensor
     mix: Mix | None = None
     masks: tuple[Tensor, ...] | None = None
+
+
+class Rendered(NamedTuple):
+    """What a decoder makes of one step of segmentation.
+
+    Attributes:
+        rows: [M, 3] uint8 of the images, on the loader's device.
+        labels: [n] uint8 on the CPU, the masks of the images one after the other: of training
+            N * r * r for the largest r, of validation height * width of each.
+    """
+
+    rows: Tensor
+    labels: Tensor

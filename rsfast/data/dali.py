@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rsfast.data.ahead import read_ahead
+from rsfast.data.batch import Rendered
 from rsfast.data.index import check_size, decode, exclude_command, size_now
-from rsfast.data.masks import Rendered
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.data.reading import ReadingError
 from rsfast.files.pictures import thin_parts

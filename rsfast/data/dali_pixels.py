@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from rsfast.data.batch import Rendered
 from rsfast.data.dali import DaliDecoder, Feed, as_bytes
 from rsfast.data.dali_decoding import cause, decoded_masks, first_refused
 from rsfast.data.index import ImageIndex, check_size, exclude_command
-from rsfast.data.masks import Rendered, decode_mask
+from rsfast.data.masks import decode_mask
 from rsfast.data.pixel_plan import PixelPlan, PixelTrainPlan, PixelValPlan, labels_of
 from rsfast.data.plan import TrainPlan, ValPlan
 

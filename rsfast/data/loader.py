@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rsfast import kernels
 from rsfast.data.augment import NOTHING, Augment
-from rsfast.data.batch import Batch
+from rsfast.data.batch import Batch, Rendered
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.index import SPLITS
-from rsfast.data.masks import IGNORE_LABEL, Rendered
+from rsfast.data.masks import IGNORE_LABEL
 from rsfast.data.mixing import Mix, erase, mixed
 from rsfast.data.normalizations import NORMALIZATIONS, normalization
 from rsfast.data.opening import BACKENDS, Opening

@@ -12,31 +12,16 @@ a decoder or of a device comes between, and a flip mirrors the result.
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from rsfast.data.index import ImageIndex, check_size, exclude_command
 
-__all__ = ["IGNORE_LABEL", "MAX_CLASSES", "Rendered", "decode_mask", "nearest"]
+__all__ = ["IGNORE_LABEL", "MAX_CLASSES", "decode_mask", "nearest"]
 
 IGNORE_LABEL = 255
 MAX_CLASSES = 255  # 255 is never a class
-
-
-class Rendered(NamedTuple):
-    """What a decoder makes of one step of segmentation.
-
-    Attributes:
-        rows: [M, 3] uint8 of the images, on the loader's device.
-        labels: [n] uint8 on the CPU, the masks of the images one after the other: of training
-            N * r * r for the largest r, of validation height * width of each.
-    """
-
-    rows: Tensor
-    labels: Tensor
 
 
 def decode_mask(images: ImageIndex, masks: ImageIndex, position: int) -> np.ndarray:

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rsfast.data.batch import Rendered
 from rsfast.data.index import ImageIndex, decode
-from rsfast.data.masks import Rendered, decode_mask
+from rsfast.data.masks import decode_mask
 from rsfast.data.pil_operations import operated
 from rsfast.data.pixel_plan import (
     PixelPlan,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rsfast.data.masks import MAX_CLASSES, Rendered
+from rsfast.data.batch import Rendered
+from rsfast.data.masks import MAX_CLASSES
 from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, label_sizes, most_labels
 from rsfast.data.plan import TrainPlan, ValPlan
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import environment
 from rsfast.data import open_pairs
 from rsfast.data.__main__ import main
 
@@ -191,3 +196,48 @@ def test_the_command_that_the_check_names_mends_a_data_set(
     assert main(["masks", str(pairs / "palettes"), str(pairs / "trainannot")]) == 0
     found = open_pairs(pairs, "train", strict=True)
     assert (len(found.images), found.images.class_names) == (6, ("0", "1", "2", "3"))
+
+
+def published(root: Path, images: str, masks: str, labels: np.ndarray | None = None) -> None:
+    """An image and its mask, in 8-bit grey or, where their names say so, as a palette."""
+    labels = LABELS if labels is None else labels
+    for path in (images, masks):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", labels.shape[::-1], (9, 99, 199)).save(root / images)
+    (palette(labels) if "voc" in masks else Image.fromarray(labels)).save(root / masks)
+
+
+def test_the_documented_recipes_make_data_sets(tmp_path: Path) -> None:
+    """Of files that lie as those of the published data sets do."""
+    for split, long, stem in (("train", "training", "a"), ("val", "validation", "b")):
+        published(tmp_path, f"voc/JPEGImages/{stem}.jpg", f"voc/SegmentationClass/{stem}.png")
+        published(tmp_path, f"nyu/image/{stem}.jpg", f"nyu/label40/{stem}.png")
+        published(tmp_path, f"ade/images/{long}/1.jpg", f"ade/annotations/{long}/1.png")
+        published(
+            tmp_path,
+            f"city/leftImg8bit/{split}/ulm/{stem}_leftImg8bit.png",
+            f"city/gtFine/{split}/ulm/{stem}_gtFine_labelTrainIds.png",
+        )
+        (tmp_path / f"city/gtFine/{split}/ulm/{stem}_gtFine_color.png").write_bytes(b"colours")
+        lists = tmp_path / "voc/ImageSets/Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        for folder in (lists, tmp_path / "nyu"):
+            (folder / f"{split}.txt").write_text(f"{stem}\n")
+    docs = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    recipes = docs.partition("<!-- recipes -->")[2].partition("<!-- end of recipes -->")[0]
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", recipes, re.DOTALL))
+    made = tmp_path / "made"
+    made.mkdir()
+    variables = {"VOC": "voc", "ADE": "ade", "CITYSCAPES": "city", "NYU": "nyu"}
+    subprocess.run(
+        ["bash", "-euc", script.replace("python -m", f"{shlex.quote(sys.executable)} -m")],
+        cwd=made,
+        env={**environment(), **{name: str(tmp_path / path) for name, path in variables.items()}},
+        check=True,
+    )
+    for name, count in (("voc", 4), ("ade", 3), ("cityscapes", 4), ("nyu", 3)):
+        for split in ("train", "val"):
+            found = open_pairs(made / name, split, strict=True)
+            assert (len(found.images), len(found.images.class_names)) == (1, count)
+            shifted = np.where(LABELS % 255 == 0, 255, LABELS - 1) if count == 3 else LABELS
+            assert (np.asarray(Image.open(found.masks.path(0))) == shifted).all()
