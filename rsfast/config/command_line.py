@@ -97,7 +97,7 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         text = docs[field.name]
-        if field.default is not None:
+        if field.default is not None and field.default != ():
             text += f" (default {shown(field.default)})"
         options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
         kind = hints[field.name]
@@ -106,7 +106,10 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+            options |= {
+                "type": typing.get_args(kind)[0],
+                "nargs": "*" if field.default == () else "+",
+            }
             options["action"] = _Tuple
         else:
             options["type"] = kind
@@ -144,7 +147,7 @@ def as_flag(name: str, value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return f" (--{flag})" if value else f" (--no-{flag})"
-    return f" (--{flag} {shown(value)})"
+    return f" (--{flag} {shown(value)}".rstrip() + ")"
 
 
 def _field_docs(cls: type) -> dict[str, str]:
