@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import torchrun
 from torch import Tensor
 
+from helpers import torchrun
 from rsfast import Pyramid
 from rsfast.tasks import segmentation
 from rsfast.tasks.segmentation import (
