@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rsfast.data import Batch
+from rsfast.data.builtin import builtin_root
 from rsfast.losses import MultiResolutionDistillation, PixelDistillation
 from rsfast.tasks import classification, segmentation
 
-__all__ = ["TASKS", "Accuracy", "Scores", "Task", "task_of"]
+__all__ = ["TASKS", "Accuracy", "Scores", "Task", "settings_of", "task_of"]
 
 
 class Accuracy(Protocol):
@@ -36,6 +37,10 @@ class Accuracy(Protocol):
     @property
     def num_images(self) -> int:
         """Images counted, over all ranks."""
+
+    @property
+    def details(self) -> Tensor:
+        """What is known beyond the figures, levels and ensemble along the first axis."""
 
     @property
     def score(self) -> tuple[float, float]:
@@ -68,6 +73,7 @@ class Task:
     """A task's own parts.
 
     Attributes:
+        builtin_root: the folder of the built-in set, generated if it is not there.
         loss: called with the number of resolutions, the distillation mode, `backend`, and the
             settings of `loss_settings`.
         loss_settings: of a run, by the name of the argument.
@@ -77,6 +83,7 @@ class Task:
         draw_epochs: draws accuracy.png out of the rows of summary.csv.
     """
 
+    builtin_root: Callable[[], Path]
     loss: Callable[..., Any]
     loss_settings: Mapping[str, str]
     train_settings: Mapping[str, str]
@@ -105,6 +112,16 @@ class Task:
         return self.scores(model, num_levels, device, ensemble_weights, num_images)
 
 
+def settings_of(settings: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments out of the settings of a run or an evaluation.
+
+    Args:
+        settings: has them as attributes.
+        names: of the settings, by the name of the argument, as a :class:`Task` has them.
+    """
+    return {argument: getattr(settings, name) for argument, name in names.items()}
+
+
 def task_of(model: Any) -> Task:
     """The task of an RSNet, or of the settings of a run: whatever has a `task`."""
     return TASKS[model.task]
@@ -128,6 +145,7 @@ def _same(*names: str) -> dict[str, str]:
 
 TASKS: dict[str, Task] = {
     "classification": Task(
+        builtin_root=builtin_root,
         loss=MultiResolutionDistillation,
         loss_settings=_same("label_smoothing", "copies"),
         train_settings=_same("copies", "crop", "flip", "crop_area", "augment"),
@@ -137,6 +155,7 @@ TASKS: dict[str, Task] = {
         draw_epochs=classification.draw_epochs,
     ),
     "segmentation": Task(
+        builtin_root=builtin_root,
         loss=PixelDistillation,
         loss_settings={"label_smoothing": "label_smoothing", "ignore_index": "ignore_label"},
         train_settings=_same("task", "flip", "scale", "ignore_label"),

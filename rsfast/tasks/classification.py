@@ -39,6 +39,11 @@ class Accuracy:
     places: Tensor = field(compare=False, repr=False)
 
     @property
+    def details(self) -> Tensor:
+        """What is known beyond the figures: the places of the labels, by row."""
+        return self.places
+
+    @property
     def score(self) -> tuple[float, float]:
         """To compare epochs: top-1 at the largest resolution, ties by the mean of all figures.
 

@@ -62,6 +62,11 @@ class Accuracy:
     matrices: Tensor = field(compare=False, repr=False)
 
     @property
+    def details(self) -> Tensor:
+        """What is known beyond the figures: the confusion matrices, by row."""
+        return self.matrices
+
+    @property
     def score(self) -> tuple[float, float]:
         """To compare epochs: mean IoU at the largest resolution, ties by the mean of all figures.
 

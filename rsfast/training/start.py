@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import ImageIndex, Loader, default_workers, train_loader, val_loader
-from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import AveragedModel
@@ -28,7 +26,7 @@ from rsfast.models.parts import decoder_of, freeze
 from rsfast.runtime import environment
 from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
-from rsfast.tasks import task_of
+from rsfast.tasks import settings_of, task_of
 from rsfast.training import checkpoint
 from rsfast.training.ancestor import continue_from
 from rsfast.training.origin import start_from_weights
@@ -63,7 +61,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     origin = {} if resume_from else start_from_weights(cfg, rank, model, loaders[0])
     freeze(model, cfg.freeze or ())
     task = task_of(cfg)
-    of_task = _settings(cfg, task.loss_settings)
+    of_task = settings_of(cfg, task.loss_settings)
     loss = task.loss(len(cfg.resolutions), cfg.distill, backend=cfg.kernels, **of_task)
     loss.to(rank.device)
     optimizer = build_optimizer(
@@ -183,7 +181,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     with first_rank_first(rank):
         root = cfg.data
         if cfg.is_builtin:
-            root = str(_builtin_root(cfg))
+            root = str(task.builtin_root())
             if rank.is_main:
                 _LOG.info("no --data given: using the built-in generated set in %s", root)
         training = train_loader(
@@ -193,7 +191,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             normalize=cfg.normalize,
             seed=cfg.seed,
             max_steps=cfg.steps_per_epoch,
-            **_settings(cfg, task.train_settings),
+            **settings_of(cfg, task.train_settings),
             **common,
         )
         validation = val_loader(
@@ -203,7 +201,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             normalize=cfg.normalize,
             # Random labels teach nothing: one batch shows that validation runs.
             num_images=cfg.batch_size * rank.world_size,
-            **_settings(cfg, task.val_settings),
+            **settings_of(cfg, task.val_settings),
             **common,
         )
     if training.class_names != validation.class_names and cfg.loader != "synthetic":
@@ -217,11 +215,6 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     if rank.is_main:
         _say_what_is_odd(cfg, training, validation)
     return training, validation
-
-
-def _settings(cfg: TrainConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments out of the settings of their names."""
-    return {argument: getattr(cfg, setting) for argument, setting in names.items()}
 
 
 def _say_what_is_odd(cfg: TrainConfig, training: Loader, validation: Loader) -> None:
