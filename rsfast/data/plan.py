@@ -39,6 +39,7 @@ class TrainBatch:
         flips: [L, N] bool, horizontal.
         shared_window: all levels have the same window, so one decode and one cut serve them.
         operations: what is done to each window before it is resized; None for nothing.
+        border: RGB of what a window has beyond the image; None where no window reaches there.
     """
 
     images: np.ndarray
@@ -46,6 +47,7 @@ class TrainBatch:
     flips: np.ndarray
     shared_window: bool
     operations: Operations | None = None
+    border: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
