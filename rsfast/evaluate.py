@@ -24,6 +24,7 @@ from rsfast.config.flags import (
     refuse_unknown,
 )
 from rsfast.data import Loader, prefetch, train_loader, val_loader
+from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
 from rsfast.data.plan import VAL_CROPS
 from rsfast.data.sources import check_sources
@@ -37,7 +38,7 @@ from rsfast.models.deploy import calibrate, multiply_adds
 from rsfast.pyramid.convert import bn_mixture
 from rsfast.runtime import distributed
 from rsfast.runtime.distributed import Rank
-from rsfast.tasks import Accuracy, settings_of, task_of
+from rsfast.tasks import Accuracy, task_of
 from rsfast.tasks.overlays import write_predictions
 from rsfast.training import checkpoint
 from rsfast.training.evaluation import Evaluation, Row
@@ -76,8 +77,6 @@ class Settings:
     val_data: str | None = None
     val_list: str | None = None
     tolerate_truncated: bool = False
-    task: str = "classification"
-    ignore_label: int = 255
 
     @property
     def train_root(self) -> str | None:
@@ -159,7 +158,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     named = args.data, args.train_data, args.val_data, args.val_list
     check_sources(*named, both_splits=needs_training)
     with distributed.first_rank_first(rank):
-        data = args.data or (None if args.val_data else str(task_of(model).builtin_root()))
+        data = args.data or (None if args.val_data else str(builtin_root(**task_of(model).builtin)))
     settings = Settings(
         data=data,
         resolutions=tuple(resolutions),
@@ -167,8 +166,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         val_crop=args.val_crop or model.val_crop,
         exif=args.exif or model.exif,
         calibration_batches=args.calibration_batches,
-        task=model.task,
-        ignore_label=model.ignore_label,
         **common_settings(args),
     )
     backend = choose_backend(args.kernels, rank.device)
@@ -249,11 +246,13 @@ def _val_batches(
         resolutions,
         settings.batch_size,
         normalize=(model.input_mean, model.input_std),
-        **settings_of(settings, task_of(model).val_settings),
+        crop=settings.val_crop,
+        labels=settings.val_list,
         rank=rank.index,
         world_size=rank.world_size,
         device=rank.device,
         limit=limit,
+        **_of_masks(model),
         **settings.loading,
     )
     names, known = loader.class_names, model.class_names
@@ -324,17 +323,18 @@ def _calibration_images(
         device=rank.device,
         normalize=(model.input_mean, model.input_std),
         max_steps=settings.calibration_batches,
-        **_of_masks(settings),
+        **_of_masks(model),
         **settings.loading,
     )
     return (batch.images.level(0) for batch in loader)
 
 
-def _of_masks(settings: Settings) -> dict[str, Any]:
-    """What a training loader has to know of segmentation."""
-    if settings.task == "classification":
+def _of_masks(model: RSNet) -> dict[str, Any]:
+    """What a loader has to know of segmentation."""
+    if model.task == "classification":
         return {}
-    return {"task": settings.task, "ignore_label": settings.ignore_label}
+    names = ("task", "ignore_label", "num_classes")
+    return {name: getattr(model, name) for name in names}
 
 
 def _origin(model: RSNet, resolution: int, between: str) -> str:

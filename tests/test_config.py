@@ -26,7 +26,13 @@ from rsfast.training.run import Run
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:
     quantised = [f"{arch.removesuffix('_lq')}_w2a{bits}" for arch in QUANTISED for bits in (32, 2)]
-    others = ["builtin", "resnet50_finetune", "resnet18_w2a2_authors"]
+    others = [
+        "builtin",
+        "builtin_segmentation",
+        "refinenet101",
+        "resnet50_finetune",
+        "resnet18_w2a2_authors",
+    ]
     assert set(recipe_names()) == {*NETWORKS, *quantised, *others}
     for arch in ARCHITECTURES:
         cfg = parse_args(["--arch", arch, "--data", "imagenet"])

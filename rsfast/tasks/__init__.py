@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from rsfast.data import Batch
-from rsfast.data.builtin import builtin_root
 from rsfast.losses import MultiResolutionDistillation, PixelDistillation
 from rsfast.tasks import classification, segmentation
 
@@ -73,7 +72,7 @@ class Task:
     """A task's own parts.
 
     Attributes:
-        builtin_root: the folder of the built-in set, generated if it is not there.
+        builtin: arguments of `rsfast.data.builtin.builtin_root` that make its built-in set.
         loss: called with the number of resolutions, the distillation mode, `backend`, and the
             settings of `loss_settings`.
         loss_settings: of a run, by the name of the argument.
@@ -83,7 +82,7 @@ class Task:
         draw_epochs: draws accuracy.png out of the rows of summary.csv.
     """
 
-    builtin_root: Callable[[], Path]
+    builtin: Mapping[str, str]
     loss: Callable[..., Any]
     loss_settings: Mapping[str, str]
     train_settings: Mapping[str, str]
@@ -145,7 +144,7 @@ def _same(*names: str) -> dict[str, str]:
 
 TASKS: dict[str, Task] = {
     "classification": Task(
-        builtin_root=builtin_root,
+        builtin={},
         loss=MultiResolutionDistillation,
         loss_settings=_same("label_smoothing", "copies"),
         train_settings=_same("copies", "crop", "flip", "crop_area", "augment"),
@@ -155,7 +154,7 @@ TASKS: dict[str, Task] = {
         draw_epochs=classification.draw_epochs,
     ),
     "segmentation": Task(
-        builtin_root=builtin_root,
+        builtin={"task": "segmentation"},
         loss=PixelDistillation,
         loss_settings={"label_smoothing": "label_smoothing", "ignore_index": "ignore_label"},
         train_settings=_same("task", "flip", "scale", "ignore_label"),

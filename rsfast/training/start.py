@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rsfast.config import TrainConfig, profiled_steps
 from rsfast.data import ImageIndex, Loader, default_workers, train_loader, val_loader
+from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
 from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import AveragedModel
@@ -181,7 +182,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
     with first_rank_first(rank):
         root = cfg.data
         if cfg.is_builtin:
-            root = str(task.builtin_root())
+            root = str(builtin_root(**task.builtin))
             if rank.is_main:
                 _LOG.info("no --data given: using the built-in generated set in %s", root)
         training = train_loader(
