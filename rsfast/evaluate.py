@@ -223,7 +223,8 @@ def _refuse_other_task(args: argparse.Namespace, task: str) -> None:
         "segmentation": ("val_crop", "per_image", "train_data", "val_data", "val_list"),
     }
     for name in of_others[task]:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        if value is not None and value is not False:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} means nothing for a network of {task}: leave it away")
     for name, highest in (("ignore_label", 255), ("predictions", 9999)):
