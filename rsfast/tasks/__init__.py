@@ -156,7 +156,7 @@ TASKS: dict[str, Task] = {
     "segmentation": Task(
         builtin={"task": "segmentation"},
         loss=PixelDistillation,
-        loss_settings={"label_smoothing": "label_smoothing", "ignore_index": "ignore_label"},
+        loss_settings=_same("label_smoothing", "ignore_label"),
         train_settings=_same("task", "flip", "scale", "ignore_label"),
         val_settings=_same("task", "ignore_label"),
         figures={"pixel": "pixel", "mean": "mean", "iou": "mean IoU"},

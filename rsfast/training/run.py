@@ -15,7 +15,7 @@ from rsfast.engine import TrainStep
 from rsfast.engine.ema import AveragedModel
 from rsfast.engine.metrics import EpochMean, LossMeter, StepClock
 from rsfast.engine.optim import lr_at
-from rsfast.losses import LossTerms, MultiResolutionDistillation, PixelDistillation
+from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
 from rsfast.runtime.distributed import Rank
 from rsfast.runtime.interrupt import Vote
@@ -79,7 +79,7 @@ class Run:
     train_loader: Loader
     val_loader: Loader
     model: RSNet
-    loss: MultiResolutionDistillation | PixelDistillation
+    loss: MultiResolutionDistillation
     optimizer: torch.optim.Optimizer
     step: TrainStep
     ema: AveragedModel[RSNet] | None
