@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ def palette(num_classes: int) -> NDArray[np.uint8]:
 
     Twenty of matplotlib's, strong ones first, then hues that go round the circle.
     """
-    table = matplotlib.colormaps["tab20"].colors
+    table = [to_rgb(matplotlib.colormaps["tab20"](number)) for number in range(20)]
     colours = [*table[::2], *table[1::2]]
     for number in range(len(colours), num_classes):
         value = (1.0, 0.75, 0.5)[number % 3]
@@ -63,7 +64,7 @@ def draw_overlays(
         panels.append((f"{title}, {right:.1f} % right", _laid_over(image, classes, colours)))
     entries = _legend([mask[counted], *predictions.values()], colours, class_names)
     if not counted.all():
-        entries.append(Patch(color=np.array(_NOT_COUNTED) / 255, label="not counted"))
+        entries.append(_entry(_NOT_COUNTED, "not counted"))
     columns = max(1, min(len(entries), 2 * len(panels)))
     lines = -(-len(entries) // columns)
     height = _PANEL_INCHES * min(2.0, max(0.4, image.shape[0] / image.shape[1]))
@@ -92,6 +93,12 @@ def _legend(
     maps: Sequence[NDArray[np.integer]], colours: NDArray[np.uint8], class_names: Sequence[str]
 ) -> list[Patch]:
     """The classes that are to be seen, in the order of their numbers."""
-    shares = sum(np.bincount(found.ravel(), minlength=len(class_names)) for found in maps)
+    seen_in = [np.bincount(found.ravel(), minlength=len(class_names)) for found in maps]
+    shares = np.sum(seen_in, axis=0)
     seen = [number for number in np.argsort(shares)[::-1] if shares[number]][:_MOST_NAMED]
-    return [Patch(color=colours[n] / 255, label=class_names[n]) for n in sorted(seen)]
+    return [_entry(colours[number].tolist(), class_names[number]) for number in sorted(seen)]
+
+
+def _entry(colour: Sequence[int], label: str) -> Patch:
+    red, green, blue = (value / 255 for value in colour)
+    return Patch(color=(red, green, blue), label=label)

@@ -91,6 +91,8 @@ def load_pretrained(
     file = read_weights(Path(path), resolutions, len(model.resolutions), model.resolutions)
     target = _Target(model)
     tensors = _without_auxiliaries(model, max(_readings(file.tensors), key=target.matches))
+    taken: set[str]
+    classes: int | None
     trunk = target.in_trunk(file.tensors)
     if target.matches(trunk) > target.matches(tensors):
         tensors, taken, classes = trunk, target.decoder, 0

@@ -82,7 +82,7 @@ class Task:
         draw_epochs: draws accuracy.png out of the rows of summary.csv.
     """
 
-    builtin: Mapping[str, str]
+    builtin: Mapping[str, Any]
     loss: Callable[..., Any]
     loss_settings: Mapping[str, str]
     train_settings: Mapping[str, str]

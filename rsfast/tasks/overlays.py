@@ -46,7 +46,7 @@ def write_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     device = ensemble_weights.device
     names = [*(f"{r} px" for r in model.resolutions), "ensemble"]
-    written = []
+    written: list[Path] = []
     for batch in loader:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits: Pyramid = model(batch.images)

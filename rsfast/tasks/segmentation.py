@@ -123,7 +123,7 @@ class Scores:
             batch: of a validation loader.
         """
         levels = logits.levels() if isinstance(logits, Pyramid) else logits
-        for number, mask in enumerate(batch.masks):
+        for number, mask in enumerate(batch.masks or ()):
             size = mask.shape[0], mask.shape[1]
             maps = [level[number] for level in levels]
             self._counts.add(predicted_classes(maps, size, self._weights), mask)
