@@ -29,11 +29,11 @@ def decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
     return fn.decoders.image_slice(encoded, axis_names="HW", start=start, shape=shape, **how)
 
 
-def decoded_masks(paths: Callable[[], list[np.ndarray]], *, dont_use_mmap: bool) -> Any:
+def decoded_masks(paths: Callable[[], list[np.ndarray]], dont_use_mmap: bool) -> Any:
     """[H, W, 1] uint8 on the CPU of files of 8-bit grey.
 
     Args:
-        paths: of the next batch.
+        paths: gives those of the next batch.
         dont_use_mmap: read files plainly.
     """
     encoded = fn.io.file.read(fn.external_source(source=paths), dont_use_mmap=dont_use_mmap)

@@ -58,7 +58,7 @@ class DaliPixelDecoder(DaliDecoder):
 
     def _more_outputs(self, feed: Feed) -> Sequence:
         assert isinstance(feed, _PixelFeed)
-        return (decoded_masks(feed.next_masks, dont_use_mmap=self._dont_use_mmap),)
+        return (decoded_masks(feed.next_masks, self._dont_use_mmap),)
 
     def _result(self, pictures: Sequence, epoch: int, step: int, stream: object) -> Rendered:
         *levels, decoded = pictures

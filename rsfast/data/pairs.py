@@ -30,6 +30,7 @@ from rsfast.files.orientation import EXIF_MODES
 
 __all__ = [
     "Labelling",
+    "NoClassesError",
     "Pairing",
     "Pairs",
     "check_label",
@@ -50,6 +51,10 @@ class Labelling(NamedTuple):
 
     class_names: tuple[str, ...]
     ignore_label: int
+
+
+class NoClassesError(ValueError):
+    """Neither a list of names nor the training masks tell the classes."""
 
 
 class Pairing(NamedTuple):
@@ -217,7 +222,8 @@ def labelling_of(root: Path, ignore_label: int, num_classes: int | None = None) 
         ignore_label, num_classes: as in :func:`open_pairs`.
 
     Raises:
-        ValueError: naming the folder or file and what is wrong with it.
+        ValueError: naming the folder or file and what is wrong with it; a NoClassesError where
+            there is nothing to tell them by.
     """
     check_label(ignore_label)
     _check_number(num_classes)
@@ -268,20 +274,20 @@ def _count_classes(train: Path, ignore_label: int) -> int:
     """One more than the largest label of the training masks that may be a class."""
     folder = masks_folder(train)
     if not (train.is_dir() and folder.is_dir()):
-        raise ValueError(
+        raise NoClassesError(
             f"classes of {train.parent} must be named in {train.parent / 'classes.txt'}, one per "
             f"line, or have training masks in {folder}, found neither"
         )
     pairing = paired(train, images_below(train))
-    seen = _survey(folder, pairing).counts.any(axis=0)
-    seen[[ignore_label, MAX_CLASSES]] = False
-    if not seen.any():
-        raise ValueError(
+    labels = np.flatnonzero(_survey(folder, pairing).counts.any(axis=0))
+    labels = labels[(labels != ignore_label) & (labels < MAX_CLASSES)]
+    if not labels.size:
+        raise NoClassesError(
             f"masks in {folder} must hold a class besides the ignored label {ignore_label}, found "
             f"none in {sum(map(bool, pairing.masks))} masks; to see why: "
             f"{_check_command(train, ignore_label)}"
         )
-    return int(np.flatnonzero(seen)[-1]) + 1
+    return int(labels[-1]) + 1
 
 
 def problem_of(survey: Survey, row: int, size: Sequence[int], labelling: Labelling) -> str:

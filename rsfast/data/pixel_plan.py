@@ -84,6 +84,10 @@ class PixelTrainPlan(TrainPlan):
                     f"{name} must be one of {allowed} for segmentation, whose levels share one "
                     f"mask, got {value!r}"
                 )
+        if self.crop_area != TrainPlan.crop_area:
+            raise ValueError(
+                f"crop_area is of classification; segmentation has scale, got {self.crop_area}"
+            )
         if self.augment != NOTHING:
             raise ValueError(
                 "augment must change nothing for segmentation, whose masks would not follow, got "
