@@ -30,7 +30,7 @@ from rsfast.config.flags import add_common_flags, common_settings, parse_resolut
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.sources import check_sources
-from rsfast.evaluate import Evaluation, Settings, evaluate
+from rsfast.evaluate import Settings, evaluate
 from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows, write_rows
 from rsfast.files.unpickle import load_dict
@@ -39,6 +39,7 @@ from rsfast.models import RSNet
 from rsfast.models.deploy import pooled_features as features_of
 from rsfast.runtime import distributed
 from rsfast.training import checkpoint
+from rsfast.training.evaluation import Evaluation
 
 __all__ = [
     "alpha_over_epochs",
@@ -182,7 +183,7 @@ def _features(
 def _dense_rows(found: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     """Rows of every resolution, by where batch norm between the trained ones comes from."""
     return [
-        {"between": between, **dataclasses.asdict(row)}
+        {"between": between, **row.columns()}
         for between, evaluation in found.items()
         for row in evaluation.rows
         if row.resolution != "ensemble"
@@ -221,6 +222,11 @@ def _analyze(args: argparse.Namespace) -> None:
     folder: Path = args.output or path.parent / "analysis"
     rank = distributed.join(args.device)
     model, alpha = checkpoint.load_model(path, arch=args.arch, weights=args.weights)
+    if model.task != "classification":
+        raise ValueError(
+            f"rsfast.analyze looks at networks of classification, and {path} is of {model.task}: "
+            f"rsfast.evaluate has its tables"
+        )
     model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
     training = _training_settings(path)
     wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
@@ -246,7 +252,7 @@ def _analyze(args: argparse.Namespace) -> None:
         own = found["interpolate"]
         hits = {
             int(row.resolution): (places == 1).cpu().numpy()
-            for row, places in zip(own.rows, own.places, strict=True)
+            for row, places in zip(own.rows, own.details, strict=True)
             if row.trained and row.resolution != "ensemble"
         }
         write_rows(folder / "shares.csv", wrong_and_right(hits, str(model.arch)))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rsfast.config.flags import (
     parse_resolutions,
     refuse_unknown,
 )
-from rsfast.data import ImageIndex, Loader, prefetch, train_loader, val_loader
+from rsfast.data import Loader, prefetch, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.labels import warn_of_numbers
 from rsfast.data.plan import VAL_CROPS
@@ -37,8 +38,10 @@ from rsfast.models.deploy import calibrate, multiply_adds
 from rsfast.pyramid.convert import bn_mixture
 from rsfast.runtime import distributed
 from rsfast.runtime.distributed import Rank
-from rsfast.tasks.classification import Accuracy, TopK
+from rsfast.tasks import Accuracy, task_of
+from rsfast.tasks.overlays import write_predictions
 from rsfast.training import checkpoint
+from rsfast.training.evaluation import Evaluation, Row
 from rsfast.training.validation import validate
 
 __all__ = [
@@ -50,44 +53,8 @@ __all__ = [
 ]
 
 BETWEEN = ("interpolate", "nearest", "calibrate")
+_PICTURES = 8  # of predictions/
 _RESOLUTIONS_PER_PASS = 6  # one decode serves so many; bounds the memory for resized images
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        resolution: in pixels, or "ensemble".
-        trained: whether the resolution has a batch-norm bank of its own.
-        batch_norm: where its batch-norm bank comes from.
-        multiply_adds: of convolutions and classifier, for one image.
-        parameters: that this row needs (all of the network for the ensemble).
-        top1, top5: in percent.
-    """
-
-    resolution: int | str
-    trained: bool
-    batch_norm: str
-    multiply_adds: int
-    parameters: int
-    top1: float
-    top5: float
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Accuracy of a network, in all and image by image.
-
-    Attributes:
-        rows: one per resolution, descending, then the ensemble.
-        places: [len(rows), n] the place of each image's label among the classes, from 1.
-        index: the n images.
-    """
-
-    rows: list[Row]
-    places: Tensor
-    index: ImageIndex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,21 +105,22 @@ def evaluate(model: RSNet, alpha: Tensor, settings: Settings, rank: Rank) -> Eva
     Raises:
         ValueError: if the data set has other classes than the network.
     """
-    dtype = PRECISIONS[settings.precision] if settings.precision else _default_dtype(rank)
+    dtype = _dtype(settings, rank)
     weights = torch.softmax(alpha, dim=0).to(rank.device)
     with distributed.first_rank_first(rank):
         loader = _val_batches(model, model.resolutions, settings, rank)
     accuracy = validate(model, weights, prefetch(loader, rank.device), dtype, loader.num_images)
-    found = list(zip(_trained_rows(model, accuracy), accuracy.places, strict=False))
+    found = list(zip(_trained_rows(model, accuracy), accuracy.details, strict=False))
     all_levels = sum(row.multiply_adds for row, _ in found)
     extra = sorted(set(settings.resolutions) - set(model.resolutions), reverse=True)
     for start in range(0, len(extra), _RESOLUTIONS_PER_PASS):
         group = extra[start : start + _RESOLUTIONS_PER_PASS]
         found += _untrained_rows(model, group, settings, rank, dtype)
     found.sort(key=lambda pair: int(pair[0].resolution), reverse=True)
-    ensemble = Row("ensemble", True, "all banks", all_levels, _count(model), *accuracy.ensemble)
-    rows, places = zip(*found, (ensemble, accuracy.places[-1]), strict=True)
-    return Evaluation(list(rows), torch.stack(places), loader.plan.index)
+    worth = _figures(model, accuracy.ensemble)
+    ensemble = Row("ensemble", True, "all banks", all_levels, _count(model), worth)
+    rows, details = zip(*found, (ensemble, accuracy.details[-1]), strict=True)
+    return Evaluation(list(rows), torch.stack(details), loader.plan.index)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,13 +149,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     model, alpha = checkpoint.load_model(
         args.checkpoint, args.trained_resolutions, args.arch, args.weights
     )
+    if args.ignore_label is not None:
+        model.ignore_label = args.ignore_label
     folder = Path(args.output or args.checkpoint.parent / "evaluation")
     distributed.agree(rank, lambda: make_writable(folder))
     needs_training = args.between == "calibrate" and args.train_data is None
+    _refuse_other_task(args, model.task)
     named = args.data, args.train_data, args.val_data, args.val_list
     check_sources(*named, both_splits=needs_training)
     with distributed.first_rank_first(rank):
-        data = args.data or (None if args.val_data else str(builtin_root()))
+        data = args.data or (None if args.val_data else str(builtin_root(**task_of(model).builtin)))
     settings = Settings(
         data=data,
         resolutions=tuple(resolutions),
@@ -203,8 +174,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"on {rank.device} with {backend} kernels")
     found = evaluate(model, alpha, settings, rank)
     if rank.is_main:
-        title = f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}"
-        _write(found, title, folder, args.per_image)
+        print(f"{model.arch}, trained at {', '.join(map(str, model.resolutions))}")
+        print(found.table(task_of(model).figures))
+        _write(found, folder, lambda: _write_more(found, args, model, alpha, settings, rank))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -228,6 +200,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         help="of an authors' checkpoint not at 224..96",
     )
+    ignored = "of masks, for segmentation: pixels that do not count; by default as in training"
+    add("--ignore-label", type=int, metavar="VALUE", help=ignored)
+    pictures = f"images to draw with their predictions, for segmentation (default {_PICTURES})"
+    add("--predictions", type=int, metavar="N", help=pictures)
     places = "write per_image.csv, too: the place of each image's class among all, from 1"
     add("--per-image", action="store_true", help=places)
     add(
@@ -240,12 +216,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _default_dtype(rank: Rank) -> torch.dtype | None:
+def _refuse_other_task(args: argparse.Namespace, task: str) -> None:
+    """Flags that mean nothing for what the network is for."""
+    of_others = {
+        "classification": ("ignore_label", "predictions"),
+        "segmentation": ("val_crop", "per_image", "train_data", "val_data", "val_list"),
+    }
+    for name in of_others[task]:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} means nothing for a network of {task}: leave it away")
+    for name, highest in (("ignore_label", 255), ("predictions", 9999)):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= highest:
+            raise ValueError(f"--{name.replace('_', '-')} must be in [0, {highest}], got {value}")
+
+
+def _dtype(settings: Settings, rank: Rank) -> torch.dtype | None:
+    if settings.precision:
+        return PRECISIONS[settings.precision]
     return torch.bfloat16 if rank.device.type == "cuda" else None
 
 
 def _val_batches(
-    model: RSNet, resolutions: Sequence[int], settings: Settings, rank: Rank
+    model: RSNet, resolutions: Sequence[int], settings: Settings, rank: Rank, limit: int = 0
 ) -> Loader:
     loader = val_loader(
         settings.val_data or settings.data,
@@ -257,6 +252,8 @@ def _val_batches(
         rank=rank.index,
         world_size=rank.world_size,
         device=rank.device,
+        limit=limit,
+        **_of_masks(model),
         **settings.loading,
     )
     names, known = loader.class_names, model.class_names
@@ -274,8 +271,8 @@ def _trained_rows(model: RSNet, accuracy: Accuracy) -> list[Row]:
     singles = {r: model.at(r) for r in model.resolutions}
     origin = "own bank" if model.bn == "private" else "shared bank"
     return [
-        Row(r, True, origin, multiply_adds(net, r), _count(net), top1, top5)
-        for (r, net), (top1, top5) in zip(singles.items(), accuracy.levels, strict=True)
+        Row(r, True, origin, multiply_adds(net, r), _count(net), _figures(model, values))
+        for (r, net), values in zip(singles.items(), accuracy.levels, strict=True)
     ]
 
 
@@ -293,13 +290,13 @@ def _untrained_rows(
         for net, resolution in zip(nets, resolutions, strict=True):
             calibrate(net, _calibration_images(model, resolution, settings, rank))
     loader = _val_batches(model, resolutions, settings, rank)
-    counts = TopK(len(nets), rank.device, loader.num_images)
+    scores = task_of(model).scores_of(model, len(nets), rank.device, num_images=loader.num_images)
     for batch in prefetch(loader, rank.device):
         levels = zip(nets, batch.images.levels(), strict=True)
         with torch.autocast(rank.device.type, dtype, enabled=dtype is not None):
-            logits = torch.stack([net(level) for net, level in levels])
-        counts.add(logits.float(), batch.labels, batch.indices)
-    accuracies, _ = counts.read()
+            logits = [net(level) for net, level in levels]
+        scores.add(logits, batch)
+    accuracy = scores.read()
     rows = [
         Row(
             resolution,
@@ -307,11 +304,11 @@ def _untrained_rows(
             _origin(model, resolution, settings.between),
             multiply_adds(net, resolution),
             _count(net),
-            *values,
+            _figures(model, values),
         )
-        for resolution, net, values in zip(resolutions, nets, accuracies, strict=True)
+        for resolution, net, values in zip(resolutions, nets, accuracy.levels, strict=True)
     ]
-    return list(zip(rows, counts.places(), strict=True))
+    return list(zip(rows, accuracy.details, strict=True))
 
 
 def _calibration_images(
@@ -327,9 +324,18 @@ def _calibration_images(
         device=rank.device,
         normalize=(model.input_mean, model.input_std),
         max_steps=settings.calibration_batches,
+        **_of_masks(model),
         **settings.loading,
     )
     return (batch.images.level(0) for batch in loader)
+
+
+def _of_masks(model: RSNet) -> dict[str, Any]:
+    """What a loader has to know of segmentation."""
+    if model.task == "classification":
+        return {}
+    names = ("task", "ignore_label", "num_classes")
+    return {name: getattr(model, name) for name in names}
 
 
 def _origin(model: RSNet, resolution: int, between: str) -> str:
@@ -343,38 +349,50 @@ def _origin(model: RSNet, resolution: int, between: str) -> str:
     return " + ".join(f"{share:.2f} x {model.resolutions[bank]}" for bank, share in mixture)
 
 
+def _figures(model: RSNet, values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(task_of(model).figures, values, strict=True))
+
+
 def _count(net: torch.nn.Module) -> int:
     return sum(param.numel() for param in net.parameters())
 
 
-def _write(found: Evaluation, title: str, folder: Path, per_image: bool) -> None:
-    """The table on screen, accuracy.csv and accuracy.png, and per_image.csv if asked for."""
-    header = f"{'resolution':>10}  {'batch norm':<24}{'MAdds (M)':>10}{'params (M)':>12}"
-    header += f"{'top-1':>8}{'top-5':>8}"
-    print(title, header, "-" * len(header), sep="\n")
-    for row in found.rows:
-        print(
-            f"{row.resolution:>10}  {row.batch_norm:<24}{row.multiply_adds / 1e6:>10.1f}"
-            f"{row.parameters / 1e6:>12.2f}{row.top1:>8.2f}{row.top5:>8.2f}"
-        )
+def _write(found: Evaluation, folder: Path, more: Callable[[], list[str]]) -> None:
+    """accuracy.csv and accuracy.png, and what else is asked for."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "accuracy.csv", (asdict(row) for row in found.rows))
+        write_rows(folder / "accuracy.csv", (row.columns() for row in found.rows))
         figures.draw(folder)
-        if per_image:
-            _write_images(found, folder / "per_image.csv")
+        names = ["accuracy.csv", "accuracy.png", *more()]
     except OSError as error:
         raise ValueError(f"output folder {folder} cannot be written: {error}") from error
-    names = ["accuracy.csv", "accuracy.png", *(["per_image.csv"] if per_image else [])]
     print(f"written: {', '.join(str(folder / name) for name in names)}")
 
 
-def _write_images(found: Evaluation, path: Path) -> None:
-    """A line for each image: path, label, and the place of its label in each row."""
-    names = ["image", "label", *(str(row.resolution) for row in found.rows)]
-    columns = [found.index.paths, found.index.labels.tolist(), *found.places.tolist()]
-    lines = zip(*columns, strict=True)
-    write_rows(path, (dict(zip(names, line, strict=True)) for line in lines))
+def _write_more(
+    found: Evaluation,
+    args: argparse.Namespace,
+    model: RSNet,
+    alpha: Tensor,
+    settings: Settings,
+    rank: Rank,
+) -> list[str]:
+    """What only one task has; returns the names in the folder."""
+    folder = Path(args.output or args.checkpoint.parent / "evaluation")
+    if args.per_image:
+        found.write_images(folder / "per_image.csv")
+        return ["per_image.csv"]
+    if model.task == "classification":
+        return []
+    found.write_classes(folder / "per_class.csv")
+    pictures = args.predictions if args.predictions is not None else _PICTURES
+    if not pictures:
+        return ["per_class.csv"]
+    alone = dataclasses.replace(rank, index=0, world_size=1)
+    loader = _val_batches(model, model.resolutions, settings, alone, limit=pictures)
+    weights = torch.softmax(alpha, dim=0).to(rank.device)
+    write_predictions(model, weights, loader, _dtype(settings, rank), folder / "predictions")
+    return ["per_class.csv", "predictions"]
 
 
 if __name__ == "__main__":

@@ -65,18 +65,20 @@ def _distillation_loss_fwd(
     label_smoothing: float,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """[3] float32: ce, ensemble, distill."""
-    terms = logits.new_empty(logits.shape[1], 3, dtype=torch.float32)
-    teachers = teacher_range(mode, len(logits))
-    load_kernels("distillation_loss.forward").launch(
+    kernels = load_kernels("distillation_loss.launch")
+    terms = logits.new_empty(kernels.num_sums(logits, partner_labels), 3, dtype=torch.float32)
+    kernels.launch(
         logits,
         labels,
         alpha,
-        teachers,
+        teacher_range(mode, len(logits)),
         label_smoothing,
         partner_labels=partner_labels,
         share=share,
+        ignore_index=ignore_index,
         terms=terms,
     )
     return terms.sum(0)
@@ -91,6 +93,7 @@ def _(
     label_smoothing: float,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> Tensor:
     return logits.new_empty(3, dtype=torch.float32)
 
@@ -105,11 +108,14 @@ def _distillation_loss_bwd(
     label_smoothing: float,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """d(logits) and d(alpha) for the gradients `upstream` [3] of the three terms."""
+    kernels = load_kernels("distillation_loss.launch")
+    num_sums = kernels.num_sums(logits, partner_labels)
     dlogits = torch.empty_like(logits)
-    dalpha = logits.new_empty(logits.shape[1], len(logits), dtype=torch.float32)
-    load_kernels("distillation_loss.forward").launch(
+    dalpha = logits.new_empty(num_sums, len(logits), dtype=torch.float32)
+    kernels.launch(
         logits,
         labels,
         alpha,
@@ -117,6 +123,7 @@ def _distillation_loss_bwd(
         label_smoothing,
         partner_labels=partner_labels,
         share=share,
+        ignore_index=ignore_index,
         upstream=upstream,
         dlogits=dlogits,
         dalpha=dalpha,
@@ -134,6 +141,7 @@ def _(
     label_smoothing: float,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits), torch.empty_like(alpha)
 
@@ -148,11 +156,14 @@ def _distillation_loss_fwd_bwd(
     label_smoothing: float,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[3 + R] float32, the terms and d(alpha), and d(logits), for `upstream` [3] or 1 each."""
+    kernels = load_kernels("distillation_loss.launch")
+    num_sums = kernels.num_sums(logits, partner_labels)
     dlogits = torch.empty_like(logits)
-    sums = logits.new_empty(logits.shape[1], 3 + len(logits), dtype=torch.float32)
-    load_kernels("distillation_loss.forward").launch(
+    sums = logits.new_empty(num_sums, 3 + len(logits), dtype=torch.float32)
+    kernels.launch(
         logits,
         labels,
         alpha,
@@ -160,6 +171,7 @@ def _distillation_loss_fwd_bwd(
         label_smoothing,
         partner_labels=partner_labels,
         share=share,
+        ignore_index=ignore_index,
         terms=sums[:, :3],
         upstream=upstream,
         dlogits=dlogits,
@@ -178,21 +190,22 @@ def _(
     label_smoothing: float,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return logits.new_empty(3 + len(logits), dtype=torch.float32), torch.empty_like(logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, labels, alpha, ctx.mode, ctx.label_smoothing, *mix = inputs
+    logits, labels, alpha, ctx.mode, ctx.label_smoothing, *mix, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, labels, alpha, *mix)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *saved, partner_labels, share = ctx.saved_tensors
     dlogits, dalpha = _distillation_loss_bwd(
-        upstream, *saved, ctx.mode, ctx.label_smoothing, partner_labels, share
+        upstream, *saved, ctx.mode, ctx.label_smoothing, partner_labels, share, ctx.ignore_index
     )
-    return dlogits, None, dalpha, None, None, None, None
+    return dlogits, None, dalpha, None, None, None, None, None
 
 
 _distillation_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -207,6 +220,7 @@ def distillation_loss(
     *,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
     backend: str = "torch",
 ) -> DistillationTerms:
     """Cross entropy per resolution, ensemble cross entropy and distillation.
@@ -214,7 +228,8 @@ def distillation_loss(
     Args:
         logits: [R, N, K] float16, bfloat16, float32 or float64; largest resolution first. For
             "triton" contiguous, not float64, R at most 8, N at least 1.
-        labels: [N] int64 in [0, K); checked here on a CPU, by a device assertion on a GPU.
+        labels: [N] int64 or uint8 in [0, K), or `ignore_index`; checked here on a CPU, by a device
+            assertion on a GPU.
         alpha: [R] ensemble scores before the softmax; gets gradient from the ensemble term only.
             For "triton" float32.
         mode: which teachers teach whom, one of DISTILL_MODES; see :func:`teacher_weights`.
@@ -223,6 +238,8 @@ def distillation_loss(
             mixed with, for both cross entropies; together with `share`, or neither.
         share: [N] float32 in [0, 1], weight of the image's own label, the partner's is 1 - share;
             gets no gradient. Its range is checked on a CPU only.
+        ignore_index: the label of rows that do not count: no loss and no gradient, and the mean is
+            over the others. Where no row counts, loss and gradients are 0. Not for mixed images.
         backend: "torch" for the reference, "triton" for the fused kernel.
 
     Returns:
@@ -232,7 +249,9 @@ def distillation_loss(
         ValueError: naming the argument, the rule and the value.
         ImportError: if Triton is asked for and absent.
     """
-    check_arguments(logits, labels, alpha, mode, label_smoothing, partner_labels, share)
+    check_arguments(
+        logits, labels, alpha, mode, label_smoothing, partner_labels, share, ignore_index
+    )
     if check_backend(backend) == "torch":
         return distillation_loss_reference(
             logits,
@@ -242,10 +261,11 @@ def distillation_loss(
             label_smoothing,
             partner_labels=partner_labels,
             share=share,
+            ignore_index=ignore_index,
         )
     check_for_triton(logits, labels, alpha, partner_labels, share)
     terms = _distillation_loss_fwd(
-        logits, labels, alpha, mode, label_smoothing, partner_labels, share
+        logits, labels, alpha, mode, label_smoothing, partner_labels, share, ignore_index
     )
     return DistillationTerms(*terms.unbind())
 
@@ -259,6 +279,7 @@ def distillation_loss_and_gradients(
     *,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
     scale: Tensor | None = None,
     backend: str = "torch",
 ) -> tuple[DistillationTerms, Tensor, Tensor]:
@@ -275,6 +296,7 @@ def distillation_loss_and_gradients(
         label_smoothing: as there.
         partner_labels: as there.
         share: as there.
+        ignore_index: as there.
         scale: scalar float32 on the device of `logits`, the upstream gradient of the three terms
             (the loss scale of float16); 1 by default.
         backend: as there.
@@ -294,7 +316,9 @@ def distillation_loss_and_gradients(
             f"scale must be a scalar float32 on {logits.device}, "
             f"got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
         )
-    check_arguments(logits, labels, alpha, mode, label_smoothing, partner_labels, share)
+    check_arguments(
+        logits, labels, alpha, mode, label_smoothing, partner_labels, share, ignore_index
+    )
     logits, alpha = logits.detach(), alpha.detach()
     if check_backend(backend) == "torch":
         with torch.enable_grad():
@@ -308,6 +332,7 @@ def distillation_loss_and_gradients(
                 label_smoothing,
                 partner_labels=partner_labels,
                 share=share,
+                ignore_index=ignore_index,
             )
             total = terms.ce + terms.ensemble + terms.distill
             upstream = None if scale is None else scale.to(total.dtype)
@@ -323,5 +348,6 @@ def distillation_loss_and_gradients(
         label_smoothing,
         partner_labels,
         share,
+        ignore_index,
     )
     return DistillationTerms(*sums[:3].unbind()), dlogits, sums[3:]

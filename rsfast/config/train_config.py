@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tomli_w
 
-from rsfast.config.rules import check, cut, is_count, setting
+from rsfast.config.rules import check, check_task_settings, cut, is_count, setting
 from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
@@ -17,12 +17,12 @@ from rsfast.data.patterns import check_archives
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
-from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS, SCHEDULES
 from rsfast.files.orientation import EXIF_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
-from rsfast.models.registry import ARCHITECTURES, bits_of, check_arch
+from rsfast.models.registry import ARCHITECTURES, TASKS, bits_of, check_arch, check_task
 from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 
@@ -30,6 +30,7 @@ __all__ = ["TrainConfig", "checkpoint_interval", "profiled_steps"]
 
 # What the help lists: networks that come with rsfast, and forms that check_arch knows.
 _ARCHS = (*ARCHITECTURES, "torchvision/NAME", "timm/NAME", "MODULE:FUNCTION")
+_GAMMA = 0.1  # of the schedule step
 
 
 def profiled_steps(text: str) -> tuple[int, int]:
@@ -80,6 +81,16 @@ def _check_probability(share: float) -> None:
     Augment(random_erasing=share)
 
 
+def _check_milestones(epochs: tuple[int, ...]) -> None:
+    if list(epochs) != sorted({*epochs}) or any(epoch < 1 for epoch in epochs):
+        raise ValueError(f"milestones must be epochs from 1, strictly ascending, got {epochs}")
+
+
+def _check_scale(scale: tuple[float, ...]) -> None:
+    if len(scale) != 2 or not 0.0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale must be a range above 0, such as 0.5 2.0, got {scale}")
+
+
 def _check_area(area: tuple[float, ...]) -> None:
     if len(area) != 2 or not 0.0 < area[0] <= area[1] <= 1.0:
         raise ValueError(f"crop_area must be a range within (0, 1], got {area}")
@@ -92,15 +103,23 @@ class TrainConfig:
     arch: str = setting("resnet50", forms=_ARCHS, check=check_arch)
     """network, and the recipe that the other settings start from; networks of the packages
     torchvision and timm and of a function of yours, called with num_classes, have none"""
+    task: str = setting(None, choices=TASKS)
+    """what the network is for; by default what a network of rsfast is for, and classification for
+    all others"""
     data: str | None = setting(None, on_resume="freely")
     """folder with train/ and val/, which hold one sub-folder per class, tar shards or Parquet
-    files; without it the built-in set is used"""
-    train_data: str | None = setting(None, check=check_archives, on_resume="freely")
+    files (segmentation: images, with their masks in trainannot/ and valannot/); without it the
+    built-in set is used"""
+    train_data: str | None = setting(
+        None, check=check_archives, on_resume="freely", only="classification"
+    )
     """training images in place of data's: a pattern of shards or Parquet files, such as
     "/data/train-{0000..1023}.tar" or "/data/train-*.parquet\""""
-    val_data: str | None = setting(None, check=check_archives, on_resume="freely")
+    val_data: str | None = setting(
+        None, check=check_archives, on_resume="freely", only="classification"
+    )
     """validation images in place of data's, likewise"""
-    val_list: str | None = setting(None, on_resume="freely")
+    val_list: str | None = setting(None, on_resume="freely", only="classification")
     """labels of a data/val without class folders: lines of "file label", or a label per sorted
     file; a label is a class's name, or its number from 0"""
     output: str | None = setting(None, on_resume="freely")
@@ -110,7 +129,7 @@ class TrainConfig:
     batch-norm bank starts as the file's batch norm"""
     continue_from: str | None = None
     """folder of a run that has ended (or a checkpoint of it) to go on from, as a run of its own
-    with more epochs or other settings; arch, resolutions, bn, copies and classes stay"""
+    with more epochs or other settings; arch, task, resolutions, bn, copies and classes stay"""
     calibrate_first: int = setting(0, at_least=0)
     """training batches, of one epoch at most, on which the statistics of pretrained weights are
     estimated anew, resolution by resolution, before the first step"""
@@ -133,27 +152,32 @@ class TrainConfig:
     """batch statistics over all ranks, set by set, instead of each rank's own"""
     label_smoothing: float = setting(0.0, at_least=0, below=1)
     """of the cross entropies, in [0, 1)"""
-    crop: str = setting("single", choices=CROP_MODES)
+    crop: str = setting("single", choices=CROP_MODES, only="classification")
     """one random window per image, or one for each of its levels"""
-    copies: int = setting(1, at_least=1)
+    copies: int = setting(1, at_least=1, only="classification")
     """levels of each resolution, which differ in their windows if crop is multi; they share a
     batch-norm bank"""
     flip: str = setting("shared", choices=FLIP_MODES)
     """one random flip per image, one for each of its levels, or none"""
-    crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
+    crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area, only="classification")
     """range of the window's share of the image's area"""
-    mixup: float = setting(0.0, at_least=0)
+    mixup: float = setting(0.0, at_least=0, only="classification")
     """alpha of Beta(alpha, alpha), of which the share of an image in its mixture with another one
     of the batch is drawn; 0 for no mixtures"""
-    cutmix: float = setting(0.0, at_least=0)
+    cutmix: float = setting(0.0, at_least=0, only="classification")
     """alpha of Beta(alpha, alpha), of which the share of an image that a box of another one leaves
     visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
-    rand_augment: str | None = setting(None, check=operations_of)
+    rand_augment: str | None = setting(None, check=operations_of, only="classification")
     """operations N and magnitude M (0 to 30) of RandAugment as N:M, such as 2:9; one draw for all
     resolutions; by default none"""
-    random_erasing: float = setting(0.0, check=_check_probability)
+    random_erasing: float = setting(0.0, check=_check_probability, only="classification")
     """probability that a rectangle of an image is erased, the same at all its resolutions"""
-    val_crop: str = setting("center", choices=VAL_CROPS)
+    scale: tuple[float, float] = setting((0.5, 2.0), check=_check_scale, only="segmentation")
+    """range of the scale of a training image (segmentation): at 2 the window is half as wide and
+    high as the image, at 0.5 twice, with what is beyond the image left out of the loss"""
+    ignore_label: int = setting(255, at_least=0, below=256, only="segmentation")
+    """value of the masks' pixels that count neither in the loss nor in the scores (segmentation)"""
+    val_crop: str = setting("center", choices=VAL_CROPS, only="classification")
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
     exif: str = setting("ignore", choices=EXIF_MODES)
     """leave images as they are stored, or turn them as their EXIF says"""
@@ -166,8 +190,17 @@ class TrainConfig:
     steps_per_epoch: int = setting(0, at_least=0, on_resume="at an epoch")
     """cut epochs short after so many steps; 0 for whole ones"""
     lr: float = setting(0.1, at_least=0)
-    """highest learning rate; cosine to 0 per step"""
-    scale_lr: bool = False
+    """highest learning rate"""
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    """cosine to 0 per step, poly: the share of steps that is left to the power of 0.9, per step, or
+    steps down after the epochs of milestones"""
+    milestones: tuple[int, ...] = setting((), check=_check_milestones)
+    """epochs after which the schedule step multiplies the rate by gamma, ascending"""
+    gamma: float = setting(_GAMMA, at_least=0, below=1)
+    """factor of the rate at each of the milestones"""
+    decoder_lr: float = setting(1.0, at_least=0, only="segmentation")
+    """factor of lr for what is not of the network's trunk or backbone (segmentation)"""
+    scale_lr: bool = setting(False, only="classification")
     """multiply lr by (images per step over all ranks) / 256; goes with warmup_epochs"""
     warmup_epochs: float = setting(0.0, at_least=0)
     """epochs of linear warm-up"""
@@ -234,6 +267,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "task", check_task(self.arch, self.task))
+        self._check_task()
         named = self.data, self.train_data, self.val_data, self.val_list
         check_sources(*named, both_splits=True)
         bits = bits_of(self.arch, self.weight_bits, self.activation_bits)
@@ -247,6 +282,7 @@ class TrainConfig:
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
                 f"got {self.warmup_epochs}"
             )
+        self._check_schedule()
         if self.calibrate_first and self.pretrained is None:
             raise ValueError(
                 "calibrate_first needs pretrained weights, whose statistics it estimates: "
@@ -263,6 +299,36 @@ class TrainConfig:
             raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    def _check_task(self) -> None:
+        check_task_settings(self, self.task)
+        if self.task == "segmentation" and self.flip == "independent":
+            raise ValueError(
+                "flip must be shared or none for segmentation, where all resolutions are compared "
+                "pixel by pixel, got independent"
+            )
+
+    def _check_schedule(self) -> None:
+        if self.schedule == "step":
+            if not self.milestones:
+                raise ValueError(
+                    "schedule step needs the epochs after which the rate falls: add --milestones, "
+                    "such as --milestones 30 60 90"
+                )
+            if self.milestones[-1] >= self.epochs:
+                raise ValueError(
+                    f"milestones must be below the {self.epochs} epochs, got {self.milestones}"
+                )
+        elif self.milestones:
+            raise ValueError(
+                f"milestones are of the schedule step, got {self.milestones} for "
+                f"{self.schedule}: add --schedule step, or --milestones without epochs"
+            )
+        elif self.gamma != _GAMMA:
+            raise ValueError(
+                f"gamma is of the schedule step, got {self.gamma} for {self.schedule}: add "
+                "--schedule step and --milestones, or leave it away"
+            )
 
     @property
     def augment(self) -> Augment:

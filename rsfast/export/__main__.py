@@ -161,6 +161,7 @@ def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     graph.import_onnx()
     accuracy = package.read_accuracy(args.accuracy) if args.accuracy else None
     model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch, args.weights)
+    graph.refuse_other_tasks(model)
     manifest = package.describe(model, args.checkpoint, args.preprocess)
     if args.int8:
         count, batches = images.calibration(

@@ -41,6 +41,7 @@ class RSNet(nn.Module):
         val_crop: how validation images were cut in training, "center" or "none".
         exif: whether images were turned as their EXIF says, "honour", or not, "ignore".
         class_names: names of the classes if known.
+        ignore_label: of pixels that do not count (segmentation).
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
     """
 
@@ -66,6 +67,7 @@ class RSNet(nn.Module):
         self.val_crop = "center"
         self.exif = "ignore"
         self.class_names: tuple[str, ...] | None = None
+        self.ignore_label = 255
         self.backend = "torch"
 
     def forward(self, images: Pyramid | Sequence[Tensor]) -> Any:
@@ -180,7 +182,7 @@ class RSNet(nn.Module):
             "num_classes": self.num_classes,
             "bn": self.bn,
         }
-        if registry.check_task(self.arch or "") != self.task:
+        if self.task != "classification":
             settings["task"] = self.task
         if self.bits is not None:
             settings |= {"weight_bits": self.bits.weight, "activation_bits": self.bits.activation}

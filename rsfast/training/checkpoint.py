@@ -54,6 +54,7 @@ _FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
 _INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "class_names")
+_OF_TASK = {"segmentation": ("ignore_label",)}  # and those of one task
 _YOUNGER: dict[str, Any] = {"exif": "ignore"}  # what older checkpoints lack means this
 
 
@@ -179,7 +180,7 @@ def model_payload(model: RSNet) -> dict[str, Any]:
     return {
         "settings": _settings(model),
         "model": model.state_dict(),
-        **{name: getattr(model, name) for name in _INPUT_FIELDS},
+        **_input_of(model),
     }
 
 
@@ -194,13 +195,21 @@ def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
     Raises:
         ValueError: if the network has no name, as one that :func:`rsfast.convert` made of a module.
     """
-    about = {**_settings(model), **{name: getattr(model, name) for name in _INPUT_FIELDS}}
+    about = {**_settings(model), **_input_of(model)}
     tensors = {**model.state_dict(), "ensemble.alpha": alpha.detach()}
     # A convolution's channels-last strides are not kept: the file holds values in row-major order.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     text = json.dumps(about)
     metadata = {"format": "pt", "rsfast": text, "sha256": weights_digest(text, tensors)}
     write_whole(path, [to_safetensors(tensors, metadata)])
+
+
+def _input_of(model: RSNet) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in _input_fields(model.task)}
+
+
+def _input_fields(task: str) -> tuple[str, ...]:
+    return _INPUT_FIELDS + _OF_TASK.get(task, ())
 
 
 def _settings(model: RSNet) -> dict[str, Any]:
@@ -253,14 +262,16 @@ def load_model(
         alpha = official.alpha_of(content)
         return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
     content = {**_YOUNGER, **content}
-    missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
+    settings = content.get("settings")
+    fields = _input_fields(settings.get("task", "") if isinstance(settings, dict) else "")
+    missing = {"settings", "model", "loss", *fields} - set(content)
     if missing:
         raise ValueError(
             f"checkpoint {path} is neither of rsfast nor of the authors' code: "
             f"it has no {sorted(missing)[0]!r}"
         )
     _check_state(path, content, data)
-    about = {**content["settings"], **{name: content[name] for name in _INPUT_FIELDS}}
+    about = {**content["settings"], **{name: content[name] for name in fields}}
     model = _rebuild(path, about, _chosen(path, content, weights), arch)
     return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
 
@@ -306,14 +317,15 @@ def _rebuild(
     state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     if older.is_old(state):
         state = older.renamed(state, about["arch"])
-    model = create_model(**{k: v for k, v in about.items() if k not in _INPUT_FIELDS})
+    fields = _input_fields(about.get("task", ""))
+    model = create_model(**{k: v for k, v in about.items() if k not in fields})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
             f"checkpoint {path} does not fit the {model.arch} it says it is: {error}"
         ) from error
-    for name in _INPUT_FIELDS:
+    for name in fields:
         value = about[name]
         setattr(model, name, tuple(value) if isinstance(value, list) else value)
     return model.eval()

@@ -29,6 +29,7 @@ from rsfast.kernels.common.launch import OPTIONS
 from rsfast.kernels.common.tiles import TILE_ELEMENTS
 from rsfast.kernels.common.tiles import tile as bn_tile
 from rsfast.kernels.distillation_loss import forward as loss
+from rsfast.kernels.distillation_loss import many_rows as loss_rows
 from rsfast.kernels.distillation_loss import tiles as loss_tiles
 from rsfast.kernels.distillation_loss.op import teacher_range
 from rsfast.kernels.global_avg_pool import backward as pool_backward
@@ -62,40 +63,89 @@ def distillation_loss() -> Iterator[Case]:
     passes = [(True, False), (False, True), (True, True)]  # writes terms, gradients
     # Every tile: few and many rows, one block of each size and the loop over several.
     sizes = [(5, 1000), *itertools.product((4, 8), (10, 200, 500, 1000, 2000, 32768)), (1, 1)]
-    for (resolutions, classes), (mode, dtype), (terms, grads), mix in itertools.product(
-        sizes, modes, passes, (False, True)
+    for (resolutions, classes), (mode, dtype), written, more in itertools.product(
+        sizes, modes, passes, ("", " mix", " ignore")
     ):
         special = mode != "full" or dtype == "fp16"
-        if special and (mix or (resolutions, classes) != (5, 1000)):
+        if special and (more or (resolutions, classes) != (5, 1000)):
+            continue
+        tiles = ((4, 2000), (8, 1000), (8, 32768))
+        if more == " ignore" and (dtype == "fp32" or (resolutions, classes) not in tiles):
             continue
         block_k, num_warps = loss_tiles.tile(resolutions, classes)
-        first, last, _ = teacher_range(mode, resolutions)
-        types = {"logits_ptr": "*" + dtype, "labels_ptr": "*i64", "alpha_ptr": "*fp32"}
-        types |= dict.fromkeys(["stride_upstream", "stride_terms_n", "stride_dalpha_n"], "i32")
-        types |= dict.fromkeys(["hit_target", "miss_target", "teacher_weight"], "fp32")
-        if mix:
+        types, constants = _of_loss(resolutions, classes, mode, dtype, written, more == " ignore")
+        types |= {"stride_terms_n": "i32", "stride_dalpha_n": "i32"}
+        if more == " mix":
             types |= {"partner_labels_ptr": "*i64", "share_ptr": "*fp32"}
-        if terms:
-            types |= {"terms_ptr": "*fp32"}
-        if grads:
-            types |= {"upstream_ptr": "*fp32", "dlogits_ptr": "*" + dtype, "dalpha_ptr": "*fp32"}
+        terms, grads = written
         yield Case(
-            f"R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}"
-            + (" mix" if mix else ""),
+            f"R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}{more}",
             loss._distillation_loss_kernel,
             types,
-            {
-                "R": resolutions,
-                "K": classes,
-                "BLOCK_K": block_k,
-                "FIRST_TEACHER": first,
-                "LAST_TEACHER": last,
-                "HAS_MIX": mix,
-                "WRITE_TERMS": terms,
-                "WRITE_GRADS": grads,
-            },
+            {**constants, "BLOCK_K": block_k, "HAS_MIX": more == " mix"},
             loss_tiles.options(num_warps),
         )
+    yield from _distillation_loss_of_pixels(passes)
+
+
+def _distillation_loss_of_pixels(passes: Sequence[tuple[bool, bool]]) -> Iterator[Case]:
+    # Few and many levels, rows that begin at multiples of 16 bytes and others; 40 classes are those
+    # of NYUDv2.
+    sizes = [(3, 2), (3, 11), (3, 40), (3, 65), (3, 150), (8, 11), (8, 40), (8, 65), (1, 1)]
+    kinds = [("fp32", "full", True), ("fp32", "full", False), ("bf16", "full", True)]
+    kinds += [("fp32", mode, True) for mode in DISTILL_MODES if mode != "full"]
+    for (resolutions, classes), (dtype, mode, ignore), written in itertools.product(
+        sizes, kinds, passes
+    ):
+        plain = (dtype, mode, ignore) == ("fp32", "full", True)
+        if not plain and (
+            (resolutions, classes) != (3, 40) or (mode != "full" and not all(written))
+        ):
+            continue
+        block_m, block_k = loss_tiles.row_tile(resolutions, classes)
+        types, constants = _of_loss(resolutions, classes, mode, dtype, written, ignore)
+        types |= dict.fromkeys(["stride_terms_p", "stride_dalpha_p", "num_rows"], "i32")
+        terms, grads = written
+        yield Case(
+            f"pixels R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}"
+            + (" ignore" if ignore else ""),
+            loss_rows._distillation_loss_rows_kernel,
+            types,
+            {**constants, "BLOCK_M": block_m, "BLOCK_K": block_k},
+            loss_tiles.row_options(),
+            loss_tiles.ROW_PROGRAMS,
+        )
+
+
+def _of_loss(
+    resolutions: int,
+    classes: int,
+    mode: str,
+    dtype: str,
+    written: tuple[bool, bool],
+    ignore: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Types and constants that both kernels of the loss have."""
+    terms, grads = written
+    first, last, _ = teacher_range(mode, resolutions)
+    types = {"logits_ptr": "*" + dtype, "alpha_ptr": "*fp32", "stride_upstream": "i32"}
+    types |= dict.fromkeys(["hit_target", "miss_target", "teacher_weight"], "fp32")
+    types |= {"labels_ptr": "*u8", "counted_ptr": "*i64"} if ignore else {"labels_ptr": "*i64"}
+    if terms:
+        types |= {"terms_ptr": "*fp32"}
+    if grads:
+        types |= {"upstream_ptr": "*fp32", "dlogits_ptr": "*" + dtype, "dalpha_ptr": "*fp32"}
+    constants = {
+        "R": resolutions,
+        "K": classes,
+        "FIRST_TEACHER": first,
+        "LAST_TEACHER": last,
+        "HAS_IGNORE": ignore,
+        "IGNORE_INDEX": 255 if ignore else None,
+        "WRITE_TERMS": terms,
+        "WRITE_GRADS": grads,
+    }
+    return types, constants
 
 
 def global_avg_pool() -> Iterator[Case]:

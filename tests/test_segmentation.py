@@ -1,0 +1,343 @@
+"""Whole runs of segmentation: training, continuing, evaluating, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers import make_image_folder, torchrun
+from mask_helpers import CLASSES, IGNORED, make_mask_folder
+from rsfast import RSNet, analyze, create_model, evaluate, train
+from rsfast.data import val_loader
+from rsfast.export.__main__ import main as export
+from rsfast.files.tables import read_rows
+from rsfast.files.unpickle import load_dict
+from rsfast.models.deploy import multiply_adds
+from rsfast.tasks.segmentation import Scores, figures_of
+from rsfast.training import checkpoint
+from rsfast.training.run import Run
+from run_helpers import assert_equal, assert_same_run, log_of, stop_when
+
+ARCH = ["--arch", "mask_helpers:network"]
+PIL = ["--loader", "pil", "--workers", "0"]
+SMALL = [*ARCH, *"--task segmentation --resolutions 48 32 --batch-size 3 --lr 0.05".split()]
+SMALL += "--epochs 2 --log-every 1 --schedule poly --decoder-lr 10 --seed 3".split()
+STEPS = 2  # of an epoch: 6 images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mask_folder(tmp_path_factory.mktemp("masks"))
+
+
+def start(folder: Path, output: Path, *flags: str) -> int:
+    return train.main([*SMALL, *PIL, "--data", str(folder), "--output", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert start(folder, output, "--ema-decay", "0.9") == 0
+    return output
+
+
+def model_of(path: Path) -> RSNet:
+    return checkpoint.load_model(path, arch=ARCH[1])[0]
+
+
+def test_a_run_writes_scores_of_every_resolution(whole: Path) -> None:
+    rows = read_rows(whole / "summary.csv")
+    names = [f"{kind}_{at}" for at in (48, 32, "ensemble") for kind in ("miou", "pixel", "mean")]
+    assert [name for name in rows[0] if name in names] == names
+    assert f"plain_{names[0]}" in rows[0], "of the weights without averaging"
+    assert all(0.0 <= float(row[name]) <= 100.0 for row in rows for name in names)
+    assert (whole / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    content = load_dict(whole / "last.pt")
+    assert (content["settings"]["task"], content["ignore_label"]) == ("segmentation", IGNORED)
+    assert content["class_names"] == CLASSES
+    for name in ("last.pt", "model_best.pt", "model_best.safetensors"):
+        model = model_of(whole / name)
+        assert (model.task, model.ignore_label, model.num_classes) == ("segmentation", 255, 3)
+        assert model.at(40)(torch.zeros(1, 3, 40, 40)).shape == (1, 3, 10, 10)
+
+
+def test_the_decoder_has_ten_times_the_rate_in_every_step(whole: Path) -> None:
+    groups = load_dict(whole / "last.pt")["optimizer"]["param_groups"]
+    assert [group.get("lr_factor", 1.0) for group in groups] == [1.0, 10.0]
+    assert groups[1]["lr"] == pytest.approx(10 * groups[0]["lr"])
+    last = log_of(whole)[-1]["lr"]
+    assert last == pytest.approx(0.05 * (1 - 3 / 4) ** 0.9)
+    assert groups[0]["lr"] == pytest.approx(last)
+    assert len(groups[1]["params"]) == 2, "weight and bias of the classifier"
+
+
+@pytest.mark.parametrize("stop_at", [1, STEPS, STEPS + 1])
+def test_a_run_stopped_after_a_step_continues_bit_for_bit(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_when(patch, lambda run: run.steps_done == stop_at)
+        assert start(folder, output, "--ema-decay", "0.9") == 75
+    assert start(folder, output, "--ema-decay", "0.9", "--resume", "auto") == 0
+    assert_same_run(output, whole)
+
+
+def test_a_longer_run_continues_an_ended_one_with_the_momentum_of_each_parameter(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    momenta = []
+
+    def note(run: Run, _: object) -> None:
+        names = {param: name for name, param in run.model.named_parameters()}
+        found = {
+            names.get(p, "alpha"): s["momentum_buffer"] for p, s in run.optimizer.state.items()
+        }
+        momenta.append(found)
+        assert run.log
+        run.log.close()
+
+    monkeypatch.setattr(train, "train_epochs", note)
+    for factor in ("10", "1"):  # two groups of the optimiser, and one
+        flags = ["--continue-from", str(whole), "--epochs", "4", "--decoder-lr", factor]
+        assert start(folder, tmp_path / factor, *flags, "--ema-decay", "0.9") == 0
+    assert len(momenta[0]) == 9
+    assert_equal(momenta[1], momenta[0], "momentum")
+    saved = load_dict(whole / "last.pt")["optimizer"]["state"]
+    found = {tuple(m.shape): m for m in momenta[0].values() if m.dim() == 4}
+    for state in saved.values():
+        if state["momentum_buffer"].dim() == 4:
+            assert torch.equal(
+                found[tuple(state["momentum_buffer"].shape)], state["momentum_buffer"]
+            )
+
+
+def test_evaluation_scores_trained_and_other_resolutions_at_the_images_sizes(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(whole / "model_best.pt"), *ARCH, *PIL, "--data", str(folder)]
+    command += ["--resolutions", "40", "--predictions", "2", "--output", str(tmp_path)]
+    assert evaluate.main(command) == 0
+    rows = read_rows(tmp_path / "accuracy.csv")
+    assert [row["resolution"] for row in rows] == ["48", "40", "32", "ensemble"]
+    assert rows[1]["batch_norm"] == "0.50 x 48 + 0.50 x 32"
+    model = model_of(whole / "model_best.pt")
+    for row in rows[:-1]:
+        resolution = int(row["resolution"])
+        net = model.at(resolution)
+        assert int(row["multiply_adds"]) == multiply_adds(net, resolution)
+        expected = by_hand(net, folder, resolution)
+        for name, value in zip(("pixel", "mean", "iou"), figures_of(expected), strict=True):
+            assert float(row[name]) == pytest.approx(value)
+    best = max(read_rows(whole / "summary.csv"), key=lambda row: round(float(row["miou_48"]), 1))
+    assert float(rows[0]["iou"]) == pytest.approx(float(best["miou_48"]))
+    classes = read_rows(tmp_path / "per_class.csv")
+    assert [row["class"] for row in classes] == list(CLASSES)
+    counted = sum(int((mask != IGNORED).sum()) for mask in masks_of(folder))
+    assert sum(int(row["pixels"]) for row in classes) == counted
+    assert {f"iou_{row['resolution']}" for row in rows} < set(classes[0])
+    pictures = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert pictures == ["000_0000.png", "001_0004.png"]
+    with Image.open(tmp_path / "predictions" / pictures[0]) as picture:
+        assert picture.width > 2 * picture.height, "five panels side by side"
+    assert "mean IoU" in capsys.readouterr().out
+
+
+def masks_of(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((folder / "valannot").iterdir())]
+
+
+def by_hand(net: torch.nn.Module, folder: Path, resolution: int) -> torch.Tensor:
+    """The confusion matrix of a plain network, of the files."""
+    matrix = torch.zeros(3, 3, dtype=torch.int64)
+    loader = val_loader(folder, (resolution,), 2, task="segmentation", backend="pil", workers=0)
+    with torch.no_grad():
+        logits = torch.cat([net(batch.images.level(0)) for batch in loader])
+    for maps, mask in zip(logits, masks_of(folder), strict=True):
+        resized = torch.nn.functional.interpolate(maps[None], size=mask.shape, mode="bilinear")
+        predicted = resized[0].argmax(0).numpy()
+        for label in range(3):
+            for guess in range(3):
+                matrix[label, guess] += int(((mask == label) & (predicted == guess)).sum())
+    return matrix
+
+
+def test_statistics_between_resolutions_may_be_calibrated(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    command = [str(whole / "last.pt"), *ARCH, *PIL, "--data", str(folder), "--predictions", "0"]
+    command += ["--resolutions", "40", "--between", "calibrate", "--calibration-batches", "1"]
+    assert evaluate.main([*command, "--output", str(tmp_path)]) == 0
+    assert read_rows(tmp_path / "accuracy.csv")[1]["batch_norm"] == "calibrated"
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_weights_of_a_file_are_trained_from_and_their_statistics_estimated_anew(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    flags = ["--pretrained", str(whole / "last.pt"), "--calibrate-first", "2", "--epochs", "1"]
+    assert start(folder, tmp_path / "run", *flags) == 0
+    origin = load_dict(tmp_path / "run" / "last.pt")["origin"]
+    assert origin["pretrained_classifier"] == "its classifier of 3 classes was taken over"
+
+
+def test_two_ranks_count_every_image_once_and_end_with_one_network(tmp_path: Path) -> None:
+    make_mask_folder(tmp_path / "masks")
+    common = [*PIL, "--data", "masks"]
+    training = ["-m", "rsfast.train", *SMALL, *common, "--sync-bn", "--output", "run"]
+    torchrun(*training, folder=tmp_path)
+    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--output", "two"]
+    torchrun(*command, folder=tmp_path)
+    alone = [str(tmp_path / "run" / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
+    assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
+    two, one = (read_rows(tmp_path / name / "accuracy.csv") for name in ("two", "one"))
+    assert two == one
+    classes = [(tmp_path / name / "per_class.csv").read_text() for name in ("two", "one")]
+    assert classes[0] == classes[1]
+    last = read_rows(tmp_path / "run" / "summary.csv")[-1]
+    for row in one:
+        assert float(row["iou"]) == float(last[f"miou_{row['resolution']}"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mixup", "0.2"], "mixup is a setting of classification, got 0.2 for the task seg"),
+        (["--crop-area", "0.5", "1"], "crop_area is a setting of classification"),
+        (["--val-crop", "none"], "val_crop is a setting of classification, got 'none'"),
+        (["--copies", "2"], "copies is a setting of classification"),
+        (["--val-list", "labels.txt"], "val_list is a setting of classification"),
+        (["--scale-lr"], "scale_lr is a setting of classification"),
+        (["--flip", "independent"], "flip must be shared or none for segmentation"),
+        (
+            ["--scale", "2", "1"],
+            r"scale must be a range above 0, such as 0.5 2.0, got \(2.0, 1.0\)",
+        ),
+        (["--ignore-label", "256"], r"ignore_label must be in \[0, 256\), got 256"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_that_mean_nothing_are_refused(
+    tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        start(tmp_path, tmp_path / "run", *flags)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_a_network_of_another_task_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, message in (
+        ("--arch resnet18 --task segmentation", "task must be classification, which resnet18 is"),
+        ("--arch refinenet18 --task classification", "task must be segmentation, which refinenet"),
+        ("--arch resnet18 --scale 1 2", "scale is a setting of segmentation, got (1.0, 2.0)"),
+        ("--arch resnet18 --decoder-lr 10", "decoder_lr is a setting of segmentation, got 10.0"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main([*flags.split(), "--data", str(tmp_path)])
+        assert message in capsys.readouterr().err
+
+
+def test_data_that_do_not_fit_are_named(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = make_image_folder(tmp_path / "plain", train=1, val=1)
+    assert start(plain, tmp_path / "run") == 2
+    assert "segmentation needs it with a mask for each image" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "classes.txt").write_text("a\nb\nc\n")
+    command = [str(whole / "last.pt"), *ARCH, *PIL, "--data", str(other)]
+    assert evaluate.main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "must have the 3 classes of the checkpoint (ground" in capsys.readouterr().err
+
+
+def test_commands_for_classification_say_so(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(whole / "last.pt")
+    assert export([path, *ARCH, "--output", str(tmp_path / "out")]) == 2
+    assert "export writes networks of classification only" in capsys.readouterr().err
+    assert analyze.main([str(whole), *ARCH, *PIL]) == 2
+    assert "looks at networks of classification" in capsys.readouterr().err
+    for flag in ("--per-image", "--val-crop none", "--val-list a", "--train-data a"):
+        assert evaluate.main([path, *ARCH, "--data", str(folder), *flag.split()]) == 2
+        error = capsys.readouterr().err
+        assert f"{flag.split()[0]} means nothing for a network of segmentation" in error
+
+
+def test_evaluating_classification_has_no_flags_of_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = create_model("tiny:network", (48, 32), 2)
+    checkpoint.save_weights(model, torch.ones(2), tmp_path / "a.safetensors")
+    for flags in (["--ignore-label", "0"], ["--predictions", "3"]):
+        command = [str(tmp_path / "a.safetensors"), "--arch", "tiny:network", *flags]
+        assert evaluate.main(command) == 2
+        assert "means nothing for a network of classification" in capsys.readouterr().err
+
+
+def test_other_pixels_are_ignored_where_evaluation_says_so(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    for path in (other / "valannot").iterdir():
+        mask = np.asarray(Image.open(path)).copy()
+        mask[mask == IGNORED] = 200
+        Image.fromarray(mask).save(path)
+    found = []
+    for data, flags in ((folder, []), (other, ["--ignore-label", "200"])):
+        command = [str(whole / "last.pt"), *ARCH, *PIL, "--data", str(data), *flags]
+        output = tmp_path / str(len(found))
+        assert evaluate.main([*command, "--predictions", "0", "--output", str(output)]) == 0
+        with open(output / "per_class.csv", newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    assert found[0] == found[1]
+
+
+def test_a_map_of_one_pixel_in_a_batch_of_one_image_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--arch", "refinenet18", "--resolutions", "64", "32", "--batch-size", "1"]
+    flags += ["--warmup-epochs", "0"]
+    assert start(folder, tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err
+    assert "in front of network.trunk.layer4.0" in error
+    assert "at resolution 32" in error
+
+
+def test_a_network_without_a_trunk_has_one_rate(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("rsfast.models.parts._TRUNKS", ("encoder",))
+    assert start(folder, tmp_path / "run") == 2
+    assert "mask_helpers:network has none: leave it away" in capsys.readouterr().err
+
+
+def test_scores_are_read_from_batches_of_the_loader(folder: Path) -> None:
+    loader = val_loader(folder, (48, 32), 2, task="segmentation", backend="pil", workers=0)
+    scores = Scores(1, 3, IGNORED, torch.device("cpu"))
+    for batch in loader:
+        scores.add([torch.zeros(len(batch.indices), 3, 2, 2)], batch)
+    found = scores.read()
+    assert found.num_images == 5
+    shares = [int((mask == 0).sum()) for mask in masks_of(folder)]
+    assert found.matrices[0, 0, 0] == sum(shares), "everything is taken for the first class"
