@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, interpolate, one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from kernel_helpers import skip_unless_it_runs_on
 from loss_helpers import loss_of_each_row
 from rsfast import Pyramid
 from rsfast.data import Mix
@@ -201,6 +205,32 @@ def test_resized_rows_are_pytorchs_interpolation_in_float32(
     for of_level, level in zip(rows, maps, strict=True):
         exact = interpolate(level.float(), size=(9, 7), mode="bilinear", align_corners=False)
         torch.testing.assert_close(of_level, exact.permute(0, 2, 3, 1).flatten(0, 2))
+
+
+class LargeTensors(TorchDispatchMode):
+    """Keeps what operations return of at least so many numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.kept += [tensor for tensor in tensors if tensor.numel() >= self.numbers]
+        return result
+
+
+def test_the_kernels_make_two_tensors_of_all_pixels_resized_logits_and_gradient() -> None:
+    skip_unless_it_runs_on("cpu")
+    levels, labels = make_maps(classes=19, dtype=torch.float32)
+    loss = PixelDistillation(3, backend="triton")
+    with LargeTensors(labels.numel() * 19) as large:  # a level of all
+        loss(levels, labels).total.backward()
+    places = {tensor.untyped_storage().data_ptr() for tensor in large.kept}
+    assert len(places) == 2
+    assert {t.untyped_storage().nbytes() for t in large.kept} == {3 * labels.numel() * 19 * 4}
 
 
 def test_a_pyramid_of_logits_gives_the_loss_of_its_levels() -> None:
