@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.support.inputs import make_loss_inputs
-from kernel_helpers import CPU_OR_GPU, GPU_ONLY, PLACES, capture_without_host_sync
+from kernel_helpers import CPU_OR_GPU, GPU_ONLY, PLACES, capture_without_host_sync, gpu
 from loss_helpers import (
     DRAWS,
     UPSTREAMS,
@@ -62,9 +62,17 @@ def make_inputs(
 
 @pairwise(
     {
-        "shape": [(1, 1, 2), (3, 65, 11), (2, 3, 40), (8, 3, 150), (3, 65, 150), (8, 65, 2)],
+        # By rows few: in the interpreter every program takes milliseconds.
+        "shape, tiles_of_rows": [
+            *(((1, 1, 2), tiled) for tiled in (False, True)),
+            *(((8, 3, 150), tiled) for tiled in (False, True)),
+            *(((2, 3, 40), tiled) for tiled in (False, True)),
+            ((3, 65, 11), True),
+            ((3, 65, 150), True),
+            ((8, 65, 2), True),
+            ((4, 65, 40), True),
+        ],
         "mode": DISTILL_MODES,
-        "tiles_of_rows": [False, True],
         "place": PLACES,
     },
     indirect=["place", "tiles_of_rows"],
@@ -115,7 +123,7 @@ def test_the_reference_is_the_mean_over_the_rows_that_count(
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("device", CPU_OR_GPU, indirect=True)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
-@pytest.mark.parametrize("shape", [(3, 65, 11), (2, 3, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 9, 11), (2, 3, 1100)], ids=str)
 def test_no_row_that_counts_costs_nothing(
     shape: tuple[int, ...], smoothing: float, device: str, backend: str, tiles_of_rows: bool
 ) -> None:
@@ -129,11 +137,11 @@ def test_no_row_that_counts_costs_nothing(
 @pytest.mark.parametrize(
     ("backend", "device"),
     # On a GPU PyTorch divides by numbers of the host and by those of the device in different ways.
-    [("torch", "cpu"), ("triton", "cpu"), *(("triton", of) for of in GPU_ONLY[0].values)],
+    [("torch", "cpu"), ("triton", "cpu"), pytest.param("triton", "cuda", marks=gpu)],
     indirect=["device"],
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
-@pytest.mark.parametrize("shape", [(3, 65, 11), (2, 3, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 9, 11), (2, 3, 1100)], ids=str)
 def test_where_all_rows_count_nothing_changes_by_a_bit(
     shape: tuple[int, ...], smoothing: float, device: str, backend: str, tiles_of_rows: bool
 ) -> None:
@@ -153,7 +161,8 @@ def test_where_all_rows_count_nothing_changes_by_a_bit(
 def test_one_launch_gives_the_terms_and_gradients_of_two(
     scale: float | None, place: tuple[str, torch.dtype], tiles_of_rows: bool
 ) -> None:
-    inputs = make_inputs((3, 65, 11), *place)
+    # PyTorch adds up the sums of more programs in an order that depends on how many sums there are.
+    inputs = make_inputs((3, 9 if tiles_of_rows else 3, 11), *place)
     tensor = None if scale is None else torch.tensor(scale, device=place[0])
     for backend, bounds in (("triton", {"rtol": 0.0, "atol": 0.0}), ("torch", {})):
         options: dict[str, Any] = {"ignore_index": IGNORED, "backend": backend}
@@ -212,7 +221,10 @@ def test_rows_are_counted_without_a_host_that_waits(
             "ignore_index must be None where images are mixed",
         ),
         (
-            {"partner_labels": torch.zeros(3).byte(), "share": torch.ones(3), "ignore_index": None},
+            {
+                **dict.fromkeys(["labels", "partner_labels"], torch.zeros(3).byte()),
+                **{"share": torch.ones(3), "ignore_index": None},
+            },
             r"partner_labels must be int64 \[3\], got torch.uint8",
         ),
     ],
