@@ -7,6 +7,8 @@ detached z_s, and p_0 its softmax (RS-Net paper, equations 1 to 10):
     ensemble = CE(z_0, y)                                 gradient to alpha only
     distill  = sum_s sum_{t<s} W[s, t] KL(p_t || p_s)     teachers p_t detached
 
+Rows that have `ignore_index` for a label do not count. Rows are images, or pixels of them.
+
 The target y is the one-hot label of the image. Where images are mixed (Mixup, CutMix) it is that of
 two labels, share onehot(labels) + (1 - share) onehot(partner_labels). Label smoothing goes on top;
 it is linear in the target, so that smoothing the mixture and mixing the smoothed are the same.
@@ -19,7 +21,8 @@ and P_s = sum_t W[s, t] p_t,
     d distill / d z_s   = (sum_t W[s, t]) p_s - P_s
     d ensemble / d a_k  = <p_0 - y, z_k>, through the softmax of alpha
 
-All terms are averaged over the N images and computed in float32 (float64 for float64 logits).
+All terms are averaged over the N images that count and computed in float32 (float64 for float64
+logits).
 
 Backend "triton": one launch forward (one read of the logits) and one backward (one read, one
 write), one program per image, then a sum over the [N, 3] terms and over the [N, R] gradients of
@@ -30,6 +33,12 @@ write, 2 b R N K bytes.
 Layout: logits [R, N, K] contiguous. With b bytes per logit, forward and backward move 3 b R N K
 bytes: 7.7 MB for R = 5, N = 256, K = 1000 in 16 bits, 1.8 us at 4.3 TB/s. Labels are 8 bytes per
 image and launch, mixed ones 20.
+
+From 4096 rows of few classes on (at most 256; for R >= 4 and unless K is a multiple of four, 127),
+rows are pixels, and one wave of programs goes over tiles of several: 396 partial sums, not N. Which
+rows count is looked at on the device only, and the logits of the others are not read. A pixel of
+R = 3 levels with K = 40 classes in float32 moves 1440 bytes forward and backward, and 3 or 4 more
+with an 8-bit label: 1.43 GB for 8 images of 352 x 352 pixels, 0.33 ms at 4.3 TB/s.
 
 Under autograd, the backward computes d(logits) from the saved logits instead of scaling a d(logits)
 that the forward wrote. The upstream gradient is not known on the host then, and may differ per

@@ -29,7 +29,8 @@ _NUM_WARPS = {
 
 # From so many rows on, tiles of several rows: fewer are at work in one wave of programs for each.
 MANY_ROWS = 4096
-# Logits of a tile, by whether there are more than three levels: 8 or 4 for each thread. Half of them
+_MOST_CLASSES = 256
+# Logits of a tile, by whether there are more than three levels: 8 or 4 for each thread. Half
 # where rows do not begin at multiples of four: each logit of a thread is of another row then, and
 # what is known of a row takes as many registers as a logit.
 _TILE_ELEMENTS = {False: 1024, True: 512}
@@ -48,7 +49,9 @@ def tile(num_resolutions: int, num_classes: int) -> tuple[int, int]:
 
 def is_tall(num_resolutions: int, num_rows: int, num_classes: int) -> bool:
     """Whether rows go in tiles of several: there are many, and several fit into a tile."""
-    return num_rows >= MANY_ROWS and row_tile(num_resolutions, num_classes)[0] > 1
+    if num_rows < MANY_ROWS or num_classes > _MOST_CLASSES:
+        return False
+    return row_tile(num_resolutions, num_classes)[0] > 1
 
 
 def row_tile(num_resolutions: int, num_classes: int) -> tuple[int, int]:

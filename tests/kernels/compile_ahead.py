@@ -118,12 +118,7 @@ def _distillation_loss_of_pixels(passes: Sequence[tuple[bool, bool]]) -> Iterato
 
 
 def _of_loss(
-    resolutions: int,
-    classes: int,
-    mode: str,
-    dtype: str,
-    written: tuple[bool, bool],
-    ignore: bool,
+    resolutions: int, classes: int, mode: str, dtype: str, written: tuple[bool, bool], ignore: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Types and constants that both kernels of the loss have."""
     terms, grads = written
@@ -135,17 +130,9 @@ def _of_loss(
         types |= {"terms_ptr": "*fp32"}
     if grads:
         types |= {"upstream_ptr": "*fp32", "dlogits_ptr": "*" + dtype, "dalpha_ptr": "*fp32"}
-    constants = {
-        "R": resolutions,
-        "K": classes,
-        "FIRST_TEACHER": first,
-        "LAST_TEACHER": last,
-        "HAS_IGNORE": ignore,
-        "IGNORE_INDEX": 255 if ignore else None,
-        "WRITE_TERMS": terms,
-        "WRITE_GRADS": grads,
-    }
-    return types, constants
+    constants = {"R": resolutions, "K": classes, "FIRST_TEACHER": first, "LAST_TEACHER": last}
+    constants |= {"HAS_IGNORE": ignore, "IGNORE_INDEX": 255 if ignore else None}
+    return types, {**constants, "WRITE_TERMS": terms, "WRITE_GRADS": grads}
 
 
 def global_avg_pool() -> Iterator[Case]:

@@ -21,7 +21,7 @@ from register_table import all_keys, compile_for_real, find_or_compile, read_tab
 
 NUM_CASES = {
     "bn_act_max_pool": 26,
-    "distillation_loss": 183,
+    "distillation_loss": 229,
     "global_avg_pool": 20,
     "normalize": 6,
     "subsample": 18,
@@ -85,8 +85,8 @@ def test_kernels_compile_without_spills(operation: str, keys: dict[tuple[str, in
         assert differing == {}, WRITE
 
 
-def test_all_programs_of_a_launch_of_batch_norm_fit_at_a_time(ahead: ModuleType) -> None:
-    for operation in ("switchable_bn_act", "bn_act_max_pool"):
+def test_all_programs_of_one_wave_fit_at_a_time(ahead: ModuleType) -> None:
+    for operation in ("switchable_bn_act", "bn_act_max_pool", "distillation_loss"):
         table = read_table(operation)
         streaming = [case for case in ahead.OPERATIONS[operation]() if case.programs]
         assert len(streaming) >= 26
