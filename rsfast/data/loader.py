@@ -19,7 +19,8 @@ from rsfast.data.cache import Key, cache_root, has_record
 from rsfast.data.dataset import open_split
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.index import SPLITS, ImageIndex, check_command
-from rsfast.data.mixing import Mix, erase, mixed
+from rsfast.data.mixing import Mix, erase, mixed, shift_colours
+from rsfast.data.picking import Picking, check_levels
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
@@ -81,13 +82,13 @@ class Loader:
         self,
         plan: TrainPlan | ValPlan,
         decoder: Decoder,
-        resolutions: Sequence[int],
+        picking: Picking,
         normalization: tuple[Sequence[float], Sequence[float]],
         device: torch.device,
         max_steps: int = 0,
     ) -> None:
         self.plan = plan
-        self.resolutions = tuple(resolutions)
+        self.resolutions = picking.resolutions
         self.class_names = plan.index.class_names
         self.mean, self.std = (tuple(part) for part in normalization)
         self.epoch = 0
@@ -96,6 +97,7 @@ class Loader:
         self.channels = 3
         self.backend = "torch"
         self._decoder = decoder
+        self._picking = picking
         self._device = device
         self._steps = min(plan.steps, max_steps or plan.steps)
 
@@ -130,6 +132,7 @@ class Loader:
             steps, self._decoder.rows(epoch, steps) if steps else (), strict=True
         ):
             indices = self.plan.images(epoch, step)
+            rows = self._picking(rows, len(indices))
             labels = torch.from_numpy(self.plan.index.labels[indices])
             blends = self.plan.blends(epoch, step) if isinstance(self.plan, TrainPlan) else None
             mix = None
@@ -146,6 +149,8 @@ class Loader:
                 backend=self.backend,
             )
             if isinstance(self.plan, TrainPlan):
+                shifts = self.plan.colour_shifts(epoch, step)
+                shift_colours(rows, self.resolutions, shifts, self.std)
                 erase(rows, self.resolutions, self.plan.erasures(epoch, step))
             yield Batch(
                 images=Pyramid(
@@ -169,6 +174,8 @@ def train_loader(
     copies: int = 1,
     crop: str = "single",
     flip: str = "shared",
+    levels: str = "resize",
+    picked_from: int | None = None,
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
@@ -198,6 +205,9 @@ def train_loader(
         copies: levels of each resolution, one after the other.
         crop: "single" window for all levels, or "multi": an independent one for each.
         flip: horizontal, p = 0.5: "shared" by the levels, "independent", or "none".
+        levels: "resize" the window to each, or "nearest": to the largest only, from whose pixels
+            smaller ones are picked; for one window and one flip.
+        picked_from: resolution that "nearest" picks from; None for the largest of these.
         normalize: "imagenet", "none" (plain [0, 1]), or (mean, std) of RGB values in [0, 1].
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
@@ -223,12 +233,14 @@ def train_loader(
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
     damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
+    check_levels(levels, crop, flip)
     resolutions = [r for r in check_resolutions(resolutions) for _ in range(copies)]
+    picking = Picking(levels, resolutions, picked_from, device)
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     plan = TrainPlan(
         index=_index(root, "train", backend, limit, num_images, num_classes, exif, damage),
-        num_levels=len(resolutions),
+        num_levels=len(picking.resized),
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -239,7 +251,7 @@ def train_loader(
         augment=augment,
     )
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
-    return _loader(plan, resolutions, backend, normalize, means, torch.device(device), max_steps)
+    return _loader(plan, picking, backend, normalize, means, torch.device(device), max_steps)
 
 
 def val_loader(
@@ -250,6 +262,8 @@ def val_loader(
     backend: str = "dali",
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     crop: str = "center",
+    levels: str = "resize",
+    picked_from: int | None = None,
     split: str = "val",
     exif: str = "ignore",
     rank: int = 0,
@@ -275,6 +289,7 @@ def val_loader(
         backend: as in :func:`train_loader`.
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
+        levels, picked_from: as in :func:`train_loader`; what is picked is the whole crop.
         split: "val", or "train" for training images prepared like these.
         exif, rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
             :func:`train_loader`.
@@ -289,16 +304,17 @@ def val_loader(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
+    picking = Picking(levels, resolutions, picked_from, device)
     plan = ValPlan(
         index=_index(root, split, backend, limit, num_images, num_classes, exif, damage, labels),
-        resolutions=tuple(resolutions),
+        resolutions=picking.resized,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
         crop=crop,
     )
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
-    return _loader(plan, resolutions, backend, normalize, means, torch.device(device))
+    return _loader(plan, picking, backend, normalize, means, torch.device(device))
 
 
 def _index(
@@ -350,7 +366,7 @@ def _spread(count: int, kept: int) -> np.ndarray:
 
 def _loader(
     plan: TrainPlan | ValPlan,
-    resolutions: Sequence[int],
+    picking: Picking,
     backend: str,
     normalize: str | tuple[Sequence[float], Sequence[float]],
     means: Decoding,
@@ -363,11 +379,11 @@ def _loader(
         normalize = NORMALIZATIONS[normalize]
     decoder: Decoder
     if backend == "synthetic":
-        decoder = SyntheticDecoder(plan, resolutions, device=device)
+        decoder = SyntheticDecoder(plan, picking.resized, device=device)
     elif backend == "pil":
-        decoder = PillowDecoder(plan, resolutions, workers=means.workers, device=device)
+        decoder = PillowDecoder(plan, picking.resized, workers=means.workers, device=device)
     else:
         from rsfast.data.dali import DaliDecoder  # the only optional package
 
-        decoder = DaliDecoder(plan, resolutions, device=device, **means._asdict())
-    return Loader(plan, decoder, resolutions, normalize, device, max_steps)
+        decoder = DaliDecoder(plan, picking.resized, device=device, **means._asdict())
+    return Loader(plan, decoder, picking, normalize, device, max_steps)
