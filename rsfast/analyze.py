@@ -145,6 +145,7 @@ def _features(
     common: dict[str, Any] = {
         **settings.loading,
         "normalize": (model.input_mean, model.input_std),
+        "picked_from": model.resolutions[0],
         "device": device,
         "limit": images,
     }
@@ -230,6 +231,7 @@ def _analyze(args: argparse.Namespace) -> None:
         between="interpolate",
         val_crop=model.val_crop,
         exif=model.exif,
+        levels=model.levels,
         calibration_batches=0,
         **common_settings(args),
     )

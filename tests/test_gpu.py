@@ -19,6 +19,7 @@ from rsfast.data import Augment, Batch, Loader, Mix, prefetch, train_loader, val
 from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer, set_lr
+from rsfast.files.pictures import LEVEL_MODES
 from rsfast.kernels import choose_backend
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
@@ -299,12 +300,13 @@ def test_dali_does_not_wait_for_the_step(tmp_path: Path) -> None:
     assert not step_done.query()
 
 
-def test_mixed_and_erased_batches_are_those_of_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", LEVEL_MODES)
+def test_mixed_lit_and_erased_batches_are_those_of_a_cpu(levels: str, tmp_path: Path) -> None:
     root = make_image_folder(tmp_path, train=20)
-    augment = Augment(mixup=0.4, cutmix=1.0, random_erasing=0.5)
+    options = {"backend": "pil", "workers": 0, "levels": levels}
+    options["augment"] = Augment(mixup=0.4, cutmix=1.0, random_erasing=0.5, lighting=0.1)
     here, there = (
-        train_loader(root, RESOLUTIONS, 4, backend="pil", workers=0, augment=augment, device=device)
-        for device in ("cpu", "cuda")
+        train_loader(root, RESOLUTIONS, 4, device=device, **options) for device in ("cpu", "cuda")
     )
     device = torch.device("cuda", torch.cuda.current_device())
     for exact, batch in zip(here, prefetch(there, device), strict=True):

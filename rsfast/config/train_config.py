@@ -14,11 +14,13 @@ from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.patterns import check_archives
+from rsfast.data.picking import check_levels
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
 from rsfast.files.orientation import EXIF_MODES
+from rsfast.files.pictures import LEVEL_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
@@ -140,6 +142,10 @@ class TrainConfig:
     batch-norm bank"""
     flip: str = setting("shared", choices=FLIP_MODES)
     """one random flip per image, one for each of its levels, or none"""
+    levels: str = setting("resize", choices=LEVEL_MODES)
+    """resize each resolution from the image, or the largest only, and pick the pixels of smaller
+    ones from it (nearest), in training and validation, as the authors' quantised program does; goes
+    with crop single and flip shared or none"""
     crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
     """range of the window's share of the image's area"""
     mixup: float = setting(0.0, at_least=0)
@@ -153,6 +159,9 @@ class TrainConfig:
     resolutions; by default none"""
     random_erasing: float = setting(0.0, check=_check_probability)
     """probability that a rectangle of an image is erased, the same at all its resolutions"""
+    lighting: float = setting(0.0, at_least=0)
+    """standard deviation of AlexNet's colour noise, one draw for all resolutions; the authors'
+    quantised program has 0.1"""
     val_crop: str = setting("center", choices=VAL_CROPS)
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
     exif: str = setting("ignore", choices=EXIF_MODES)
@@ -242,6 +251,7 @@ class TrainConfig:
                 "fix_activation_basis is of quantised activations, and there are none: add --arch "
                 "resnet18_lq --activation-bits 2, or leave it away"
             )
+        check_levels(self.levels, self.crop, self.flip)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
@@ -272,6 +282,7 @@ class TrainConfig:
             cutmix=self.cutmix,
             rand_augment=operations_of(self.rand_augment),
             random_erasing=self.random_erasing,
+            lighting=self.lighting,
         )
 
     @property

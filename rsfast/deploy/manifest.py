@@ -50,6 +50,9 @@ class Manifest:
         scale: share of the shorter side that a centre crop keeps.
         exif: "honour": pictures are turned as EXIF's orientation says before they are resized;
             "ignore": they are taken as stored.
+        levels: "resize": pictures are resized to each r; "nearest": to the largest of
+            `resolutions`, and pixels floor(i * largest / r) of it, down and across, make a smaller
+            r; a larger one is resized.
         filter: of the resizing, "bilinear" with antialiasing (Pillow's).
         calibration_images: that the int8 file's ranges were taken from; 0 where there is no file.
         checkpoint: name of the file that was exported.
@@ -73,7 +76,9 @@ class Manifest:
     checkpoint: str
     checkpoint_sha256: str
     versions: dict[str, str]
-    exif: str = "ignore"  # which rsfast.json of older versions does not name
+    # Which rsfast.json of older versions does not name.
+    exif: str = "ignore"
+    levels: str = "resize"
 
     def text(self) -> str:
         """As in rsfast.json."""
@@ -117,7 +122,7 @@ class Manifest:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{source} must be of format {_FORMAT}, got {found!r}")
-        content.setdefault("exif", "ignore")
+        content = {"exif": "ignore", "levels": "resize", **content}
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ set(content)):
             raise ValueError(f"{source} must have the entries {sorted(names)}, differs in {odd}")

@@ -66,6 +66,7 @@ def describe(
         crop=model.val_crop,
         scale=VAL_SCALE,
         exif=model.exif,
+        levels=model.levels,
         filter="bilinear",
         calibration_images=calibration_images,
         checkpoint=checkpoint.name,
@@ -189,7 +190,8 @@ best = logits.argmax(axis=1)  # lines of {LABELS_FILE}, counted from 0
 | input `{INPUT}` | [N, 3, r, r] {manifest.input_dtype}, RGB, square |
 | r | trained at {sizes} pixels; from {low} to {high} it runs, as accurate as you find it to be |
 | output `{OUTPUT}` | [N, {classes}] float32, before softmax, in the order of {LABELS_FILE} |
-| geometry | {_geometry(manifest)}, bilinear with antialiasing; {_turning(manifest)} |
+| geometry | {_geometry(manifest)}, bilinear with antialiasing{_picking(manifest)}; \
+{_turning(manifest)} |
 | normalisation | {_normalisation(manifest)} |
 | other r | {_between(manifest)} |
 | weights from | {manifest.checkpoint}, SHA-256 {manifest.checkpoint_sha256} |
@@ -224,6 +226,16 @@ def _geometry(manifest: Manifest) -> str:
     if manifest.crop == "none":
         return "the whole image is resized to r x r"
     return f"the shorter side is resized to int(r / {manifest.scale}), the centre r x r cut out"
+
+
+def _picking(manifest: Manifest) -> str:
+    if manifest.levels == "resize":
+        return ""
+    largest = manifest.resolutions[0]
+    return (
+        f"; below {largest}, r x r is picked from that of r = {largest}, whose pixels "
+        f"floor(i * {largest} / r) it has, down and across"
+    )
 
 
 def _normalisation(manifest: Manifest) -> str:

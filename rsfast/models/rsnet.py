@@ -39,6 +39,8 @@ class RSNet(nn.Module):
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
         exif: whether images were turned as their EXIF says, "honour", or not, "ignore".
+        levels: "resize", or "nearest" where resolutions below the largest were picked from its
+            pixels.
         class_names: names of the classes if known.
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
     """
@@ -62,6 +64,7 @@ class RSNet(nn.Module):
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
         self.val_crop = "center"
         self.exif = "ignore"
+        self.levels = "resize"
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
 

@@ -53,8 +53,9 @@ __all__ = [
 _FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
-_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "class_names")
-_YOUNGER: dict[str, Any] = {"exif": "ignore"}  # what older checkpoints lack means this
+_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "levels", "class_names")
+# What older checkpoints lack means this.
+_YOUNGER: dict[str, Any] = {"exif": "ignore", "levels": "resize"}
 
 
 def save(payload: dict[str, Any], *paths: Path) -> None:

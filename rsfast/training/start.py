@@ -152,7 +152,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     check_map_sizes(model, cfg.batch_size, rank.world_size if cfg.sync_bn else 1)
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
-    model.exif = cfg.exif
+    model.exif, model.levels = cfg.exif, cfg.levels
     return model
 
 
@@ -176,6 +176,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "dont_use_mmap": cfg.dont_use_mmap,
         "strict": cfg.strict,
         "exif": cfg.exif,
+        "levels": cfg.levels,
         "tolerate_truncated": cfg.tolerate_truncated,
         "device": rank.device,
     }

@@ -69,14 +69,16 @@ def test_no_step_makes_a_gpus_host_wait(
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_mixing_and_erasing_make_no_host_wait(
+def test_mixing_erasing_picking_and_lighting_make_no_host_wait(
     kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "triton":
         skip_unless_it_runs_on("cpu")
     mixing = ["--mixup", "0.4", "--cutmix", "1", "--random-erasing", "0.9"]
-    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", kernels, *mixing)
+    picking = ["--levels", "nearest", "--lighting", "0.1"]
+    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", kernels, *mixing, *picking)
     assert {"aten.lerp.Tensor", "aten.masked_fill_.Scalar"} <= watch.seen
+    assert {"aten.index_select.out", "aten.add_.Tensor"} <= watch.seen
     assert ("rsfast.distillation_loss_fwd.default" in watch.seen) == (kernels == "triton")
     assert not watch.found
 
