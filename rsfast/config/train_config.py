@@ -116,7 +116,7 @@ class TrainConfig:
     batch-norm bank starts as the file's batch norm"""
     continue_from: str | None = None
     """folder of a run that has ended (or a checkpoint of it) to go on from, as a run of its own
-    with more epochs or other settings; arch, resolutions, bn, copies and classes stay"""
+    with more epochs or other settings; arch, bits, resolutions, bn, copies and classes stay"""
     calibrate_first: int = setting(0, at_least=0)
     """training batches, of one epoch at most, on which the statistics of pretrained weights are
     estimated anew, resolution by resolution, before the first step"""
