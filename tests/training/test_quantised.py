@@ -47,7 +47,7 @@ def state_of(output: Path, part: str = "model", end: str = "") -> dict[str, Tens
 @pytest.mark.parametrize(
     ("flags", "stops"),
     [
-        (TINY, (1, 3, 5, 8)),
+        (TINY, (3, 8)),
         ((*TINY, "--deterministic", "--ema-decay", "0.9"), (2,)),
         pytest.param(
             (*RESNET, "--ema-decay", "0.9", "--fix-activation-basis", "--precision", "bf16"),
@@ -199,6 +199,16 @@ def test_statistics_before_the_first_step_are_estimated_with_the_bases_of_the_fi
         if name.endswith((".basis", ".updates")):
             assert torch.equal(found[name], tensor), name
     assert not torch.equal(found["network.bn1.running_mean"], source["network.bn1.running_mean"])
+
+
+def test_a_run_that_continues_another_has_its_bits(
+    folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*RESNET[:2], "--activation-bits", "32", "--continue-from", str(trained)]
+    assert start(folder, tmp_path / "run", *flags, "--ema-decay", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "was trained with activation_bits = 2, this run has 32" in error
+    assert len(error.splitlines()) == 1
 
 
 PIL = ("--loader", "pil", "--workers", "0", "--batch-size", "4")
