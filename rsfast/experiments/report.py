@@ -232,7 +232,8 @@ def _training_table(which: ExperimentSet) -> str:
     names = ["network", "resolutions", "distill", "bn", "crop", "copies"]
     settings_of = [training.settings for training in which.trainings]
     for name in dict.fromkeys(name for settings in settings_of for name in settings):
-        if name not in names and len({str(settings.get(name)) for settings in settings_of}) > 1:
+        values = {str(settings[name]) for settings in settings_of if name in settings}
+        if name not in names and len(values) > 1:
             names.append(name)
     lines = [_line(*names), _rule(len(names))]
     for training in which.trainings:

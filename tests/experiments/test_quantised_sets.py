@@ -38,10 +38,10 @@ def test_a_report_says_of_each_training_which_network_and_bits_it_has(
     assert run(tmp_path / "out", "bits", "--arch", "resnet18_lq") == 0
     report = tmp_path / "out" / "bits"
     text = (report / "README.md").read_text()
-    names = "distill | bn | crop | copies | fix_activation_basis | arch | weight_bits"
-    assert f"| network | resolutions | {names} | activation_bits |" in text
-    assert "| inet_48_w32a32 | 48 | none | private | single | 1 | False | resnet18 |  |  |" in text
-    assert "| rs_net_w2a2 | 48 32 | full | private | single | 1 |  | resnet18_lq | 2 | 2 |" in text
+    names = "distill | bn | crop | copies | arch | weight_bits | activation_bits"
+    assert f"| network | resolutions | {names} |" in text
+    assert "| inet_48_w32a32 | 48 | none | private | single | 1 | resnet18 |  |  |" in text
+    assert "| rs_net_w2a2 | 48 32 | full | private | single | 1 | resnet18_lq | 2 | 2 |" in text
     settings = json.loads((report / "run.json").read_text())["settings"]
     assert settings["arch"] == ["resnet18", "resnet18_lq"]
     assert settings["activation_bits"] == [None, 32, 2]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
-from rsfast.config import TrainConfig
+from rsfast.config import TrainConfig, parse_args
 from rsfast.experiments.runs import Job
 from rsfast.experiments.sets import QUANTISED_SETS, SETS, ExperimentSet, make_set
 
@@ -104,6 +105,15 @@ def test_only_activations_of_2_bits_take_the_base_s_choice_of_who_moves_their_ba
     for training in which.trainings:
         cfg = Job.of(base, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
         assert cfg.fix_activation_basis == training.name.endswith("_w2a2")
+
+
+def test_the_settings_of_all_rows_of_bits_pass_through_a_file(tmp_path: Path) -> None:
+    base = parse_args(["--arch", LQ, "--resolutions", "64", "48"])
+    for training in make_set("bits", base.resolutions, base.arch).trainings:
+        cfg = Job.of(base, training, 0, {}, output=tmp_path).cfg
+        file = tmp_path / "settings.toml"
+        file.write_text(cfg.to_toml())
+        assert parse_args(["--config", str(file)]) == cfg
 
 
 @pytest.mark.parametrize("name", QUANTISED_SETS)
