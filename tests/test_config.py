@@ -19,12 +19,15 @@ from rsfast.config import (
     rules_of,
 )
 from rsfast.models import ARCHITECTURES
+from rsfast.models.registry import NETWORKS, QUANTISED
 from rsfast.training.resume import changed_setting, fixed_settings
 from rsfast.training.run import Run
 
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:
-    assert set(recipe_names()) == {*ARCHITECTURES, "builtin", "resnet50_finetune"}
+    quantised = [f"{arch.removesuffix('_lq')}_w2a{bits}" for arch in QUANTISED for bits in (32, 2)]
+    others = ["builtin", "resnet50_finetune", "resnet18_w2a2_authors"]
+    assert set(recipe_names()) == {*NETWORKS, *quantised, *others}
     for arch in ARCHITECTURES:
         cfg = parse_args(["--arch", arch, "--data", "imagenet"])
         mobile = arch == "mobilenetv2"
@@ -36,6 +39,41 @@ def test_every_architecture_has_the_recipe_of_the_paper() -> None:
         assert (cfg.decay, cfg.distill, cfg.crop, cfg.flip) == ("all", "full", "single", "shared")
         off = (cfg.warmup_epochs, cfg.label_smoothing, cfg.ema_decay)
         assert off == (0.0, 0.0, 0.0)
+        assert (cfg.schedule, cfg.fix_activation_basis) == ("cosine", False)
+        expected = (2, 32) if arch in QUANTISED else (None, None)
+        assert (cfg.weight_bits, cfg.activation_bits) == expected
+
+
+@pytest.mark.parametrize("arch", QUANTISED)
+def test_quantised_networks_are_chosen_by_name_or_by_their_bits(arch: str) -> None:
+    data, name = ["--data", "imagenet"], arch.removesuffix("_lq")
+    wide = parse_args([*data, "--arch", arch])
+    assert parse_args([*data, "--config", f"{name}_w2a32"]) == wide
+    narrow = parse_args([*data, "--config", f"{name}_w2a2"])
+    assert narrow == dataclasses.replace(wide, activation_bits=2)
+    assert parse_args([*data, "--arch", arch, "--activation-bits", "2"]) == narrow
+    plain = parse_args([*data, "--arch", name])
+    assert dataclasses.replace(wide, arch=name, weight_bits=None, activation_bits=None) == plain
+    builtin = parse_args(["--arch", arch, "--activation-bits", "2"])
+    assert (builtin.activation_bits, builtin.resolutions[0], builtin.batch_size) == (2, 96, 32)
+
+
+def test_the_authors_recipe_has_what_their_program_does_otherwise() -> None:
+    argv = ["--data", "imagenet", "--config"]
+    paper = parse_args([*argv, "resnet18_w2a2"])
+    changed = {
+        "weight_decay": 5e-5,
+        "decay": "weights",
+        "nesterov": True,
+        "schedule": "step",
+        "milestones": (30, 60, 85, 95, 105),
+        "levels": "nearest",
+        "lighting": 0.1,
+    }
+    theirs = parse_args([*argv, "resnet18_w2a2_authors"])
+    assert theirs == dataclasses.replace(paper, **changed)
+    other = parse_args([*argv, "resnet18_w2a2_authors", "--arch", "resnet50_lq"])
+    assert other == dataclasses.replace(theirs, arch="resnet50_lq")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +144,8 @@ def test_an_older_run_with_averages_was_trained_with_a_constant_decay(tmp_path: 
         ("resolutions", (64, 32), " (--resolutions 64 32)"),
         ("lr", 0.1, " (--lr 0.1)"),
         ("freeze", None, ""),
+        ("milestones", (30, 60), " (--milestones 30 60)"),
+        ("milestones", (), " (--milestones)"),
     ],
 )
 def test_a_setting_is_shown_as_it_is_typed(name: str, value: object, flag: str) -> None:
@@ -173,6 +213,26 @@ def test_the_rate_follows_the_total_batch_only_when_told() -> None:
         assert Run.lr(run, 0) == pytest.approx(expected)
 
 
+def test_milestones_are_epochs_of_the_run() -> None:
+    flags = "--epochs 9 --lr 1 --warmup-epochs 0 --schedule step --milestones 3 6 --gamma 0.5"
+    cfg = parse_args(flags.split())
+    alone = types.SimpleNamespace(world_size=1)
+    run = types.SimpleNamespace(cfg=cfg, steps_per_epoch=10, rank=alone)
+    rates = [Run.lr(run, step) for step in range(90)]
+    assert rates == [1.0] * 30 + [0.5] * 30 + [0.25] * 30
+
+
+def test_milestones_of_a_file_can_be_taken_away(tmp_path: Path) -> None:
+    file = tmp_path / "stepped.toml"
+    file.write_text('schedule = "step"\nmilestones = [3, 6]\nepochs = 9\n')
+    cfg = parse_args(["--config", str(file)])
+    assert (cfg.schedule, cfg.milestones, cfg.gamma) == ("step", (3, 6), 0.1)
+    (tmp_path / "again.toml").write_text(cfg.to_toml())
+    assert parse_args(["--config", str(tmp_path / "again.toml")]) == cfg
+    plain = parse_args(["--config", str(file), "--schedule", "cosine", "--milestones"])
+    assert (plain.schedule, plain.milestones) == ("cosine", ())
+
+
 def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_args(["--help"])
@@ -182,6 +242,7 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
         assert f"--{field.name.replace('_', '-')} " in text
     assert "images per GPU (per process on CPUs) (default 256)" in text
     assert "{auto,cpu,cuda}" in text
+    assert "(default )" not in text
     known = ",".join(ARCHITECTURES)
     assert f"--arch {{{known},torchvision/NAME,timm/NAME,MODULE:FUNCTION}}" in text
 
@@ -199,6 +260,15 @@ def test_every_setting_is_a_documented_flag(capsys: pytest.CaptureFixture[str]) 
         (["--lr", "-1"], "lr must not be negative"),
         (["--label-smoothing", "1"], r"label_smoothing must be in \[0, 1\)"),
         (["--warmup-epochs", "200"], "warmup_epochs must be fewer than the 4 epochs"),
+        (["--schedule", "linear"], "schedule must be one of"),
+        (["--schedule", "step"], "schedule step needs the epochs .*: add --milestones"),
+        (["--schedule", "step", "--milestones"], "schedule step needs the epochs"),
+        (["--schedule", "step", "--milestones", "2", "2"], "strictly ascending, got .2, 2."),
+        (["--schedule", "step", "--milestones", "0", "2"], "must be epochs from 1"),
+        (["--schedule", "step", "--milestones", "2", "4"], "must be below the 4 epochs"),
+        (["--milestones", "2"], "milestones are of the schedule step, got .2,. for cosine"),
+        (["--gamma", "0.5"], "gamma is of the schedule step, got 0.5 for cosine"),
+        (["--gamma", "1"], r"gamma must be in \[0, 1\)"),
         (["--crop-area", "0.5"], "crop_area must be a range"),
         (["--nesterov", "--momentum", "0"], "nesterov needs a momentum"),
         (["--learning-rate", "1"], "unrecognized arguments"),

@@ -27,7 +27,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 RULES = rules_of(TrainConfig)
 WITH_CHOICES = (
     "bn distill crop flip levels val_crop exif normalize loader precision decay device kernels "
-    "optimizer"
+    "optimizer schedule"
 )
 CHOICES = {name: RULES[name].choices or () for name in WITH_CHOICES.split()}
 # What a plain test would choose to put around the one bad thing.
@@ -43,14 +43,14 @@ def kind_of(name: str) -> Any:
 OF_KIND = {
     kind: tuple(name for name in NAMES if kind_of(name) is kind) for kind in (int, float, bool, str)
 }
-TUPLES = ("resolutions", "crop_area")
+TUPLES = ("resolutions", "crop_area", "milestones")
 AT_LEAST_ONE = ("batch_size", "epochs", "log_every", "max_skipped", "keep")
 NOT_NEGATIVE = (
     *("steps_per_epoch", "workers", "seed", "lr", "weight_decay", "warmup_epochs"),
     *("mixup", "cutmix", "lighting"),
 )
 PROBABILITIES = ("random_erasing",)
-SHARES = ("label_smoothing", "ema_decay", "momentum")
+SHARES = ("label_smoothing", "ema_decay", "momentum", "gamma")
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1)
 no_ints = words.filter(lambda text: not is_number(text, int) and text[0] != "-")
@@ -118,6 +118,7 @@ bad_values = st.one_of(
     pairs(["rand_augment"], words.filter(lambda text: not profile_like(text.replace(":", ":9")))),
     pairs(["resolutions"], bad_resolutions),
     pairs(["crop_area"], bad_areas),
+    pairs(["milestones"], st.lists(st.integers(-300, 300), min_size=1, max_size=6)),
     pairs(["profile"], words.filter(lambda text: not profile_like(text))),
     pairs(["checkpoint_every"], bad_intervals),
     *(
@@ -192,7 +193,9 @@ malformed = st.one_of(
     st.tuples(st.integers(1, 400), no_ints).map(lambda two: ["--resolutions", *map(str, two)]),
     st.tuples(st.floats(0, 1), no_floats).map(lambda two: ["--crop-area", *map(str, two)]),
     pairs(OF_KIND[bool], words).map(lambda pair: as_flags(*pair)),
-    pairs({*NAMES, "config"} - set(OF_KIND[bool]), st.none()).map(lambda pair: [flag(pair[0])]),
+    pairs({*NAMES, "config"} - {*OF_KIND[bool], "milestones"}, st.none()).map(
+        lambda pair: [flag(pair[0])]
+    ),
     pairs([*OF_KIND[int], *OF_KIND[float], "profile"], st.just("")).map(
         lambda pair: as_flags(*pair)
     ),
@@ -236,7 +239,7 @@ values = st.recursive(
 def of_wrong_type(pair: tuple[str, Any]) -> bool:
     name, value = pair
     if name in TUPLES:
-        numbers = (int,) if name == "resolutions" else (int, float)
+        numbers = (int, float) if name == "crop_area" else (int,)
         return not isinstance(value, list) or any(type(part) not in numbers for part in value)
     kind = kind_of(name)
     return type(value) is not kind and not (kind is float and type(value) is int)

@@ -58,10 +58,14 @@ def check_bits(name: str, bits: int) -> int:
     return bits
 
 
-def digits_of(bits: int, signed: bool) -> list[list[float]]:
-    """[2^K][K]: the digits of each number from 0, the lowest first; -1 for 0 if signed."""
-    low = -1.0 if signed else 0.0
-    return [[1.0 if n >> j & 1 else low for j in range(bits)] for n in range(2**bits)]
+def digits_of(bits: int, signed: bool, device: torch.device) -> Tensor:
+    """[2^K, K] int64: the digits of each number from 0, the lowest first; -1 for 0 if signed.
+
+    Made on the device: a copy from the host has no place in a captured step.
+    """
+    numbers, places = (torch.arange(n, device=device) for n in (2**bits, bits))
+    digits = numbers.unsqueeze(1) >> places & 1
+    return 2 * digits - 1 if signed else digits
 
 
 def sorted_levels(basis: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,7 @@ def sorted_levels(basis: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         Levels [2^K, ...] and digits [2^K, K, ...], in the dtype of the basis.
     """
     bits = len(basis)
-    digits = torch.tensor(digits_of(bits, signed), dtype=basis.dtype, device=basis.device)
+    digits = digits_of(bits, signed, basis.device).to(basis.dtype)
     digits = digits.view(2**bits, bits, *[1] * (basis.dim() - 1))
     levels = digits[:, 0] * basis[0]
     for j in range(1, bits):  # in this order in the kernels, too

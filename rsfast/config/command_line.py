@@ -30,7 +30,7 @@ _AUTHORS_KD_TYPES = {"ens_topdown": "full", "ens": "vanilla"}
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with rsfast: the architectures, "builtin", and fine-tuning."""
+    """Names of the recipes that come with rsfast: of networks, of "builtin", and of fine-tuning."""
     files = resources.files("rsfast.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
@@ -90,14 +90,17 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    about_file = "settings in TOML, over the recipe's; or a recipe of rsfast: resnet50_finetune"
+    about_file = (
+        "settings in TOML, over the recipe's; or a recipe of rsfast, such as resnet50_finetune or "
+        "resnet18_w2a2"
+    )
     parser.add_argument("--config", metavar="FILE", help=about_file)
     hints, docs = typing.get_type_hints(TrainConfig), _field_docs(TrainConfig)
     rules = rules_of(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         text = docs[field.name]
-        if field.default is not None:
+        if field.default is not None and field.default != ():
             text += f" (default {shown(field.default)})"
         options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
         kind = hints[field.name]
@@ -106,7 +109,10 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+            options |= {
+                "type": typing.get_args(kind)[0],
+                "nargs": "*" if field.default == () else "+",
+            }
             options["action"] = _Tuple
         else:
             options["type"] = kind
@@ -144,7 +150,7 @@ def as_flag(name: str, value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return f" (--{flag})" if value else f" (--no-{flag})"
-    return f" (--{flag} {shown(value)})"
+    return f" (--{flag} {shown(value)}".rstrip() + ")"
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -18,7 +18,7 @@ from rsfast.data.picking import check_levels
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
-from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS
+from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS, SCHEDULES
 from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.pictures import LEVEL_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
@@ -32,6 +32,7 @@ __all__ = ["TrainConfig", "checkpoint_interval", "profiled_steps"]
 
 # What the help lists: networks that come with rsfast, and forms that check_arch knows.
 _ARCHS = (*ARCHITECTURES, "torchvision/NAME", "timm/NAME", "MODULE:FUNCTION")
+_GAMMA = 0.1  # of the schedule step
 
 
 def profiled_steps(text: str) -> tuple[int, int]:
@@ -82,6 +83,11 @@ def _check_probability(share: float) -> None:
     Augment(random_erasing=share)
 
 
+def _check_milestones(epochs: tuple[int, ...]) -> None:
+    if list(epochs) != sorted({*epochs}) or any(epoch < 1 for epoch in epochs):
+        raise ValueError(f"milestones must be epochs from 1, strictly ascending, got {epochs}")
+
+
 def _check_area(area: tuple[float, ...]) -> None:
     if len(area) != 2 or not 0.0 < area[0] <= area[1] <= 1.0:
         raise ValueError(f"crop_area must be a range within (0, 1], got {area}")
@@ -112,7 +118,7 @@ class TrainConfig:
     batch-norm bank starts as the file's batch norm"""
     continue_from: str | None = None
     """folder of a run that has ended (or a checkpoint of it) to go on from, as a run of its own
-    with more epochs or other settings; arch, resolutions, bn, copies and classes stay"""
+    with more epochs or other settings; arch, bits, resolutions, bn, copies and classes stay"""
     calibrate_first: int = setting(0, at_least=0)
     """training batches, of one epoch at most, on which the statistics of pretrained weights are
     estimated anew, resolution by resolution, before the first step"""
@@ -175,7 +181,13 @@ class TrainConfig:
     steps_per_epoch: int = setting(0, at_least=0, on_resume="at an epoch")
     """cut epochs short after so many steps; 0 for whole ones"""
     lr: float = setting(0.1, at_least=0)
-    """highest learning rate; cosine to 0 per step"""
+    """highest learning rate"""
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    """cosine to 0 per step, or steps down after the epochs of milestones"""
+    milestones: tuple[int, ...] = setting((), check=_check_milestones)
+    """epochs after which the schedule step multiplies the rate by gamma, ascending"""
+    gamma: float = setting(_GAMMA, at_least=0, below=1)
+    """factor of the rate at each of the milestones"""
     scale_lr: bool = False
     """multiply lr by (images per step over all ranks) / 256; goes with warmup_epochs"""
     warmup_epochs: float = setting(0.0, at_least=0)
@@ -257,6 +269,7 @@ class TrainConfig:
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
                 f"got {self.warmup_epochs}"
             )
+        self._check_schedule()
         if self.calibrate_first and self.pretrained is None:
             raise ValueError(
                 "calibrate_first needs pretrained weights, whose statistics it estimates: "
@@ -273,6 +286,28 @@ class TrainConfig:
             raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    def _check_schedule(self) -> None:
+        if self.schedule == "step":
+            if not self.milestones:
+                raise ValueError(
+                    "schedule step needs the epochs after which the rate falls: add --milestones, "
+                    "such as --milestones 30 60 90"
+                )
+            if self.milestones[-1] >= self.epochs:
+                raise ValueError(
+                    f"milestones must be below the {self.epochs} epochs, got {self.milestones}"
+                )
+        elif self.milestones:
+            raise ValueError(
+                f"milestones are of the schedule step, got {self.milestones} for "
+                f"{self.schedule}: add --schedule step, or --milestones without epochs"
+            )
+        elif self.gamma != _GAMMA:
+            raise ValueError(
+                f"gamma is of the schedule step, got {self.gamma} for {self.schedule}: add "
+                "--schedule step and --milestones, or leave it away"
+            )
 
     @property
     def augment(self) -> Augment:

@@ -16,7 +16,9 @@ Model = TypeVar("Model", bound=nn.Module)
 class AveragedModel(Generic[Model]):
     """An exponential moving average of a network: decay * average + (1 - decay) * network.
 
-    Of parameters and floating-point buffers; counters are copied. An update is a few launches for
+    Of parameters and floating-point buffers; counters are copied. The basis of a quantiser is
+    averaged as statistics are: as long as codes stay, what fits the averaged weights is the average
+    of what fits them step by step. An update is a few launches for
     all tensors together, and the host waits for none of them: PyTorch's own AveragedModel reads its
     count from the device twice per update.
 

@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "groups_of", "lr_at", "set_lr"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "build_optimizer", "groups_of", "lr_at", "set_lr"]
 
+SCHEDULES = ("cosine", "step")
 DECAY_MODES = ("all", "weights")
 OPTIMIZERS = ("sgd", "apex_sgd")
 
 
-def lr_at(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
-    """Cosine to zero per step, after an optional linear warm-up.
+def lr_at(
+    step: int,
+    total_steps: int,
+    lr: float,
+    warmup_steps: int = 0,
+    *,
+    schedule: str = "cosine",
+    milestones: Sequence[int] = (),
+    gamma: float = 0.1,
+) -> float:
+    """Cosine to zero per step, or constant between milestones, after an optional linear warm-up.
 
     Args:
-        step: from 0; the last one is total_steps - 1, so the rate never is exactly 0.
+        step: from 0; the last one is total_steps - 1, so that of a cosine never is exactly 0.
         total_steps: T, warm-up included.
         lr: the highest rate.
         warmup_steps: steps from 0 up to `lr`; the cosine spans the rest. 0 in the paper.
+        schedule: "cosine" (the paper's) or "step".
+        milestones: first steps of the next lower rate, of the schedule "step"; one within the
+            warm-up lowers the rest of it, too.
+        gamma: factor of the rate at each of them.
+
+    Raises:
+        ValueError: if the schedule is unknown.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    if schedule == "step":
+        lr *= gamma ** sum(step >= milestone for milestone in milestones)
     if step < warmup_steps:
         return lr * step / warmup_steps
+    if schedule == "step":
+        return lr
     done = (step - warmup_steps) / (total_steps - warmup_steps)
     return 0.5 * lr * (1.0 + math.cos(math.pi * done))
 

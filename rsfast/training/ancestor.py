@@ -25,7 +25,7 @@ __all__ = ["FIXED", "continue_from"]
 
 _LOG = logging.getLogger("rsfast")
 # Without these an ancestor's weights, or the ensemble's, have no place; nor without its classes.
-FIXED = ("arch", "resolutions", "bn", "copies")
+FIXED = ("arch", "weight_bits", "activation_bits", "resolutions", "bn", "copies")
 _IMAGES = "name its images by --data DIR or --config RUN/config.toml; "
 
 

@@ -125,4 +125,6 @@ class Run:
         highest = self.cfg.lr
         if self.cfg.scale_lr:
             highest *= self.rank.world_size * self.cfg.batch_size / _RECIPE_BATCH
-        return lr_at(step, total, highest, warmup)
+        milestones = [epoch * self.steps_per_epoch for epoch in self.cfg.milestones]
+        shape: Any = {"schedule": self.cfg.schedule, "milestones": milestones}
+        return lr_at(step, total, highest, warmup, **shape, gamma=self.cfg.gamma)

@@ -32,6 +32,32 @@ def test_warm_up_is_linear_and_the_cosine_spans_the_rest() -> None:
     assert rates[60] == pytest.approx(0.05)
 
 
+def test_a_rate_in_steps_falls_at_the_first_step_after_each_milestone() -> None:
+    shape = {"schedule": "step", "milestones": (30, 60, 85, 95, 105)}
+    rates = [lr_at(step, 120, 0.1, **shape) for step in range(120)]
+    for first, last, power in (
+        *((0, 29, -1), (30, 59, -2), (60, 84, -3)),
+        *((85, 94, -4), (95, 104, -5), (105, 119, -6)),
+    ):
+        assert rates[first] == rates[last] == pytest.approx(10.0**power)
+    halved = [lr_at(step, 120, 0.1, gamma=0.5, **shape) for step in range(120)]
+    assert halved[119] == pytest.approx(0.1 / 2**5)
+
+
+def test_a_rate_in_steps_is_warmed_up_to_what_the_milestones_say() -> None:
+    shape = {"schedule": "step", "milestones": (10, 40)}
+    rates = [lr_at(step, 100, 0.1, warmup_steps=20, **shape) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * step / 20 for step in range(10)])
+    assert rates[10:20] == pytest.approx([0.01 * step / 20 for step in range(10, 20)])
+    assert rates[20:40] == pytest.approx([0.01] * 20)
+    assert rates[40:] == pytest.approx([0.001] * 60)
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(ValueError, match="schedule must be one of .*, got 'linear'"):
+        lr_at(0, 10, 0.1, schedule="linear")
+
+
 def test_a_tensor_rate_keeps_its_memory() -> None:
     rate = torch.tensor(0.1)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)

@@ -83,6 +83,30 @@ def test_mixing_erasing_picking_and_lighting_make_no_host_wait(
     assert not watch.found
 
 
+@pytest.mark.parametrize("ema", [[], ["--ema-decay", "0.99"]], ids=["plain", "ema"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_learned_quantisers_make_no_host_wait(
+    kernels: str, ema: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "triton":
+        skip_unless_it_runs_on("cpu")
+    flags = ["--arch", "tiny:quantised", "--kernels", kernels, *ema]
+    watch = steps_under_watch(tmp_path, monkeypatch, *flags)
+    assert "aten.pow.Scalar" in watch.seen  # of the moving average
+    assert not watch.found
+
+
+@pytest.mark.parametrize("bits", ["32", "2"])
+def test_quantised_resnets_make_no_host_wait(
+    bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--arch", "resnet18_lq", "--activation-bits", bits, "--resolutions", "32", "24"]
+    flags += ["--fix-activation-basis"] if bits == "2" else []
+    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", "torch", *flags)
+    assert "aten.pow.Scalar" in watch.seen
+    assert not watch.found
+
+
 def test_a_step_that_waits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(run: Run) -> None:
         run.step.guard.read()
