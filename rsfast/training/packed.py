@@ -1,4 +1,4 @@
-"""Quantised networks as files of their codes: what they take on a device, not what training needs."""
+"""Quantised networks as files of their codes: what a device needs, not what training needs."""
 
 from __future__ import annotations
 
