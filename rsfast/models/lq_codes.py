@@ -13,7 +13,8 @@ ordered, which signs it has, or whether two of its sums are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from rsfast.kernels.common.basis import quantise, sorted_levels, thresholds_of
 from rsfast.models.lq import LQConv2d, check_state
 
-__all__ = ["LAYOUT", "packed_state", "unpacked_state"]
+__all__ = ["LAYOUT", "codes_shape", "packed_state", "unpacked_state"]
 
 LAYOUT = 1  # raise it when what is above changes
 _FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
@@ -84,6 +85,11 @@ def unpacked_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
+def codes_shape(shape: Sequence[int], bits: int) -> tuple[int, int]:
+    """[C_out, bytes] of the codes of a weight [C_out, C_in, k_h, k_w]."""
+    return shape[0], -(-math.prod(shape[1:]) * _FIELD[bits] // _BYTE)
+
+
 def _convolutions(network: nn.Module) -> Iterator[tuple[str, LQConv2d]]:
     for name, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, LQConv2d):
@@ -121,15 +127,14 @@ def _unpack(name: str, codes: Tensor, bits: int, shape: tuple[int, ...]) -> Tens
     """[C_out, n] int64, of the codes of a weight of that shape."""
     width = _FIELD[bits]
     per_byte = _BYTE // width
-    count = shape[1] * shape[2] * shape[3]
-    wanted = shape[0], -(-count // per_byte)
+    wanted = codes_shape(shape, bits)
     if codes.dtype != torch.uint8 or tuple(codes.shape) != wanted:
         raise ValueError(
             f"{name}.codes must be uint8 {list(wanted)}, of {bits} bits of {list(shape)} weights, "
             f"got {str(codes.dtype).removeprefix('torch.')} {list(codes.shape)}"
         )
     fields = codes.long()[:, :, None] >> width * torch.arange(per_byte)
-    numbers = (fields & 2**bits - 1).flatten(1)[:, :count]
+    numbers = (fields & 2**bits - 1).flatten(1)[:, : math.prod(shape[1:])]
     if not torch.equal(_into_bytes(numbers, bits), codes):
         raise ValueError(f"{name}.codes must have 0 in the bits that no code uses")
     return numbers
