@@ -14,6 +14,7 @@ __all__ = [
     "INT8_FILE",
     "MANIFEST_FILE",
     "METADATA_KEY",
+    "PACKED_FILE",
     "VALIDATION_FILE",
     "Manifest",
 ]
@@ -21,6 +22,7 @@ __all__ = [
 FP32_FILE = "model.onnx"
 INT8_FILE = "model.int8.onnx"
 MANIFEST_FILE = "rsfast.json"
+PACKED_FILE = "model.packed.safetensors"
 VALIDATION_FILE = "validation.json"  # what `rsfast.export check` has found
 METADATA_KEY = "rsfast"  # of the graph's metadata, whose value is the text of rsfast.json
 _FORMAT = 1
@@ -58,6 +60,8 @@ class Manifest:
         checkpoint: name of the file that was exported.
         checkpoint_sha256: its digest.
         versions: of rsfast and of the packages that wrote the files.
+        packed_sha256: the digest of the packed file of a quantised network; empty where there is
+            none.
     """
 
     arch: str | None
@@ -76,9 +80,10 @@ class Manifest:
     checkpoint: str
     checkpoint_sha256: str
     versions: dict[str, str]
-    # Which rsfast.json of older versions does not name.
+    # What rsfast.json of older versions does not name:
     exif: str = "ignore"
     levels: str = "resize"
+    packed_sha256: str = ""
 
     def text(self) -> str:
         """As in rsfast.json."""
@@ -122,7 +127,7 @@ class Manifest:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{source} must be of format {_FORMAT}, got {found!r}")
-        content = {"exif": "ignore", "levels": "resize", **content}
+        content = {"exif": "ignore", "levels": "resize", "packed_sha256": "", **content}
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ set(content)):
             raise ValueError(f"{source} must have the entries {sorted(names)}, differs in {odd}")

@@ -14,6 +14,7 @@ from rsfast.deploy.manifest import (
     FP32_FILE,
     INT8_FILE,
     METADATA_KEY,
+    PACKED_FILE,
     VALIDATION_FILE,
     Manifest,
 )
@@ -255,6 +256,7 @@ def _files(manifest: Manifest, folder: Path) -> str:
     known = {
         FP32_FILE: "the network in float32",
         INT8_FILE: f"in int8, for the ranges of {manifest.calibration_images} training images",
+        PACKED_FILE: "the network for rsfast in PyTorch, its quantised weights as codes",
         "rsfast.json": "the facts above, for programs; also in the graphs' metadata",
         LABELS_FILE: "a class per line",
         REFERENCE_FILE: "PyTorch's logits, which `python -m rsfast.export check .` compares",

@@ -9,6 +9,7 @@ import torch
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.reference import Reference, patterns, reference_sizes
 from rsfast.models import RSNet
+from rsfast.models.lq import LQActivation
 
 __all__ = ["compute"]
 
@@ -30,4 +31,5 @@ def compute(model: RSNet, manifest: Manifest) -> Reference:
         logits[size] = net(images).numpy()
         if size in nets and len(nets) > 1 and model.bn == "private":
             by_bank[size] = torch.cat([net(images[:1]) for net in nets.values()]).numpy()
-    return Reference(logits, by_bank, {})
+    steps = any(isinstance(module, LQActivation) for module in model.modules())
+    return Reference(logits, by_bank, {}, steps)

@@ -99,8 +99,12 @@ class LQWeight(nn.Module):
             [C_out, C_in, k_h, k_w], of the weight's dtype; its gradient is the weight's.
 
         Raises:
-            ValueError: if the basis is not of this weight.
+            ValueError: if the weight has another number of dimensions, or the basis is not of it.
         """
+        if weight.dim() != 4:
+            raise ValueError(
+                f"weight must be [C_out, C_in, k_h, k_w], got shape {tuple(weight.shape)}"
+            )
         if self.basis.shape != (self.bits, len(weight)):
             raise ValueError(
                 f"basis must be [{self.bits}, {len(weight)}]: bits and output channels of a weight "
@@ -259,7 +263,7 @@ def check_state(network: nn.Module, state: Mapping[str, Any], prefix: str = "") 
                 f"a network with {kind} of {module.bits} bits cannot take the state of one that "
                 f"has them in full precision: it has no {prefix}{name}.basis"
             )
-        if len(found) != module.bits:
+        if found.dim() == module.basis.dim() and len(found) != module.bits:
             raise ValueError(
                 f"a network with {kind} of {module.bits} bits cannot take the state of one with "
                 f"{len(found)} bits ({prefix}{name}.basis)"
