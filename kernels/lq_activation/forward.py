@@ -80,7 +80,8 @@ def _lq_activation_fwd_kernel(
                 counts = counts + (tl.zeros((BLOCK_M, BLOCK_C // 8), tl.int32),)
             sums = sums + (tl.zeros((BLOCK_M, BLOCK_C // 8), tl.float32),)
     tiles = tl.cdiv(rows, BLOCK_M)
-    for tile in tl.range(place, tiles, shares, num_stages=3):
+    # Few programs: each has four tiles on their way.
+    for tile in tl.range(place, tiles, shares, num_stages=5):
         row = tile * BLOCK_M
         rows_inside = row + lanes < rows
         mask = rows_inside & (cols < C)

@@ -79,7 +79,8 @@ def _empty_outputs(
     bits, programs = len(basis), 0
     if summed:
         tiles = load_kernels("lq_activation.tiles")
-        programs = tiles.num_programs(level_rows, num_channels, bits)
+        # Kernels are compiled for the channels anyway: no symbols here.
+        programs = tiles.num_programs(tuple(map(int, level_rows)), int(num_channels), bits)
     mask = x.new_empty(num_rows if save_mask else 0, (num_channels + 7) // 8, dtype=torch.uint8)
     counts = x.new_empty(2**bits, programs, dtype=torch.int32)
     sums = x.new_empty(2**bits, programs, dtype=torch.float32)

@@ -8,19 +8,31 @@ import triton
 import triton.language as tl
 
 from rsfast.kernels.common.levels import Levels
-from rsfast.kernels.common.tiles import Shares, share_out
+from rsfast.kernels.common.tiles import TILE_ELEMENTS, Shares, share_out
 
-__all__ = ["NUM_PROGRAMS", "codes_of", "load_levels", "num_programs", "share_rows_out"]
+__all__ = [
+    "NUM_PROGRAMS",
+    "codes_of",
+    "load_levels",
+    "num_programs",
+    "share_rows_out",
+    "tile_elements",
+]
 
 # By bits, programs that fit on a multiprocessor: each level and threshold is a register, and so is
-# each code's count and sum.
-NUM_PROGRAMS = {1: 4, 2: 4, 3: 3, 4: 2}
+# each code's count and sum. From 3 bits on tiles are half as large, for the same reason.
+NUM_PROGRAMS = {1: 2, 2: 2, 3: 1, 4: 1}
+
+
+def tile_elements(bits: int) -> int:
+    """Of a tile of the forward kernel."""
+    return TILE_ELEMENTS // (1 if bits < 3 else 2)
 
 
 def share_rows_out(level_rows: Sequence[int], num_channels: int, bits: int) -> Shares:
     """One wave of programs over all levels; there are no banks."""
     levels = Levels(tuple(level_rows), (0,) * len(level_rows))
-    return share_out(levels, num_channels, NUM_PROGRAMS[bits])
+    return share_out(levels, num_channels, NUM_PROGRAMS[bits], tile_elements(bits))
 
 
 def num_programs(level_rows: Sequence[int], num_channels: int, bits: int) -> int:
