@@ -185,7 +185,7 @@ def keep_below(dy: Tensor, x: Tensor, top: Tensor) -> Tensor:
 
 def _tile_size(rows: Tensor) -> int:
     """The most elements of a tile; fewer only where a row, or all of it, has fewer."""
-    return min(rows.numel(), _CPU_TILE if rows.device.type == "cpu" else _TILE)
+    return max(1, min(rows.numel(), _CPU_TILE if rows.device.type == "cpu" else _TILE))
 
 
 def _tiles(rows: Tensor) -> Iterator[tuple[slice, list[slice]]]:

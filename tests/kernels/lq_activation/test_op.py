@@ -318,15 +318,16 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         lq_activation(**{**arguments, **change})
 
 
+ON_GPU: dict[str, Any] = {"level_rows": (64 * 49, 64 * 9), "moving": 2, "backend": "triton"}
+
+
 @pytest.mark.parametrize("device", GPU_ONLY, indirect=True)
 class TestOnTheGpu:
-    OPTIONS = {"level_rows": (64 * 49, 64 * 9), "moving": 2, "backend": "triton"}
-
     def inputs(self, device: str) -> dict[str, Any]:
         return make_inputs((64 * 49, 64 * 9), 512, (0.45, 0.9), device, torch.bfloat16)
 
     def run(self, device: str) -> dict[str, Any]:
-        return run(lq_activation, self.inputs(device), **self.OPTIONS)
+        return run(lq_activation, self.inputs(device), **ON_GPU)
 
     def test_another_stream_gives_the_same_bits(self, device: str) -> None:
         here, there = self.run(device), on_another_stream(lambda: self.run(device))
@@ -334,11 +335,11 @@ class TestOnTheGpu:
 
     def test_the_host_never_waits_and_a_graph_captures_it(self, device: str) -> None:
         inputs = self.inputs(device)
-        y = lq_activation(**self.inputs(device), **self.OPTIONS)
+        y = lq_activation(**self.inputs(device), **ON_GPU)
         start = inputs["basis"].clone()
 
         def from_the_start() -> Tensor:
             inputs["basis"].copy_(start)
-            return lq_activation(**inputs, **self.OPTIONS)
+            return lq_activation(**inputs, **ON_GPU)
 
         assert torch.equal(capture_without_host_sync(from_the_start), y)

@@ -130,6 +130,15 @@ def test_levels_move_the_basis_in_turn_and_all_are_quantised_with_the_first() ->
     assert updates == 2
 
 
+def test_a_level_without_values_changes_nothing() -> None:
+    vector, updates = state((0.45, 0.9))
+    x = values(0, 4).requires_grad_()
+    (y,) = lq_activation_levels([x], vector, updates, moving=1)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert y.shape == dx.shape == (0, 4)
+    assert vector.tolist() == [0.45, 0.9]
+
+
 def test_values_that_are_no_numbers_with_a_point_are_refused() -> None:
     with pytest.raises(ValueError, match=r"every one of parts must be floating point, got torch.i"):
         lq_activation_levels([torch.zeros(3, dtype=torch.int64)], *state((1.0,)))
