@@ -43,7 +43,7 @@ DECAY = 0.9  # of the moving average
 DETERMINED = 1e-12
 # Elements of a tile: on a CPU what its cache holds, several times over; elsewhere few enough that
 # counts are exact in float32.
-_CPU_TILE, _TILE = 2**16, 2**23
+_CPU_TILE, _TILE = 2**17, 2**23
 
 
 class CodeSums(NamedTuple):
@@ -135,29 +135,38 @@ def quantise_and_sum(
     wide = torch.promote_types(x.dtype, levels.dtype)
     steps = torch.stack([levels[1:], thresholds_of(levels)], 1).to(wide).unsqueeze(3)
     lowest = levels[0].to(wide).unsqueeze(1)
-    scratch = rows.new_empty(2, _tile_size(rows), dtype=wide)
-    above = x.new_zeros(len(levels), 2, len(x), dtype=torch.float64)
+    scratch = rows.new_empty(3, _tile_size(rows), dtype=wide)
+    # Of what is above each threshold, everything first: sums and counts.
+    above = x.new_zeros(2 * len(levels), len(x), dtype=torch.float64)
+    above[1] = rows.shape[1]
     for own, columns in _tiles(rows):
         own_steps = [pair.unbind() for pair in steps[:, :, own].unbind()]
+        found: list[Tensor] = []
         for piece in columns:
-            part = rows[own, piece].to(wide)
+            part = rows[own, piece]
             # Memory that is taken anew is slower than all that is done with it.
-            mask, chosen = scratch[:, : part.numel()].view(2, *part.shape).unbind()
-            below = lowest[own]
-            found = [part.new_full((len(part),), part.shape[1]), part.sum(1)]
+            mask, chosen, copy = scratch[:, : part.numel()].view(3, *part.shape).unbind()
+            if part.dtype != wide:
+                part = copy.copy_(part)
+            chosen.copy_(lowest[own])
+            if summed:
+                found.append(part.sum(1))
             for level, threshold in own_steps:
                 torch.gt(part, threshold, out=mask)
-                below = torch.lerp(below, level, mask, out=chosen)  # 0 and 1 round nothing
+                chosen.lerp_(level, mask)  # 0 and 1 round nothing
                 if summed:
-                    found += mask.sum(1), mask.mul_(part).sum(1)
+                    count = mask.sum(1)
+                    found += mask.mul_(part).sum(1), count
             torch.add(chosen, part, alpha=0, out=y[own, piece])
-            if summed:
-                above[:, :, own] += torch.stack(found).view(len(levels), 2, -1)
+        if found:
+            by_tile = torch.stack(found).view(len(columns), -1, found[0].shape[0])
+            above[0, own] = by_tile[:, 0].sum(0, dtype=torch.float64)
+            above[2:, own] = by_tile[:, 1:].sum(0, dtype=torch.float64)
     back = [order.index(dim) for dim in range(x.dim())]
     by_code = None
     if summed:
-        above[:-1] -= above[1:].clone()
-        by_code = CodeSums(*above.unbind(1))
+        above[:-2] -= above[2:].clone()
+        by_code = CodeSums(above[1::2], above[::2])
     return y.view(laid_out.shape).permute(back), by_code
 
 
@@ -175,9 +184,12 @@ def keep_below(dy: Tensor, x: Tensor, top: Tensor) -> Tensor:
     dx = torch.empty_like(upstream)
     wide = torch.promote_types(x.dtype, top.dtype)
     scratch = rows.new_empty(1, _tile_size(rows), dtype=dy.dtype)
+    copies = rows.new_empty(1, _tile_size(rows), dtype=wide)
     for own, columns in _tiles(rows):
         for piece in columns:
-            part = rows[own, piece].to(wide)
+            part = rows[own, piece]
+            if part.dtype != wide:
+                part = copies[:, : part.shape[1]].copy_(part)
             mask = torch.le(part, top, out=scratch[:, : part.shape[1]])
             torch.mul(upstream[own, piece], mask, out=dx[own, piece])
     return dx.view(laid_out.shape).permute([order.index(dim) for dim in range(x.dim())])
