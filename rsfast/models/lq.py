@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from rsfast import kernels
 from rsfast.kernels.common.basis import (
     check_bits,
-    code_sums,
     move_basis,
     quantise,
+    quantise_and_sum,
     refit,
     sorted_levels,
 )
@@ -112,10 +112,8 @@ class LQWeight(nn.Module):
             )
         with torch.no_grad():
             levels, digits = sorted_levels(self.basis, signed=True)
-            spread = levels[:, :, None, None, None]  # of each output channel
-            quantised = quantise(weight, spread).to(weight.dtype)
-            if self.training:
-                by_code = code_sums(weight, spread, [1, 2, 3])
+            quantised, by_code = quantise_and_sum(weight, levels, summed=self.training)
+            if by_code is not None:
                 target = refit(self.basis, digits, by_code, _WEIGHT_DAMPING)
                 move_basis(self.basis, self.updates, target, num_levels)
         return _StraightThrough.apply(weight, quantised)
@@ -169,16 +167,17 @@ class LQActivation(nn.Module):
             raise ValueError(
                 f"basis must be [{self.bits}], one number per bit, got {tuple(self.basis.shape)}"
             )
-        if not isinstance(x, Pyramid):
-            return self._of_parts([x])[0]
-        return x.like(Content(parts=self._of_parts(x.parts)))
-
-    def _of_parts(self, parts: Any) -> list[Tensor]:
-        moving = 0
-        if self.training:
-            moving = 1 if self.largest_only else len(parts)
+        num_levels = x.num_levels if isinstance(x, Pyramid) else 1
         state = self.basis, self.updates
-        return kernels.lq_activation_levels(parts, *state, moving=moving, synced=self.synced)
+        options: dict[str, Any] = {"moving": 0, "synced": self.synced}
+        if self.training:
+            options["moving"] = 1 if self.largest_only else num_levels
+        if not isinstance(x, Pyramid):
+            return kernels.lq_activation_levels([x], *state, **options)[0]
+        if x.is_packed:
+            options["backend"] = x.backend
+            return x.with_rows(kernels.lq_activation(x.rows, *state, x.level_rows, **options))
+        return x.like(Content(parts=kernels.lq_activation_levels(x.parts, *state, **options)))
 
     def as_plain_module(self) -> nn.Module:
         """Without state that moves, of plain torch operations, for one resolution."""
