@@ -142,7 +142,7 @@ def quantise_and_sum(
     scratch = rows.new_empty(3, _tile_size(rows), dtype=wide)
     # Of what is above each threshold, everything first: sums and counts.
     above = x.new_zeros(2 * len(levels), len(x), dtype=torch.float64)
-    above[1] = rows.shape[1]
+    above[1].fill_(rows.shape[1])  # an assignment would copy it from the host
     for own, columns in _tiles(rows):
         own_steps = [pair.unbind() for pair in steps[:, :, own].unbind()]
         found: list[Tensor] = []

@@ -13,9 +13,9 @@ from rsfast import Pyramid
 from rsfast.kernels.common.basis import (
     DECAY,
     CodeSums,
-    code_sums,
     move_basis,
     quantise,
+    quantise_and_sum,
     refit,
     sorted_levels,
 )
@@ -37,7 +37,9 @@ def half_normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def sums_of(x: Tensor, levels: Tensor) -> CodeSums:
-    return code_sums(x, levels, list(range(x.dim())))
+    _, found = quantise_and_sum(x.unsqueeze(0), levels.unsqueeze(1))
+    assert found is not None
+    return CodeSums(*(part.squeeze(1) for part in found))
 
 
 def refit_to(x: Tensor, basis: Tensor) -> Tensor:
