@@ -109,6 +109,7 @@ def quantise(x: Tensor, levels: Tensor) -> Tensor:
         x: any shape that one entry of `levels` broadcasts to.
         levels: [2^K, ...] ascending.
     """
+    x = x.to(torch.promote_types(x.dtype, levels.dtype))  # thresholds are not to be rounded
     y = levels[0].expand_as(x)
     for level, threshold in zip(levels[1:], thresholds_of(levels), strict=True):
         y = torch.where(x > threshold, level, y)
@@ -175,7 +176,7 @@ def quantise_and_sum(
 
 
 def keep_below(dy: Tensor, x: Tensor, top: Tensor) -> Tensor:
-    """dy where x is not above the top level, else 0; a dy that is not finite stays visible.
+    """dy where x is not above the top level, else 0, or NaN where that dy is not finite.
 
     Args:
         dy: like `x`, with any strides.

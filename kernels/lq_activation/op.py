@@ -4,7 +4,7 @@ With the 2^K levels of a basis v, l_0 <= l_1 <= ..., the sums of digit_j v_j ove
 (Zhang et al., "LQ-Nets", ECCV 2018):
 
     y  = l_c    c = how many of the thresholds (l_i + l_i+1) / 2 are below x; NaN if x is not finite
-    dx = dy     where x <= l_top, else 0
+    dx = dy     where x <= l_top, else 0 (with backend "torch" NaN where that dy is not finite)
 
 All levels are quantised with the basis found at the start. Then each of the first `moving` levels
 in turn refits the basis to its own x and codes, v* = argmin sum (x - sum_j digit_j(c) v_j)^2, and

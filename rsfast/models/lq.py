@@ -30,6 +30,7 @@ from rsfast.kernels.common.basis import (
 )
 from rsfast.pyramid import Pyramid
 from rsfast.pyramid.content import Content
+from rsfast.pyramid.pixelwise import autocast_dtype
 
 __all__ = ["Bits", "FULL_PRECISION", "LQActivation", "LQConv2d", "LQWeight", "check_state"]
 
@@ -93,7 +94,7 @@ class LQWeight(nn.Module):
         Args:
             weight: [C_out, C_in, k_h, k_w], floating point.
             num_levels: of the pyramid that it meets: how often a training forward moves the basis,
-                each time towards the same refit.
+                each time towards the same refit; 0 to leave it where it is.
 
         Returns:
             [C_out, C_in, k_h, k_w], of the weight's dtype; its gradient is the weight's.
@@ -112,7 +113,8 @@ class LQWeight(nn.Module):
             )
         with torch.no_grad():
             levels, digits = sorted_levels(self.basis, signed=True)
-            quantised, by_code = quantise_and_sum(weight, levels, summed=self.training)
+            moves = self.training and num_levels > 0
+            quantised, by_code = quantise_and_sum(weight, levels, summed=moves)
             if by_code is not None:
                 target = refit(self.basis, digits, by_code, _WEIGHT_DAMPING)
                 move_basis(self.basis, self.updates, target, num_levels)
@@ -203,6 +205,8 @@ class _FixedLevels(nn.Module):
 class LQConv2d(nn.Conv2d):
     """A convolution without bias whose weight is quantised.
 
+    Where the weight is frozen, its basis is, too.
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding: of `nn.Conv2d`.
         bits: of the weight.
@@ -227,7 +231,9 @@ class LQConv2d(nn.Conv2d):
     def forward(self, x: Any) -> Any:
         """Images, a Pyramid or a tensor [N, C, H, W]."""
         num_levels = x.num_levels if isinstance(x, Pyramid) else 1
-        weight = self.quantizer(self.weight, num_levels)
+        weight = self.quantizer(self.weight, num_levels if self.weight.requires_grad else 0)
+        # Once for all levels: autocast keeps the casts of parameters only.
+        weight = weight.to(autocast_dtype(x))
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
     @torch.no_grad()
@@ -281,4 +287,6 @@ def check_state(network: nn.Module, state: Mapping[str, Any], prefix: str = "") 
 
 
 def _bases(state: Mapping[str, Any]) -> Iterator[str]:
-    return (name for name in state if name.endswith(".basis"))
+    """Of quantisers: other modules may have something of that name."""
+    paths = (name.removesuffix(".basis") for name in state if name.endswith(".basis"))
+    return (f"{path}.basis" for path in paths if f"{path}.updates" in state)

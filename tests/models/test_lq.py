@@ -19,7 +19,7 @@ from rsfast.kernels.common.basis import (
     refit,
     sorted_levels,
 )
-from rsfast.models.lq import LQActivation, LQWeight
+from rsfast.models.lq import LQActivation, LQConv2d, LQWeight
 
 DAMPING = 1e-4
 
@@ -194,10 +194,34 @@ def test_a_weight_is_moved_once_for_each_level_that_it_meets() -> None:
         quantizer(weight * 0.1, num_levels)
         quantizer(weight, num_levels)
     assert (one.updates.item(), three.updates.item()) == (2, 6)
-    levels, digits = sorted_levels(one.basis.clone(), signed=True)
-    assert not torch.equal(one.basis, three.basis)
-    assert levels.shape == (4, 4)
-    assert digits.shape == (4, 2, 4)
+    quantizer = LQWeight(4, 3, 2).double()
+    for moved in (weight * 0.1, weight):
+        levels, digits = sorted_levels(quantizer.basis, signed=True)
+        _, by_code = quantise_and_sum(moved, levels)
+        assert by_code is not None
+        target = refit(quantizer.basis, digits, by_code, DAMPING)
+        for _ in range(3):
+            move_basis(quantizer.basis, quantizer.updates, target)
+    torch.testing.assert_close(three.basis, quantizer.basis, rtol=1e-12, atol=0.0)
+    assert not torch.allclose(one.basis, three.basis, rtol=1e-3)
+
+
+def test_a_frozen_weight_keeps_its_basis() -> None:
+    conv = LQConv2d(3, 4, 3, bits=2)
+    conv(normal(2, 3, 8, 8).float())
+    assert conv.quantizer.updates == 1
+    before = conv.quantizer.basis.clone()
+    conv.weight.requires_grad_(False)
+    conv(normal(2, 3, 8, 8).float())
+    assert conv.quantizer.updates == 1
+    assert torch.equal(conv.quantizer.basis, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_plain_module_gives_every_value_the_same_level(dtype: torch.dtype) -> None:
+    quantizer = LQActivation(2).eval()
+    x = half_normal(50_000).to(dtype)
+    assert torch.equal(quantizer.as_plain_module()(x), quantizer(x))
 
 
 def levels_of(seed: int = 0) -> list[Tensor]:

@@ -179,7 +179,7 @@ def test_what_is_not_finite_stays_visible_in_its_place_and_in_the_basis(
     for backend in ("torch", "triton"):
         results = run(lq_activation, inputs, level_rows=(40, 9), moving=1, backend=backend)
         assert torch.equal(results["y"].isnan(), expected)
-        assert not torch.isfinite(results["basis"]).all() or value < 0
+        assert not torch.isfinite(results["basis"]).all()
         assert torch.isfinite(results["dx"]).all()
 
 
