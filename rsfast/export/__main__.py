@@ -183,6 +183,8 @@ def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     manifest.write(folder)
     package.write_labels(manifest, folder)
     expected = reference.compute(model, manifest)
+    if args.packed:
+        packed.check_same(folder, expected, manifest, args.arch)
     path = package.write_graph(graph.to_onnx(model, args.preprocess), manifest, folder)
     if args.int8:
         from rsfast.export.quantize import quantize

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor
 
 import rsfast
 from deploy_helpers import manifest
@@ -22,6 +23,7 @@ from rsfast.export.__main__ import main
 from rsfast.export.check import _equals_pytorch, _packed
 from rsfast.export.graph import to_onnx
 from rsfast.models import RSNet
+from rsfast.training import packed as packed_module
 from rsfast.training.checkpoint import load_model, save_weights
 
 SIZES = (48, 32)
@@ -62,6 +64,41 @@ def test_a_quantised_network_is_exported_with_its_packed_file(
     assert [line.passed for line in _packed(folder, reference, read)] == [False, None]
     (folder / PACKED_FILE).unlink()
     assert [line.passed for line in _packed(folder, reference, read)] == [False, None]
+
+
+def flipped(state: dict[str, Tensor], layer: str, bit: int) -> dict[str, Tensor]:
+    """A packed state with another code of the first weight of a layer."""
+    codes = state[f"{layer}.codes"].clone()
+    codes[0, 0] ^= 1 << bit
+    return {**state, f"{layer}.codes": codes}
+
+
+@pytest.mark.parametrize("bit", [None, 0, 1])
+def test_a_packed_file_must_be_the_network_bit_for_bit(
+    bit: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where `check` on another machine has to allow for activations at thresholds."""
+    if bit is not None:
+        pack = packed_module.packed_state
+        monkeypatch.setattr(
+            packed_module, "packed_state", lambda model: flipped(pack(model), "network.conv3", bit)
+        )
+    folder = tmp_path / "out"
+    flags = ["--arch", "tiny:quantised", "--packed", "--output", str(folder)]
+    code = main([str(saved(own_network(), tmp_path)), *flags])
+    said = capsys.readouterr()
+    if bit is None:
+        assert code == 0, said
+        line = f"not looked at  {PACKED_FILE} equals PyTorch: it is of tiny:quantised"
+        assert line in said.out
+    else:
+        assert code == 1
+        assert f"{PACKED_FILE} must give the logits of weights.safetensors bit for bit" in said.err
+        assert said.err.count("\n") == 1
+        assert not folder.exists()
 
 
 def test_without_pytorch_the_digest_alone_is_looked_at(
