@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -62,6 +62,8 @@ class Manifest:
         versions: of rsfast and of the packages that wrote the files.
         packed_sha256: the digest of the packed file of a quantised network; empty where there is
             none.
+        weight_bits, activation_bits: of quantised layers, the most where they differ; 32 where
+            none is quantised.
     """
 
     arch: str | None
@@ -84,6 +86,8 @@ class Manifest:
     exif: str = "ignore"
     levels: str = "resize"
     packed_sha256: str = ""
+    weight_bits: int = 32
+    activation_bits: int = 32
 
     def text(self) -> str:
         """As in rsfast.json."""
@@ -127,7 +131,8 @@ class Manifest:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{source} must be of format {_FORMAT}, got {found!r}")
-        content = {"exif": "ignore", "levels": "resize", "packed_sha256": "", **content}
+        younger = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+        content = {**younger, **content}
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ set(content)):
             raise ValueError(f"{source} must have the entries {sorted(names)}, differs in {odd}")

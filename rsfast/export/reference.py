@@ -10,9 +10,9 @@ from torch import nn
 from rsfast.deploy.manifest import Manifest
 from rsfast.deploy.reference import Reference, patterns, reference_sizes
 from rsfast.models import RSNet
-from rsfast.models.lq import LQActivation
+from rsfast.models.lq import LQActivation, LQWeight
 
-__all__ = ["activation_bits", "compute"]
+__all__ = ["activation_bits", "compute", "weight_bits"]
 
 
 @torch.inference_mode()
@@ -41,3 +41,8 @@ def activation_bits(model: nn.Module) -> list[int]:
     Looked for in the modules, so that networks of the user's own are seen, too.
     """
     return sorted({m.bits for m in model.modules() if isinstance(m, LQActivation)})
+
+
+def weight_bits(model: nn.Module) -> list[int]:
+    """Those of quantised weights, likewise."""
+    return sorted({m.bits for m in model.modules() if isinstance(m, LQWeight)})

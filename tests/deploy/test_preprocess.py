@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,10 +112,16 @@ def test_a_graph_that_normalises_is_given_the_stored_values(contract: Manifest) 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "meant"), [("exif", "honour", "ignore"), ("levels", "nearest", "resize")]
+    ("name", "value", "meant"),
+    [
+        ("exif", "honour", "ignore"),
+        ("levels", "nearest", "resize"),
+        ("weight_bits", 2, 32),
+        ("activation_bits", 2, 32),
+    ],
 )
 def test_a_manifest_that_says_nothing_of_a_younger_entry_means_its_default(
-    name: str, value: str, meant: str, contract: Manifest
+    name: str, value: Any, meant: Any, contract: Manifest
 ) -> None:
     content = json.loads(dataclasses.replace(contract, **{name: value}).text())
     assert getattr(Manifest.parse(json.dumps(content), "a"), name) == value

@@ -94,6 +94,10 @@ def test_a_packed_file_must_be_the_network_bit_for_bit(
         assert code == 0, said
         line = f"not looked at  {PACKED_FILE} equals PyTorch: it is of tiny:quantised"
         assert line in said.out
+        written = Manifest.read(folder)
+        assert (written.weight_bits, written.activation_bits) == (2, 2)
+        card = (folder / "README.md").read_text()
+        assert "| bits | quantised layers have weights of 2 bits and activations of 2 bits;" in card
     else:
         assert code == 1
         assert f"{PACKED_FILE} must give the logits of weights.safetensors bit for bit" in said.err
