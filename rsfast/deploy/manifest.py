@@ -52,9 +52,9 @@ class Manifest:
         scale: share of the shorter side that a centre crop keeps.
         exif: "honour": pictures are turned as EXIF's orientation says before they are resized;
             "ignore": they are taken as stored.
-        levels: "resize": pictures are resized to each r; "nearest": to the largest of
-            `resolutions`, and pixels floor(i * largest / r) of it, down and across, make a smaller
-            r; a larger one is resized.
+        levels: "resize": pictures are resized to each r; "nearest": to R, and pixels
+            floor(i * R / r) of it, down and across, make a smaller r; a larger one is resized.
+        picked_from: R, in pixels; None for the largest of `resolutions`.
         filter: of the resizing, "bilinear" with antialiasing (Pillow's).
         calibration_images: that the int8 file's ranges were taken from; 0 where there is no file.
         checkpoint: name of the file that was exported.
@@ -85,9 +85,15 @@ class Manifest:
     # What rsfast.json of older versions does not name:
     exif: str = "ignore"
     levels: str = "resize"
+    picked_from: int | None = None
     packed_sha256: str = ""
     weight_bits: int = 32
     activation_bits: int = 32
+
+    @property
+    def source_resolution(self) -> int:
+        """R of `picked_from`, also where that is None."""
+        return self.picked_from or self.resolutions[0]
 
     def text(self) -> str:
         """As in rsfast.json."""

@@ -70,6 +70,7 @@ def describe(
         scale=VAL_SCALE,
         exif=model.exif,
         levels=model.levels,
+        picked_from=model.picked_from,
         weight_bits=max(weight_bits(model), default=FULL_PRECISION),
         activation_bits=max(activation_bits(model), default=FULL_PRECISION),
         filter="bilinear",
@@ -237,10 +238,10 @@ def _geometry(manifest: Manifest) -> str:
 def _picking(manifest: Manifest) -> str:
     if manifest.levels == "resize":
         return ""
-    largest = manifest.resolutions[0]
+    source = manifest.source_resolution
     return (
-        f"; below {largest}, r x r is picked from that of r = {largest}, whose pixels "
-        f"floor(i * {largest} / r) it has, down and across"
+        f"; below {source}, r x r is picked from that of r = {source}, whose pixels "
+        f"floor(i * {source} / r) it has, down and across"
     )
 
 

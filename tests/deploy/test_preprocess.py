@@ -71,9 +71,17 @@ def contract() -> Manifest:
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 @pytest.mark.parametrize("crop", VAL_CROPS)
 @pytest.mark.parametrize("exif", EXIF_MODES)
-@pytest.mark.parametrize("levels", LEVEL_MODES)
+@pytest.mark.parametrize(
+    ("levels", "picked_from"), [*((m, None) for m in LEVEL_MODES), ("nearest", 80)]
+)
 def test_pixels_are_those_of_the_validation_loader(
-    levels: str, exif: str, crop: str, resolution: int, photographs: Path, contract: Manifest
+    levels: str,
+    picked_from: int | None,
+    exif: str,
+    crop: str,
+    resolution: int,
+    photographs: Path,
+    contract: Manifest,
 ) -> None:
     loader = val_loader(
         photographs,
@@ -84,7 +92,7 @@ def test_pixels_are_those_of_the_validation_loader(
         crop=crop,
         exif=exif,
         levels=levels,
-        picked_from=contract.resolutions[0],
+        picked_from=picked_from or contract.resolutions[0],
         workers=0,
     )
     (batch,) = loader
@@ -93,7 +101,8 @@ def test_pixels_are_those_of_the_validation_loader(
         with Image.open(loader.plan.index.root / path) as file:
             file.load()
             pictures.append(file)
-    contract = dataclasses.replace(contract, crop=crop, exif=exif, levels=levels)
+    changes = {"crop": crop, "exif": exif, "levels": levels, "picked_from": picked_from}
+    contract = dataclasses.replace(contract, **changes)
     found = preprocess(pictures, resolution, contract)
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
@@ -116,6 +125,7 @@ def test_a_graph_that_normalises_is_given_the_stored_values(contract: Manifest) 
     [
         ("exif", "honour", "ignore"),
         ("levels", "nearest", "resize"),
+        ("picked_from", 224, None),
         ("weight_bits", 2, 32),
         ("activation_bits", 2, 32),
     ],

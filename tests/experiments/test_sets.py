@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_only_activations_of_2_bits_take_the_base_s_choice_of_who_moves_their_ba
     for training in which.trainings:
         cfg = Job.of(base, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
         assert cfg.fix_activation_basis == training.name.endswith("_w2a2")
+
+
+@pytest.mark.parametrize("name", ["table2", "table3", "fig5"])
+def test_picked_levels_of_all_rows_come_from_the_largest_resolution_of_the_set(
+    name: str, tmp_path: Path
+) -> None:
+    arch = LQ if name == "table3" else "resnet18"
+    nearest = TrainConfig(arch=arch, resolutions=(64, 48, 32), levels="nearest")
+    for base, expected in (
+        (nearest, 64),
+        (dataclasses.replace(nearest, picked_from=96), 96),
+        (dataclasses.replace(nearest, levels="resize"), None),
+    ):
+        trainings = make_set(name, base.resolutions, arch).trainings
+        assert (32,) in {training.settings["resolutions"] for training in trainings}
+        for training in trainings:
+            assert Job.of(base, training, 0, {}, output=tmp_path).cfg.picked_from == expected
 
 
 def test_the_settings_of_all_rows_of_bits_pass_through_a_file(tmp_path: Path) -> None:
