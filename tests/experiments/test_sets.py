@@ -168,6 +168,14 @@ def test_one_resolution_is_nothing_to_compare() -> None:
         make_set("table2", (96,))
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_papers_rows_of_bits_are_those_of_its_tables(arch: str) -> None:
+    paper = tomllib.loads((resources.files("rsfast.experiments") / "paper.toml").read_text())
+    full = paper["table2"][arch]
+    expected = {f"32/32 {name}": full[name] for name in ("I-Nets", "RS-Net")}
+    assert paper["bits"][f"{arch}_lq"] == {**expected, **paper["table3"][f"{arch}_lq"]}
+
+
 def test_the_papers_rows_are_methods_with_five_figures() -> None:
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
     for name, archs in tomllib.loads(text).items():
