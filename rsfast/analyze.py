@@ -145,7 +145,7 @@ def _features(
     common: dict[str, Any] = {
         **settings.loading,
         "normalize": (model.input_mean, model.input_std),
-        "picked_from": model.resolutions[0],
+        "picked_from": model.picked_from or model.resolutions[0],
         "device": device,
         "limit": images,
     }

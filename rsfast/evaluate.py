@@ -258,7 +258,7 @@ def _val_batches(
         settings.batch_size,
         normalize=(model.input_mean, model.input_std),
         crop=settings.val_crop,
-        picked_from=model.resolutions[0],
+        picked_from=model.picked_from or model.resolutions[0],
         labels=settings.val_list,
         rank=rank.index,
         world_size=rank.world_size,
@@ -332,7 +332,7 @@ def _calibration_images(
         settings.batch_size,
         device=rank.device,
         normalize=(model.input_mean, model.input_std),
-        picked_from=model.resolutions[0],
+        picked_from=model.picked_from or model.resolutions[0],
         max_steps=settings.calibration_batches,
         **settings.loading,
     )

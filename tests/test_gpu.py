@@ -99,7 +99,7 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "tiny:quantised"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nothing_waits_for_the_device_between_log_lines(
@@ -116,9 +116,21 @@ def test_nothing_waits_for_the_device_between_log_lines(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("frozen", [(), ("stem", "features.3", "classifier")], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "frozen"),
+    [
+        ("mobilenetv2", ()),
+        ("mobilenetv2", ("stem", "features.3", "classifier")),
+        ("tiny:quantised", ()),
+    ],
+    ids=str,
+)
 def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
-    frozen: tuple[str, ...], precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    arch: str,
+    frozen: tuple[str, ...],
+    precision: str,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -127,7 +139,7 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
             options: dict[str, Any] = {"graph": graph, "backend": backend, "frozen": frozen}
-            model, step = make_step("mobilenetv2", "cuda", precision, **options)
+            model, step = make_step(arch, "cuda", precision, **options)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))
@@ -191,8 +203,11 @@ def test_an_overflow_at_the_first_step_spoils_nothing(graph: bool) -> None:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_nan_in_one_level_leaves_everything_as_it_was(precision: str, graph: bool) -> None:
-    model, step = make_step("resnet18", "cuda", precision, graph=graph)
+@pytest.mark.parametrize("arch", ["resnet18", "tiny:quantised"])
+def test_a_nan_in_one_level_leaves_everything_as_it_was(
+    arch: str, precision: str, graph: bool
+) -> None:
+    model, step = make_step(arch, "cuda", precision, graph=graph)
     good, bad = make_batch("cuda"), make_batch("cuda")
     bad.images.level(1)[3] = float("nan")
     for _ in range(10):

@@ -152,6 +152,9 @@ class TrainConfig:
     """resize each resolution from the image, or the largest only, and pick the pixels of smaller
     ones from it (nearest), in training and validation, as the authors' quantised program does; goes
     with crop single and flip shared or none"""
+    picked_from: int | None = None
+    """with levels nearest, the resolution that smaller ones are picked from; by default the largest
+    trained one"""
     crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
     """range of the window's share of the image's area"""
     mixup: float = setting(0.0, at_least=0)
@@ -264,6 +267,7 @@ class TrainConfig:
                 "resnet18_lq --activation-bits 2, or leave it away"
             )
         check_levels(self.levels, self.crop, self.flip)
+        self._check_picked_from()
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
@@ -286,6 +290,20 @@ class TrainConfig:
             raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    def _check_picked_from(self) -> None:
+        if self.picked_from is None:
+            return
+        if self.levels != "nearest":
+            raise ValueError(
+                f"picked_from is for levels nearest, and levels {self.levels} picks no pixels: add "
+                f"--levels nearest, or leave picked_from away"
+            )
+        if self.picked_from < self.resolutions[0]:
+            raise ValueError(
+                f"picked_from must be at least {self.resolutions[0]}, the largest of the "
+                f"resolutions, got {self.picked_from}"
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule == "step":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -52,9 +52,9 @@ class Manifest:
         scale: share of the shorter side that a centre crop keeps.
         exif: "honour": pictures are turned as EXIF's orientation says before they are resized;
             "ignore": they are taken as stored.
-        levels: "resize": pictures are resized to each r; "nearest": to the largest of
-            `resolutions`, and pixels floor(i * largest / r) of it, down and across, make a smaller
-            r; a larger one is resized.
+        levels: "resize": pictures are resized to each r; "nearest": to R, and pixels
+            floor(i * R / r) of it, down and across, make a smaller r; a larger one is resized.
+        picked_from: R, in pixels; None for the largest of `resolutions`.
         filter: of the resizing, "bilinear" with antialiasing (Pillow's).
         calibration_images: that the int8 file's ranges were taken from; 0 where there is no file.
         checkpoint: name of the file that was exported.
@@ -62,6 +62,8 @@ class Manifest:
         versions: of rsfast and of the packages that wrote the files.
         packed_sha256: the digest of the packed file of a quantised network; empty where there is
             none.
+        weight_bits, activation_bits: of quantised layers, the most where they differ; 32 where
+            none is quantised.
     """
 
     arch: str | None
@@ -83,7 +85,15 @@ class Manifest:
     # What rsfast.json of older versions does not name:
     exif: str = "ignore"
     levels: str = "resize"
+    picked_from: int | None = None
     packed_sha256: str = ""
+    weight_bits: int = 32
+    activation_bits: int = 32
+
+    @property
+    def source_resolution(self) -> int:
+        """R of `picked_from`, also where that is None."""
+        return self.picked_from or self.resolutions[0]
 
     def text(self) -> str:
         """As in rsfast.json."""
@@ -127,7 +137,8 @@ class Manifest:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{source} must be of format {_FORMAT}, got {found!r}")
-        content = {"exif": "ignore", "levels": "resize", "packed_sha256": "", **content}
+        younger = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+        content = {**younger, **content}
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ set(content)):
             raise ValueError(f"{source} must have the entries {sorted(names)}, differs in {odd}")

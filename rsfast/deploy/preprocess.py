@@ -53,7 +53,9 @@ def preprocess(images: Sequence[Image.Image], resolution: int, manifest: Manifes
     _check(images, pictures.Image.Image)
     if manifest.exif == "honour":
         images = [orientation.upright(image) for image in images]
-    made = max(resolution, manifest.resolutions[0]) if manifest.levels == "nearest" else resolution
+    made = resolution
+    if manifest.levels == "nearest":
+        made = max(resolution, manifest.source_resolution)
     pixels = np.empty((len(images), made, made, 3), dtype=np.uint8)
     sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
     geometry = pictures.val_geometry(sizes, made, manifest.crop, manifest.scale)

@@ -162,21 +162,20 @@ def _parent(folder: Path) -> Path:
 def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     """All files that are checked; returns what writes the card afterwards."""
     from rsfast.export import graph, images, package, packed, reference
-    from rsfast.models.lq import FULL_PRECISION
     from rsfast.training.checkpoint import load_model
 
     graph.import_onnx()
     accuracy = package.read_accuracy(args.accuracy) if args.accuracy else None
     model, alpha = load_model(args.checkpoint, args.trained_resolutions, args.arch, args.weights)
+    if args.int8 and (bits := reference.activation_bits(model)):
+        raise ValueError(
+            f"--int8 is for activations in full precision, those of {args.checkpoint} have "
+            f"{' and '.join(map(str, bits))} bits: leave it away"
+        )
     manifest = package.describe(model, args.checkpoint, args.preprocess)
     if args.packed:
         manifest = replace(manifest, packed_sha256=packed.write(model, alpha, folder))
     if args.int8:
-        if model.bits is not None and model.bits.activation < FULL_PRECISION:
-            raise ValueError(
-                f"--int8 is for activations in full precision, those of {args.checkpoint} have "
-                f"{model.bits.activation} bits: leave it away"
-            )
         count, batches = images.calibration(
             args.train_data or args.data, manifest, args.calibration_images
         )
@@ -184,6 +183,8 @@ def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     manifest.write(folder)
     package.write_labels(manifest, folder)
     expected = reference.compute(model, manifest)
+    if args.packed:
+        packed.check_same(folder, expected, manifest, args.arch)
     path = package.write_graph(graph.to_onnx(model, args.preprocess), manifest, folder)
     if args.int8:
         from rsfast.export.quantize import quantize

@@ -21,10 +21,12 @@ from rsfast.deploy.manifest import (
 from rsfast.deploy.reference import REFERENCE_FILE
 from rsfast.deploy.versions import ONNXRUNTIME_AT_LEAST
 from rsfast.export.graph import INPUT, OUTPUT, sizes_of
+from rsfast.export.reference import activation_bits, weight_bits
 from rsfast.files.pictures import VAL_SCALE
 from rsfast.files.seal import link_or_copy, write_whole
 from rsfast.files.tables import read_rows
 from rsfast.models import RSNet
+from rsfast.models.lq import FULL_PRECISION
 
 __all__ = [
     "LABELS_FILE",
@@ -68,6 +70,9 @@ def describe(
         scale=VAL_SCALE,
         exif=model.exif,
         levels=model.levels,
+        picked_from=model.picked_from,
+        weight_bits=max(weight_bits(model), default=FULL_PRECISION),
+        activation_bits=max(activation_bits(model), default=FULL_PRECISION),
         filter="bilinear",
         calibration_images=calibration_images,
         checkpoint=checkpoint.name,
@@ -195,6 +200,7 @@ best = logits.argmax(axis=1)  # lines of {LABELS_FILE}, counted from 0
 {_turning(manifest)} |
 | normalisation | {_normalisation(manifest)} |
 | other r | {_between(manifest)} |
+| bits | {_bits(manifest)} |
 | weights from | {manifest.checkpoint}, SHA-256 {manifest.checkpoint_sha256} |
 | written by | {versions} |
 
@@ -232,10 +238,10 @@ def _geometry(manifest: Manifest) -> str:
 def _picking(manifest: Manifest) -> str:
     if manifest.levels == "resize":
         return ""
-    largest = manifest.resolutions[0]
+    source = manifest.source_resolution
     return (
-        f"; below {largest}, r x r is picked from that of r = {largest}, whose pixels "
-        f"floor(i * {largest} / r) it has, down and across"
+        f"; below {source}, r x r is picked from that of r = {source}, whose pixels "
+        f"floor(i * {source} / r) it has, down and across"
     )
 
 
@@ -243,6 +249,19 @@ def _normalisation(manifest: Manifest) -> str:
     if manifest.input_dtype == "uint8":
         return "in the graph: pixels go in as they are stored"
     return f"(value / 255 - mean) / std, mean {list(manifest.mean)}, std {list(manifest.std)}"
+
+
+def _bits(manifest: Manifest) -> str:
+    if manifest.weight_bits == manifest.activation_bits == FULL_PRECISION:
+        return "weights and activations in full precision"
+    weights, activations = (
+        "full precision" if bits == FULL_PRECISION else f"{bits} bits"
+        for bits in (manifest.weight_bits, manifest.activation_bits)
+    )
+    return (
+        f"quantised layers have weights of {weights} and activations of {activations}; "
+        f"{FP32_FILE} holds their levels as float32"
+    )
 
 
 def _between(manifest: Manifest) -> str:

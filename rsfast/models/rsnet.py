@@ -39,8 +39,9 @@ class RSNet(nn.Module):
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
         exif: whether images were turned as their EXIF says, "honour", or not, "ignore".
-        levels: "resize", or "nearest" where resolutions below the largest were picked from its
-            pixels.
+        levels: "resize", or "nearest" where smaller resolutions were picked from the pixels of a
+            larger one.
+        picked_from: that one, in pixels; None for the largest of `resolutions`.
         class_names: names of the classes if known.
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
     """
@@ -65,6 +66,7 @@ class RSNet(nn.Module):
         self.val_crop = "center"
         self.exif = "ignore"
         self.levels = "resize"
+        self.picked_from: int | None = None
         self.class_names: tuple[str, ...] | None = None
         self.backend = "torch"
 

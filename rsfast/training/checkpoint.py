@@ -55,9 +55,11 @@ __all__ = [
 _FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
-_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "levels", "class_names")
+_INPUT_FIELDS = (
+    *("input_mean", "input_std", "val_crop", "exif", "levels", "picked_from", "class_names"),
+)
 # What older checkpoints lack means this.
-_YOUNGER: dict[str, Any] = {"exif": "ignore", "levels": "resize"}
+_YOUNGER: dict[str, Any] = {"exif": "ignore", "levels": "resize", "picked_from": None}
 
 
 def save(payload: dict[str, Any], *paths: Path) -> None:

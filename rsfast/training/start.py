@@ -152,7 +152,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     check_map_sizes(model, cfg.batch_size, rank.world_size if cfg.sync_bn else 1)
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
-    model.exif, model.levels = cfg.exif, cfg.levels
+    model.exif, model.levels, model.picked_from = cfg.exif, cfg.levels, cfg.picked_from
     return model
 
 
@@ -177,6 +177,7 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "strict": cfg.strict,
         "exif": cfg.exif,
         "levels": cfg.levels,
+        "picked_from": cfg.picked_from,
         "tolerate_truncated": cfg.tolerate_truncated,
         "device": rank.device,
     }

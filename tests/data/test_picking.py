@@ -208,6 +208,18 @@ def test_windows_and_flips_of_each_level_are_refused(
     dataclasses.replace(TrainConfig(), crop=crop, flip=flip)
 
 
+def test_what_levels_are_picked_from_goes_with_levels_that_are_picked() -> None:
+    for picked_from in (96, 224):
+        cfg = TrainConfig(levels="nearest", resolutions=(96, 64), picked_from=picked_from)
+        assert cfg.picked_from == picked_from
+    message = "^picked_from is for levels nearest, and levels resize picks no pixels: add --levels"
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(picked_from=224)
+    message = "^picked_from must be at least 96, the largest of the resolutions, got 95$"
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(levels="nearest", resolutions=(96, 64), picked_from=95)
+
+
 @pytest.mark.parametrize("make", [training, validation])
 def test_another_word_or_no_resolution_is_refused(make, image_root: Path) -> None:
     with pytest.raises(ValueError, match=r"^levels must be one of \('resize', 'nearest'\), got "):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,9 +71,17 @@ def contract() -> Manifest:
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 @pytest.mark.parametrize("crop", VAL_CROPS)
 @pytest.mark.parametrize("exif", EXIF_MODES)
-@pytest.mark.parametrize("levels", LEVEL_MODES)
+@pytest.mark.parametrize(
+    ("levels", "picked_from"), [*((m, None) for m in LEVEL_MODES), ("nearest", 80)]
+)
 def test_pixels_are_those_of_the_validation_loader(
-    levels: str, exif: str, crop: str, resolution: int, photographs: Path, contract: Manifest
+    levels: str,
+    picked_from: int | None,
+    exif: str,
+    crop: str,
+    resolution: int,
+    photographs: Path,
+    contract: Manifest,
 ) -> None:
     loader = val_loader(
         photographs,
@@ -83,7 +92,7 @@ def test_pixels_are_those_of_the_validation_loader(
         crop=crop,
         exif=exif,
         levels=levels,
-        picked_from=contract.resolutions[0],
+        picked_from=picked_from or contract.resolutions[0],
         workers=0,
     )
     (batch,) = loader
@@ -92,7 +101,8 @@ def test_pixels_are_those_of_the_validation_loader(
         with Image.open(loader.plan.index.root / path) as file:
             file.load()
             pictures.append(file)
-    contract = dataclasses.replace(contract, crop=crop, exif=exif, levels=levels)
+    changes = {"crop": crop, "exif": exif, "levels": levels, "picked_from": picked_from}
+    contract = dataclasses.replace(contract, **changes)
     found = preprocess(pictures, resolution, contract)
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
@@ -111,10 +121,17 @@ def test_a_graph_that_normalises_is_given_the_stored_values(contract: Manifest) 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "meant"), [("exif", "honour", "ignore"), ("levels", "nearest", "resize")]
+    ("name", "value", "meant"),
+    [
+        ("exif", "honour", "ignore"),
+        ("levels", "nearest", "resize"),
+        ("picked_from", 224, None),
+        ("weight_bits", 2, 32),
+        ("activation_bits", 2, 32),
+    ],
 )
 def test_a_manifest_that_says_nothing_of_a_younger_entry_means_its_default(
-    name: str, value: str, meant: str, contract: Manifest
+    name: str, value: Any, meant: Any, contract: Manifest
 ) -> None:
     content = json.loads(dataclasses.replace(contract, **{name: value}).text())
     assert getattr(Manifest.parse(json.dumps(content), "a"), name) == value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_only_activations_of_2_bits_take_the_base_s_choice_of_who_moves_their_ba
         assert cfg.fix_activation_basis == training.name.endswith("_w2a2")
 
 
+@pytest.mark.parametrize("name", ["table2", "table3", "fig5"])
+def test_picked_levels_of_all_rows_come_from_the_largest_resolution_of_the_set(
+    name: str, tmp_path: Path
+) -> None:
+    arch = LQ if name == "table3" else "resnet18"
+    nearest = TrainConfig(arch=arch, resolutions=(64, 48, 32), levels="nearest")
+    for base, expected in (
+        (nearest, 64),
+        (dataclasses.replace(nearest, picked_from=96), 96),
+        (dataclasses.replace(nearest, levels="resize"), None),
+    ):
+        trainings = make_set(name, base.resolutions, arch).trainings
+        assert (32,) in {training.settings["resolutions"] for training in trainings}
+        for training in trainings:
+            assert Job.of(base, training, 0, {}, output=tmp_path).cfg.picked_from == expected
+
+
 def test_the_settings_of_all_rows_of_bits_pass_through_a_file(tmp_path: Path) -> None:
     base = parse_args(["--arch", LQ, "--resolutions", "64", "48"])
     for training in make_set("bits", base.resolutions, base.arch).trainings:
@@ -148,6 +166,14 @@ def test_figure_9_differs_from_figure_5_in_the_area_of_the_crops() -> None:
 def test_one_resolution_is_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match=r"at least two to compare, got \(96,\)"):
         make_set("table2", (96,))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_papers_rows_of_bits_are_those_of_its_tables(arch: str) -> None:
+    paper = tomllib.loads((resources.files("rsfast.experiments") / "paper.toml").read_text())
+    full = paper["table2"][arch]
+    expected = {f"32/32 {name}": full[name] for name in ("I-Nets", "RS-Net")}
+    assert paper["bits"][f"{arch}_lq"] == {**expected, **paper["table3"][f"{arch}_lq"]}
 
 
 def test_the_papers_rows_are_methods_with_five_figures() -> None:

@@ -40,6 +40,7 @@ def test_the_folder_holds_what_it_says(exported: Path, checkpoint: Path) -> None
     for name in ("model.onnx", "labels.txt", "reference.npz", "64, 48, 32 pixels"):
         assert name in card
     assert "int8" not in card
+    assert "| bits | weights and activations in full precision |" in card
     assert {path.name for path in exported.iterdir()} == {
         *("model.onnx", "rsfast.json", "labels.txt", "README.md"),
         *("reference.npz", "validation.json"),

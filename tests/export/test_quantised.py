@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor
 
 import rsfast
 from deploy_helpers import manifest
@@ -17,10 +18,12 @@ from lq_helpers import quantised_network, settled
 from rsfast.deploy.manifest import PACKED_FILE, Manifest
 from rsfast.deploy.reference import Reference
 from rsfast.export import check as check_module
+from rsfast.export import packed
 from rsfast.export.__main__ import main
 from rsfast.export.check import _equals_pytorch, _packed
 from rsfast.export.graph import to_onnx
 from rsfast.models import RSNet
+from rsfast.training import packed as packed_module
 from rsfast.training.checkpoint import load_model, save_weights
 
 SIZES = (48, 32)
@@ -30,6 +33,12 @@ def saved(model: RSNet, folder: Path) -> Path:
     path = folder / "weights.safetensors"
     save_weights(model, torch.ones(len(model.resolutions)), path)
     return path
+
+
+def own_network() -> RSNet:
+    """Of a module that is not rsfast's."""
+    torch.manual_seed(0)
+    return settled(rsfast.create_model("tiny:quantised", SIZES, 5))
 
 
 @pytest.mark.slow
@@ -50,11 +59,50 @@ def test_a_quantised_network_is_exported_with_its_packed_file(
     assert Reference.read(folder).steps == (activation_bits < 32)
 
     read, reference = Manifest.read(folder), Reference.read(folder)
-    packed = (folder / PACKED_FILE).read_bytes()
-    (folder / PACKED_FILE).write_bytes(packed[:-1] + bytes([packed[-1] ^ 1]))
+    codes = (folder / PACKED_FILE).read_bytes()
+    (folder / PACKED_FILE).write_bytes(codes[:-1] + bytes([codes[-1] ^ 1]))
     assert [line.passed for line in _packed(folder, reference, read)] == [False, None]
     (folder / PACKED_FILE).unlink()
     assert [line.passed for line in _packed(folder, reference, read)] == [False, None]
+
+
+def flipped(state: dict[str, Tensor], layer: str, bit: int) -> dict[str, Tensor]:
+    """A packed state with another code of the first weight of a layer."""
+    codes = state[f"{layer}.codes"].clone()
+    codes[0, 0] ^= 1 << bit
+    return {**state, f"{layer}.codes": codes}
+
+
+@pytest.mark.parametrize("bit", [None, 0, 1])
+def test_a_packed_file_must_be_the_network_bit_for_bit(
+    bit: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where `check` on another machine has to allow for activations at thresholds."""
+    if bit is not None:
+        pack = packed_module.packed_state
+        monkeypatch.setattr(
+            packed_module, "packed_state", lambda model: flipped(pack(model), "network.conv3", bit)
+        )
+    folder = tmp_path / "out"
+    flags = ["--arch", "tiny:quantised", "--packed", "--output", str(folder)]
+    code = main([str(saved(own_network(), tmp_path)), *flags])
+    said = capsys.readouterr()
+    if bit is None:
+        assert code == 0, said
+        line = f"not looked at  {PACKED_FILE} equals PyTorch: it is of tiny:quantised"
+        assert line in said.out
+        written = Manifest.read(folder)
+        assert (written.weight_bits, written.activation_bits) == (2, 2)
+        card = (folder / "README.md").read_text()
+        assert "| bits | quantised layers have weights of 2 bits and activations of 2 bits;" in card
+    else:
+        assert code == 1
+        assert f"{PACKED_FILE} must give the logits of weights.safetensors bit for bit" in said.err
+        assert said.err.count("\n") == 1
+        assert not folder.exists()
 
 
 def test_without_pytorch_the_digest_alone_is_looked_at(
@@ -97,16 +145,20 @@ def test_a_network_in_full_precision_is_not_packed(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["resnet18_lq", "tiny:quantised"])
 def test_int8_is_not_for_quantised_activations(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()
-    path = saved(quantised_network(2, 2, resolutions=SIZES), tmp_path)
+    monkeypatch.setattr(packed, "save_packed", lambda *arguments: pytest.fail("a file is written"))
+    model = own_network() if own else quantised_network(2, 2, resolutions=SIZES)
     flags = ["--int8", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
-    assert main([str(path), *flags]) == 2
+    flags += ["--packed", *(["--arch", "tiny:quantised"] if own else [])]
+    assert main([str(saved(model, tmp_path)), *flags]) == 2
     error = capsys.readouterr().err
     assert "--int8 is for activations in full precision" in error
+    assert "have 2 bits: leave it away" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
