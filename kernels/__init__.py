@@ -20,7 +20,11 @@ from rsfast.kernels.distillation_loss import (
     teacher_weights,
 )
 from rsfast.kernels.global_avg_pool import global_avg_pool, global_avg_pool_reference
-from rsfast.kernels.lq_activation import lq_activation_levels
+from rsfast.kernels.lq_activation import (
+    lq_activation,
+    lq_activation_levels,
+    lq_activation_reference,
+)
 from rsfast.kernels.normalize import normalize, normalize_reference
 from rsfast.kernels.subsample import subsample, subsample_gradient, subsample_reference
 from rsfast.kernels.switchable_bn_act import (
@@ -47,7 +51,9 @@ __all__ = [
     "distillation_loss_reference",
     "global_avg_pool",
     "global_avg_pool_reference",
+    "lq_activation",
     "lq_activation_levels",
+    "lq_activation_reference",
     "normalize",
     "normalize_reference",
     "subsample",

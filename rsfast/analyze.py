@@ -146,6 +146,7 @@ def _features(
     common: dict[str, Any] = {
         **settings.loading,
         "normalize": (model.input_mean, model.input_std),
+        "picked_from": model.picked_from or model.resolutions[0],
         "device": device,
         "limit": images,
     }
@@ -236,6 +237,7 @@ def _analyze(args: argparse.Namespace) -> None:
         between="interpolate",
         val_crop=model.val_crop,
         exif=model.exif,
+        levels=model.levels,
         calibration_batches=0,
         **common_settings(args),
     )

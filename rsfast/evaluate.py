@@ -31,6 +31,7 @@ from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
 from rsfast.files.folders import make_writable
 from rsfast.files.orientation import EXIF_MODES
+from rsfast.files.pictures import LEVEL_MODES
 from rsfast.files.tables import write_rows
 from rsfast.kernels import choose_backend
 from rsfast.models import RSNet
@@ -77,6 +78,7 @@ class Settings:
     val_data: str | None = None
     val_list: str | None = None
     tolerate_truncated: bool = False
+    levels: str = "resize"
 
     @property
     def train_root(self) -> str | None:
@@ -89,6 +91,7 @@ class Settings:
         return {
             "backend": self.loader,
             "exif": self.exif,
+            "levels": self.levels,
             **{name: getattr(self, name) for name in DECODING},
         }
 
@@ -165,6 +168,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         between=args.between,
         val_crop=args.val_crop or model.val_crop,
         exif=args.exif or model.exif,
+        levels=args.levels or model.levels,
         calibration_batches=args.calibration_batches,
         **common_settings(args),
     )
@@ -193,6 +197,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_common_flags(parser)
     add("--val-crop", choices=VAL_CROPS, help="by default as in training")
     add("--exif", choices=EXIF_MODES, help="by default as in training")
+    add("--levels", choices=LEVEL_MODES, help="by default as in training")
     add("--calibration-batches", type=int, default=20, help="training batches to calibrate on")
     add(
         "--trained-resolutions",
@@ -248,6 +253,7 @@ def _val_batches(
         settings.batch_size,
         normalize=(model.input_mean, model.input_std),
         crop=settings.val_crop,
+        picked_from=model.picked_from or model.resolutions[0],
         labels=settings.val_list,
         rank=rank.index,
         world_size=rank.world_size,
@@ -323,6 +329,7 @@ def _calibration_images(
         settings.batch_size,
         device=rank.device,
         normalize=(model.input_mean, model.input_std),
+        picked_from=model.picked_from or model.resolutions[0],
         max_steps=settings.calibration_batches,
         **_of_masks(model),
         **settings.loading,

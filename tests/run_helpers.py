@@ -24,7 +24,9 @@ def network_payload() -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("resnet18", (48, 32), 3)
     model.input_mean, model.input_std = (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)
-    model.val_crop, model.exif, model.class_names = "none", "honour", ("a", "b", "c")
+    model.val_crop, model.exif = "none", "honour"
+    model.levels, model.picked_from = "nearest", 64
+    model.class_names = ("a", "b", "c")
     loss = MultiResolutionDistillation(2)
     return {**checkpoint.model_payload(model), "loss": loss.state_dict()}
 

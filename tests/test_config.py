@@ -96,6 +96,8 @@ def test_the_authors_recipe_has_what_their_program_does_otherwise() -> None:
         "nesterov": True,
         "schedule": "step",
         "milestones": (30, 60, 85, 95, 105),
+        "levels": "nearest",
+        "lighting": 0.1,
     }
     theirs = parse_args([*argv, "resnet18_w2a2_authors"])
     assert theirs == dataclasses.replace(paper, **changed)

@@ -26,8 +26,8 @@ SETTINGS = settings(max_examples=250, derandomize=True, deadline=None, database=
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 RULES = rules_of(TrainConfig)
 WITH_CHOICES = (
-    "bn distill crop flip val_crop exif normalize loader precision decay device kernels optimizer "
-    "schedule"
+    "bn distill crop flip levels val_crop exif normalize loader precision decay device kernels "
+    "optimizer schedule"
 )
 CHOICES = {name: RULES[name].choices or () for name in WITH_CHOICES.split()}
 # What a plain test would choose to put around the one bad thing.
@@ -47,7 +47,7 @@ TUPLES = ("resolutions", "crop_area", "milestones")
 AT_LEAST_ONE = ("batch_size", "epochs", "log_every", "max_skipped", "keep")
 NOT_NEGATIVE = (
     *("steps_per_epoch", "workers", "seed", "lr", "weight_decay", "warmup_epochs"),
-    *("mixup", "cutmix"),
+    *("mixup", "cutmix", "lighting"),
 )
 PROBABILITIES = ("random_erasing",)
 SHARES = ("label_smoothing", "ema_decay", "momentum", "gamma")

@@ -13,12 +13,13 @@ import torch
 from helpers import make_image_folder
 from rsfast import RSNet, create_model, evaluate
 from rsfast.config.flags import parse_resolutions
-from rsfast.data import Loader, val_loader
+from rsfast.data import Loader, train_loader, val_loader
 from rsfast.data.__main__ import main as check_data
 from rsfast.data.loader import NORMALIZATIONS
 from rsfast.files.tables import read_columns
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
+from rsfast.models.deploy import calibrate
 from rsfast.training import checkpoint
 
 PIL = ["--loader", "pil", "--workers", "0", "--batch-size", "4"]
@@ -117,6 +118,58 @@ def test_figures_are_those_of_the_plain_networks(
                 hits += (net(batch.images.level(0)).argmax(1) == batch.labels).sum().item()
         assert float(row["top1"]) == 100 * hits / 10
         assert float(row["top5"]) == 100.0
+
+
+def picked(level: torch.Tensor, r: int) -> torch.Tensor:
+    """[N, 3, r, r] of [N, 3, R, R], by nearest neighbour."""
+    places = [i * level.shape[-1] // r for i in range(r)]
+    return level[:, :, places][:, :, :, places]
+
+
+@pytest.mark.parametrize("between", ["interpolate", "calibrate"])
+def test_a_network_of_picked_levels_is_evaluated_on_such(
+    folder: Path, tmp_path: Path, between: str
+) -> None:
+    model = make_network()
+    model.class_names, model.levels = ("cat", "dog"), "nearest"
+    loss = MultiResolutionDistillation(2)
+    path = tmp_path / "last.pt"
+    checkpoint.save({**checkpoint.model_payload(model), "loss": loss.state_dict()}, path)
+    command = [str(path), "--data", str(folder), *PIL, "--resolutions", "28:64:12", "--per-image"]
+    assert evaluate.main([*command, "--between", between, "--calibration-batches", "2"]) == 0
+    columns = read_columns(tmp_path / "evaluation" / "per_image.csv")
+    options = {"backend": "pil", "workers": 0, "normalize": "none"}
+    model.eval()
+    for resolution in (64, 52, 48, 40, 32, 28):
+        # The largest trained resolution is what others are picked from, where they are smaller.
+        largest = max(resolution, 48)
+        net = model.at(resolution)
+        if between == "calibrate" and resolution not in model.resolutions:
+            training = train_loader(folder, (largest,), 4, max_steps=2, **options)
+            calibrate(net, [picked(batch.images.level(0), resolution) for batch in training])
+        logits = [
+            net(picked(batch.images.level(0), resolution))
+            for batch in val_loader(folder, (largest,), 4, **options)
+        ]
+        ranks = torch.cat(logits).argsort(descending=True).tolist()
+        places = [1 + order.index(int(k)) for order, k in zip(ranks, columns["label"], strict=True)]
+        assert list(map(int, columns[str(resolution)])) == places
+
+
+def test_levels_can_be_made_otherwise_than_in_training(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def spy(*arguments: Any, **options: Any) -> Loader:
+        told.append((options["levels"], options["picked_from"]))
+        return val_loader(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "val_loader", spy)
+    for flags in ([], ["--levels", "nearest"]):
+        where = ["--data", str(folder), "--output", str(tmp_path)]
+        assert evaluate.main([str(trained), *where, *PIL, *flags]) == 0
+    assert told == [("resize", 48), ("nearest", 48)]
 
 
 @pytest.mark.parametrize("between", ["nearest", "calibrate"])

@@ -19,6 +19,7 @@ from rsfast.data import Augment, Batch, Loader, Mix, prefetch, train_loader, val
 from rsfast.engine import TrainStep
 from rsfast.engine.metrics import LossMeter
 from rsfast.engine.optim import build_optimizer, set_lr
+from rsfast.files.pictures import LEVEL_MODES
 from rsfast.kernels import choose_backend
 from rsfast.losses import LossTerms, MultiResolutionDistillation
 from rsfast.models import RSNet
@@ -98,7 +99,7 @@ def test_every_precision_overfits_a_small_batch(precision: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "tiny:quantised"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nothing_waits_for_the_device_between_log_lines(
@@ -115,9 +116,21 @@ def test_nothing_waits_for_the_device_between_log_lines(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("frozen", [(), ("stem", "features.3", "classifier")], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "frozen"),
+    [
+        ("mobilenetv2", ()),
+        ("mobilenetv2", ("stem", "features.3", "classifier")),
+        ("tiny:quantised", ()),
+    ],
+    ids=str,
+)
 def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
-    frozen: tuple[str, ...], precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    arch: str,
+    frozen: tuple[str, ...],
+    precision: str,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -126,7 +139,7 @@ def test_graph_and_eager_give_the_same_losses_over_fifty_steps(
         for graph in (False, True):
             # Without max pooling, whose backward adds in any order.
             options: dict[str, Any] = {"graph": graph, "backend": backend, "frozen": frozen}
-            model, step = make_step("mobilenetv2", "cuda", precision, **options)
+            model, step = make_step(arch, "cuda", precision, **options)
             batch, losses = make_batch("cuda"), []
             for index in range(50):
                 set_lr(step._optimizer, 0.003 * (1 - index / 50))
@@ -190,8 +203,11 @@ def test_an_overflow_at_the_first_step_spoils_nothing(graph: bool) -> None:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_nan_in_one_level_leaves_everything_as_it_was(precision: str, graph: bool) -> None:
-    model, step = make_step("resnet18", "cuda", precision, graph=graph)
+@pytest.mark.parametrize("arch", ["resnet18", "tiny:quantised"])
+def test_a_nan_in_one_level_leaves_everything_as_it_was(
+    arch: str, precision: str, graph: bool
+) -> None:
+    model, step = make_step(arch, "cuda", precision, graph=graph)
     good, bad = make_batch("cuda"), make_batch("cuda")
     bad.images.level(1)[3] = float("nan")
     for _ in range(10):
@@ -299,12 +315,13 @@ def test_dali_does_not_wait_for_the_step(tmp_path: Path) -> None:
     assert not step_done.query()
 
 
-def test_mixed_and_erased_batches_are_those_of_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", LEVEL_MODES)
+def test_mixed_lit_and_erased_batches_are_those_of_a_cpu(levels: str, tmp_path: Path) -> None:
     root = make_image_folder(tmp_path, train=20)
-    augment = Augment(mixup=0.4, cutmix=1.0, random_erasing=0.5)
+    options = {"backend": "pil", "workers": 0, "levels": levels}
+    options["augment"] = Augment(mixup=0.4, cutmix=1.0, random_erasing=0.5, lighting=0.1)
     here, there = (
-        train_loader(root, RESOLUTIONS, 4, backend="pil", workers=0, augment=augment, device=device)
-        for device in ("cpu", "cuda")
+        train_loader(root, RESOLUTIONS, 4, device=device, **options) for device in ("cpu", "cuda")
     )
     device = torch.device("cuda", torch.cuda.current_device())
     for exact, batch in zip(here, prefetch(there, device), strict=True):

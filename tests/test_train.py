@@ -128,6 +128,21 @@ def test_every_option_of_the_recipes_trains(folder: Path, tmp_path: Path) -> Non
     assert (model.bn, model.input_std) == ("shared", (1.0, 1.0, 1.0))
 
 
+def test_a_rate_that_falls_in_steps_is_kept_by_a_run_that_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, "--epochs", "2", "--schedule", "step", "--gamma", "0.5", "--milestones"]
+    assert run(folder, tmp_path / "run", *flags, "1") == 0
+    rates = [line["lr"] for line in log_lines(tmp_path / "run", "step")]
+    assert rates == [0.01] * 3 + [0.005] * 3
+    again = ["--resume", "auto"]
+    assert run(folder, tmp_path / "run", *TINY, "--epochs", "2", *again) == 2
+    error = capsys.readouterr().err
+    assert "was trained with gamma = 0.5, this run has 0.1" in error
+    assert "(--gamma 0.5)" in error
+    assert run(folder, tmp_path / "run", *flags, "1", *again) == 0, "nothing left to do"
+
+
 def test_without_data_the_builtin_set_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,7 @@ from bench.ops import bench_bn_act_max_pool as max_pool
 from bench.ops import bench_conv2d as conv
 from bench.ops import bench_distillation_loss as loss
 from bench.ops import bench_global_avg_pool as pool
+from bench.ops import bench_lq_activation as quantised
 from bench.ops import bench_normalize as pixels
 from bench.ops import bench_stem as stem
 from bench.ops import bench_subsample as strided
@@ -38,6 +39,7 @@ _LAYERS = {"conv2d": conv, "subsample": strided, "switchable_bn_act": norm}
 _OPS = (
     *_LAYERS,
     *("bn_act_max_pool", "distillation_loss", "global_avg_pool", "stem", "normalize"),
+    "lq_activation",
 )
 
 
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         session.normalization()
     if any(arch.startswith("res") for arch in args.archs):  # ResNets and ResNeXts
         session.stem(args.ops)
+    if "lq_activation" in args.ops:
+        session.layers(quantised, "lq_activation", quantised.ARCH)
     for arch in args.archs:
         if "global_avg_pool" in args.ops:
             session.pooling(arch)

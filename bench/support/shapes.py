@@ -29,6 +29,7 @@ __all__ = [
     "Call",
     "ConvLayer",
     "FeatureMap",
+    "QuantisedMap",
     "batch_norm_layers",
     "batch_norm_of",
     "calls",
@@ -36,6 +37,7 @@ __all__ = [
     "hollow",
     "observe",
     "pooled_map",
+    "quantised_maps",
     "short_name",
     "strided_maps",
 ]
@@ -49,7 +51,10 @@ NUM_IMAGES, RESOLUTIONS = (256, PAPER_RESOLUTIONS) if ON_GPU else (2, (64, 48, 3
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
 
 Sizes = tuple[tuple[int, int], ...]
-_OBSERVED = ("switchable_bn_act", "bn_act_max_pool", "conv2d", "global_avg_pool", "subsample")
+_OBSERVED = (
+    *("switchable_bn_act", "bn_act_max_pool", "conv2d", "global_avg_pool", "subsample"),
+    "lq_activation",
+)
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -158,6 +163,21 @@ class StridedMap(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.sizes[0][0]}px-C{self.channels}-s{self.stride[0]}"
+
+
+class QuantisedMap(NamedTuple):
+    """What one or several quantisers of activations work on.
+
+    Attributes:
+        sizes: (H, W) of each level.
+        channels: C.
+    """
+
+    sizes: Sizes
+    channels: int
+
+    def __str__(self) -> str:
+        return f"{self.sizes[0][0]}px-C{self.channels}"
 
 
 class Call(NamedTuple):
@@ -273,3 +293,13 @@ def pooled_map(arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> Fea
     """The map that global average pooling reads."""
     (given,) = (c.arguments for c in calls(arch, tuple(resolutions)) if c.op == "global_avg_pool")
     return FeatureMap(_sizes(given["level_rows"]), given["x"].shape[1])
+
+
+def quantised_maps(
+    arch: str, resolutions: Sequence[int] = PAPER_RESOLUTIONS
+) -> Counter[QuantisedMap]:
+    """The maps that a network with activations of 2 bits quantises, and how many of each."""
+    with torch.device("meta"):
+        model = create_model(arch, resolutions, activation_bits=2, backend="triton").eval()
+    found = (c.arguments for c in observe(model) if c.op == "lq_activation")
+    return Counter(QuantisedMap(_sizes(c["level_rows"]), c["x"].shape[1]) for c in found)

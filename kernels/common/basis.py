@@ -14,6 +14,7 @@ and an unknown that the values do not determine keeps its old value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,15 @@ from torch import Tensor
 
 __all__ = [
     "DECAY",
+    "DETERMINED",
     "MAX_BITS",
     "CodeSums",
     "check_bits",
-    "code_sums",
     "digits_of",
+    "keep_below",
     "move_basis",
     "quantise",
+    "quantise_and_sum",
     "refit",
     "sorted_levels",
     "thresholds_of",
@@ -37,7 +40,10 @@ MAX_BITS = 4
 DECAY = 0.9  # of the moving average
 # Of a number's own square, below which what the others leave of it is rounding. At n values the
 # least that integers leave is 1 / n.
-_DETERMINED = 1e-12
+DETERMINED = 1e-12
+# Elements of a tile: on a CPU what its cache holds, several times over; elsewhere few enough that
+# counts are exact in float32.
+_CPU_TILE, _TILE = 2**17, 2**23
 
 
 class CodeSums(NamedTuple):
@@ -58,10 +64,14 @@ def check_bits(name: str, bits: int) -> int:
     return bits
 
 
-def digits_of(bits: int, signed: bool) -> list[list[float]]:
-    """[2^K][K]: the digits of each number from 0, the lowest first; -1 for 0 if signed."""
-    low = -1.0 if signed else 0.0
-    return [[1.0 if n >> j & 1 else low for j in range(bits)] for n in range(2**bits)]
+def digits_of(bits: int, signed: bool, device: torch.device) -> Tensor:
+    """[2^K, K] int64: the digits of each number from 0, the lowest first; -1 for 0 if signed.
+
+    Made on the device: a copy from the host has no place in a captured step.
+    """
+    numbers, places = (torch.arange(n, device=device) for n in (2**bits, bits))
+    digits = numbers.unsqueeze(1) >> places & 1
+    return 2 * digits - 1 if signed else digits
 
 
 def sorted_levels(basis: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -75,7 +85,7 @@ def sorted_levels(basis: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         Levels [2^K, ...] and digits [2^K, K, ...], in the dtype of the basis.
     """
     bits = len(basis)
-    digits = torch.tensor(digits_of(bits, signed), dtype=basis.dtype, device=basis.device)
+    digits = digits_of(bits, signed, basis.device).to(basis.dtype)
     digits = digits.view(2**bits, bits, *[1] * (basis.dim() - 1))
     levels = digits[:, 0] * basis[0]
     for j in range(1, bits):  # in this order in the kernels, too
@@ -93,33 +103,116 @@ def thresholds_of(levels: Tensor) -> Tensor:
 def quantise(x: Tensor, levels: Tensor) -> Tensor:
     """The level of each value, in the dtype of the levels; NaN for one that is not finite.
 
+    Of few operations, so that exported networks have few; :func:`quantise_and_sum` is faster.
+
     Args:
         x: any shape that one entry of `levels` broadcasts to.
         levels: [2^K, ...] ascending.
     """
+    x = x.to(torch.promote_types(x.dtype, levels.dtype))  # thresholds are not to be rounded
     y = levels[0].expand_as(x)
     for level, threshold in zip(levels[1:], thresholds_of(levels), strict=True):
         y = torch.where(x > threshold, level, y)
     return torch.add(y, x, alpha=0)  # so that an overflow is not hidden
 
 
-def code_sums(x: Tensor, levels: Tensor, dims: list[int]) -> CodeSums:
-    """Counts and sums by code, over some dimensions.
+def quantise_and_sum(
+    x: Tensor, levels: Tensor, *, summed: bool = True
+) -> tuple[Tensor, CodeSums | None]:
+    """As :func:`quantise`, and the counts and sums by code, in one pass.
+
+    Tile by tile, so that a CPU does all with a value while it is in the cache, and with masks of
+    numbers instead of truth values: those are compared, and chosen by, one at a time.
 
     Args:
-        x: as for :func:`quantise`.
-        levels: likewise.
-        dims: of `x`, that are summed over.
+        x: [G, ...] floating point, G groups of values with levels of their own.
+        levels: [2^K, G] ascending.
+        summed: whether anyone asks for the counts and sums.
+
+    Returns:
+        The levels, like `x`, and [2^K, G] sums, added up in float64 over tiles; NaN where a value
+        is.
     """
-    wide = x.double()
-    sums = [wide.sum(dims)]
-    zero = torch.zeros_like(sums[0])
-    counts = [torch.full_like(zero, x.numel() // zero.numel())]
-    for threshold in thresholds_of(levels):
-        above = x > threshold
-        counts.append(above.sum(dims).double())
-        sums.append(torch.where(above, wide, 0.0).sum(dims))
-    return CodeSums(*(-torch.diff(torch.stack([*part, zero]), dim=0) for part in (counts, sums)))
+    order = (0, *sorted(range(1, x.dim()), key=x.stride, reverse=True))  # as it lies in memory
+    laid_out = x.permute(order)
+    rows = laid_out.reshape(len(x), -1)
+    y = torch.empty_like(rows)
+    wide = torch.promote_types(x.dtype, levels.dtype)
+    steps = torch.stack([levels[1:], thresholds_of(levels)], 1).to(wide).unsqueeze(3)
+    lowest = levels[0].to(wide).unsqueeze(1)
+    scratch = rows.new_empty(3, _tile_size(rows), dtype=wide)
+    # Of what is above each threshold, everything first: sums and counts.
+    above = x.new_zeros(2 * len(levels), len(x), dtype=torch.float64)
+    above[1].fill_(rows.shape[1])  # an assignment would copy it from the host
+    for own, columns in _tiles(rows):
+        own_steps = [pair.unbind() for pair in steps[:, :, own].unbind()]
+        found: list[Tensor] = []
+        for piece in columns:
+            part = rows[own, piece]
+            # Memory that is taken anew is slower than all that is done with it.
+            mask, chosen, copy = scratch[:, : part.numel()].view(3, *part.shape).unbind()
+            if part.dtype != wide:
+                part = copy.copy_(part)
+            chosen.copy_(lowest[own])
+            if summed:
+                found.append(part.sum(1))
+            for level, threshold in own_steps:
+                torch.gt(part, threshold, out=mask)
+                chosen.lerp_(level, mask)  # 0 and 1 round nothing
+                if summed:
+                    count = mask.sum(1)
+                    found += mask.mul_(part).sum(1), count
+            torch.add(chosen, part, alpha=0, out=y[own, piece])
+        if found:
+            by_tile = torch.stack(found).view(len(columns), -1, found[0].shape[0])
+            above[0, own] = by_tile[:, 0].sum(0, dtype=torch.float64)
+            above[2:, own] = by_tile[:, 1:].sum(0, dtype=torch.float64)
+    back = [order.index(dim) for dim in range(x.dim())]
+    by_code = None
+    if summed:
+        above[:-2] -= above[2:].clone()
+        by_code = CodeSums(above[1::2], above[::2])
+    return y.view(laid_out.shape).permute(back), by_code
+
+
+def keep_below(dy: Tensor, x: Tensor, top: Tensor) -> Tensor:
+    """dy where x is not above the top level, else 0, or NaN where that dy is not finite.
+
+    Args:
+        dy: like `x`, with any strides.
+        x: floating point.
+        top: [].
+    """
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    laid_out = x.permute(order)
+    rows, upstream = (t.permute(order).reshape(1, -1) for t in (x, dy))
+    dx = torch.empty_like(upstream)
+    wide = torch.promote_types(x.dtype, top.dtype)
+    scratch = rows.new_empty(1, _tile_size(rows), dtype=dy.dtype)
+    copies = rows.new_empty(1, _tile_size(rows), dtype=wide)
+    for own, columns in _tiles(rows):
+        for piece in columns:
+            part = rows[own, piece]
+            if part.dtype != wide:
+                part = copies[:, : part.shape[1]].copy_(part)
+            mask = torch.le(part, top, out=scratch[:, : part.shape[1]])
+            torch.mul(upstream[own, piece], mask, out=dx[own, piece])
+    return dx.view(laid_out.shape).permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _tile_size(rows: Tensor) -> int:
+    """The most elements of a tile; fewer only where a row, or all of it, has fewer."""
+    return max(1, min(rows.numel(), _CPU_TILE if rows.device.type == "cpu" else _TILE))
+
+
+def _tiles(rows: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows of a matrix, and pieces of them: several whole rows, or some of one."""
+    size = _tile_size(rows)
+    height, width = rows.shape
+    tall = max(1, size // max(1, width))
+    pieces = [slice(left, left + size) for left in range(0, width, size)]
+    for top in range(0, height, tall):
+        yield slice(top, top + tall), pieces
 
 
 def refit(basis: Tensor, digits: Tensor, by_code: CodeSums, damping: float = 0.0) -> Tensor:
@@ -136,17 +229,15 @@ def refit(basis: Tensor, digits: Tensor, by_code: CodeSums, damping: float = 0.0
     """
     bits, basis, digits = len(basis), basis.double(), digits.double()
     counts, sums = by_code
-    normal = [
-        [(digits[:, i] * digits[:, j] * counts).sum(0) for j in range(bits)] for i in range(bits)
-    ]
+    weighted = digits * counts.unsqueeze(1)  # [2^K, K, ...]
+    normal = (weighted.unsqueeze(2) * digits.unsqueeze(1)).sum(0)  # [K, K, ...]
     # Of the change, so that what is not determined stays: (B B^T + d) (v* - v) = B x - B B^T v.
-    right = [
-        (digits[:, i] * sums).sum(0) - sum(normal[i][j] * basis[j] for j in range(bits))
-        for i in range(bits)
-    ]
-    for i in range(bits):
-        normal[i][i] = normal[i][i] + damping
-    return basis + torch.stack(_solve(normal, right))
+    right = (digits * sums.unsqueeze(1)).sum(0) - (normal * basis).sum(1)
+    rows = [list(row.unbind()) for row in normal]
+    if damping:
+        for i in range(bits):
+            rows[i][i] = rows[i][i] + damping
+    return basis + torch.stack(_solve(rows, list(right.unbind())))
 
 
 def _solve(matrix: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:
@@ -159,7 +250,7 @@ def _solve(matrix: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:
     right = list(right)
     inverses: list[Tensor] = []
     for k in range(size):
-        determined = rows[k][k] > _DETERMINED * matrix[k][k]
+        determined = rows[k][k] > DETERMINED * matrix[k][k]
         inverses.append(torch.where(determined, 1.0 / rows[k][k], 0.0))
         for i in range(k + 1, size):
             factor = rows[i][k] * inverses[k]

@@ -30,7 +30,7 @@ _AUTHORS_KD_TYPES = {"ens_topdown": "full", "ens": "vanilla"}
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes of rsfast: the architectures, the built-in sets, and fine-tuning."""
+    """Names of the recipes of rsfast: of networks, of the built-in sets, and of fine-tuning."""
     files = resources.files("rsfast.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
@@ -91,7 +91,10 @@ def _build_parser(prog: str, about: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    about_file = "settings in TOML, over the recipe's; or a recipe of rsfast: resnet50_finetune"
+    about_file = (
+        "settings in TOML, over the recipe's; or a recipe of rsfast, such as resnet50_finetune or "
+        "resnet18_w2a2"
+    )
     parser.add_argument("--config", metavar="FILE", help=about_file)
     hints, docs = typing.get_type_hints(TrainConfig), _field_docs(TrainConfig)
     rules = rules_of(TrainConfig)

@@ -14,11 +14,13 @@ from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.patterns import check_archives
+from rsfast.data.picking import check_levels
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS, SCHEDULES
 from rsfast.files.orientation import EXIF_MODES
+from rsfast.files.pictures import LEVEL_MODES
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
@@ -129,7 +131,8 @@ class TrainConfig:
     batch-norm bank starts as the file's batch norm"""
     continue_from: str | None = None
     """folder of a run that has ended (or a checkpoint of it) to go on from, as a run of its own
-    with more epochs or other settings; arch, task, resolutions, bn, copies and classes stay"""
+    with more epochs or other settings; arch, task, bits, resolutions, bn, copies and classes
+    stay"""
     calibrate_first: int = setting(0, at_least=0)
     """training batches, of one epoch at most, on which the statistics of pretrained weights are
     estimated anew, resolution by resolution, before the first step"""
@@ -159,6 +162,13 @@ class TrainConfig:
     batch-norm bank"""
     flip: str = setting("shared", choices=FLIP_MODES)
     """one random flip per image, one for each of its levels, or none"""
+    levels: str = setting("resize", choices=LEVEL_MODES, only="classification")
+    """resize each resolution from the image, or the largest only, and pick the pixels of smaller
+    ones from it (nearest), in training and validation, as the authors' quantised program does; goes
+    with crop single and flip shared or none"""
+    picked_from: int | None = setting(None, only="classification")
+    """with levels nearest, the resolution that smaller ones are picked from; by default the largest
+    trained one"""
     crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area, only="classification")
     """range of the window's share of the image's area"""
     mixup: float = setting(0.0, at_least=0, only="classification")
@@ -172,6 +182,9 @@ class TrainConfig:
     resolutions; by default none"""
     random_erasing: float = setting(0.0, check=_check_probability, only="classification")
     """probability that a rectangle of an image is erased, the same at all its resolutions"""
+    lighting: float = setting(0.0, at_least=0, only="classification")
+    """standard deviation of AlexNet's colour noise, one draw for all resolutions; the authors'
+    quantised program has 0.1"""
     scale: tuple[float, float] = setting((0.5, 2.0), check=_check_scale, only="segmentation")
     """range of the scale of a training image (segmentation): at 2 the window is half as wide and
     high as the image, at 0.5 twice, with what is beyond the image left out of the loss"""
@@ -277,6 +290,8 @@ class TrainConfig:
                 "fix_activation_basis is of quantised activations, and there are none: add --arch "
                 "resnet18_lq --activation-bits 2, or leave it away"
             )
+        check_levels(self.levels, self.crop, self.flip)
+        self._check_picked_from()
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
@@ -306,6 +321,20 @@ class TrainConfig:
             raise ValueError(
                 "flip must be shared or none for segmentation, where all resolutions are compared "
                 "pixel by pixel, got independent"
+            )
+
+    def _check_picked_from(self) -> None:
+        if self.picked_from is None:
+            return
+        if self.levels != "nearest":
+            raise ValueError(
+                f"picked_from is for levels nearest, and levels {self.levels} picks no pixels: add "
+                f"--levels nearest, or leave picked_from away"
+            )
+        if self.picked_from < self.resolutions[0]:
+            raise ValueError(
+                f"picked_from must be at least {self.resolutions[0]}, the largest of the "
+                f"resolutions, got {self.picked_from}"
             )
 
     def _check_schedule(self) -> None:
@@ -338,6 +367,7 @@ class TrainConfig:
             cutmix=self.cutmix,
             rand_augment=operations_of(self.rand_augment),
             random_erasing=self.random_erasing,
+            lighting=self.lighting,
         )
 
     @property

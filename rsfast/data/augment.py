@@ -19,6 +19,7 @@ __all__ = [
     "Augment",
     "Blends",
     "draw_blends",
+    "draw_colour_shifts",
     "draw_erasures",
     "partners",
 ]
@@ -26,6 +27,11 @@ __all__ = [
 MOST_OPERATIONS = 10  # per image: DALI's graph grows with them
 _TRIES = 10
 _ERASED = (0.02, 1 / 3)  # shares of the area, uniform
+# Of the colours of ImageNet's pixels, of values in [0, 1]: what fb.resnet.torch publishes.
+_PRINCIPAL_VALUES = np.array([0.2175, 0.0188, 0.0045])
+_PRINCIPAL_COLOURS = np.array(  # a row for each of red, green and blue, a column for each value
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
 _ERASED_LOG_RATIO = (math.log(0.3), math.log(3.3))  # of height to width, uniform
 
 
@@ -42,18 +48,21 @@ class Augment:
         rand_augment: how many of RandAugment's operations each image gets, from 1 to 10, and their
             magnitude, from 0 to 30.
         random_erasing: probability that a rectangle of an image is erased, in [0, 1].
+        lighting: standard deviation of the three normal numbers by which the colours of an image
+            are moved along the principal components of ImageNet's, as AlexNet's were; 0 for none.
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
     rand_augment: tuple[int, int] | None = None
     random_erasing: float = 0.0
+    lighting: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            alpha = getattr(self, name)
-            if not 0.0 <= alpha < np.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {alpha}")
+        for name in ("mixup", "cutmix", "lighting"):
+            value = getattr(self, name)
+            if not 0.0 <= value < np.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
         if not 0.0 <= self.random_erasing <= 1.0:
             raise ValueError(f"random_erasing must be in [0, 1], got {self.random_erasing}")
         if self.rand_augment is not None:
@@ -152,3 +161,17 @@ def draw_erasures(rng: np.random.Generator, count: int, probability: float) -> n
     boxes = np.concatenate([corners, corners + sides], axis=1)
     boxes[~(chosen & np.any(fits, axis=1))] = 0.0
     return boxes.astype(np.float32)
+
+
+def draw_colour_shifts(rng: np.random.Generator, count: int, deviation: float) -> np.ndarray:
+    """Draws what is added to the colours of `count` images, as fb.resnet.torch does.
+
+    It is sum_k a_k * l_k * v_k over the three principal components of ImageNet's colours, with a_k
+    normal with mean 0 and this deviation, l_k the component's value and v_k its direction. Nothing
+    is cut off at black or white.
+
+    Returns:
+        [count, 3] float32, RGB, to values in [0, 1].
+    """
+    amounts = deviation * rng.standard_normal((count, 3)) * _PRINCIPAL_VALUES
+    return (amounts @ _PRINCIPAL_COLOURS.T).astype(np.float32)

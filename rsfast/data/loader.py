@@ -16,9 +16,10 @@ from rsfast.data.batch import Batch, Rendered
 from rsfast.data.decoding import Decoding, decoding
 from rsfast.data.index import SPLITS
 from rsfast.data.masks import IGNORE_LABEL
-from rsfast.data.mixing import Mix, erase, mixed
+from rsfast.data.mixing import Mix, erase, mixed, shift_colours
 from rsfast.data.normalizations import NORMALIZATIONS, normalization
 from rsfast.data.opening import BACKENDS, Opening
+from rsfast.data.picking import Picking, check_levels
 from rsfast.data.pil import PillowDecoder
 from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, label_sizes
 from rsfast.data.plan import TrainPlan, ValPlan
@@ -56,13 +57,13 @@ class Loader:
         self,
         plan: TrainPlan | ValPlan,
         decoder: Decoder,
-        resolutions: Sequence[int],
+        picking: Picking,
         normalization: tuple[Sequence[float], Sequence[float]],
         device: torch.device,
         max_steps: int = 0,
     ) -> None:
         self.plan = plan
-        self.resolutions = tuple(resolutions)
+        self.resolutions = picking.resolutions
         self.class_names = plan.index.class_names
         self.mean, self.std = (tuple(part) for part in normalization)
         self.epoch = 0
@@ -71,6 +72,7 @@ class Loader:
         self.channels = 3
         self.backend = "torch"
         self._decoder = decoder
+        self._picking = picking
         self._device = device
         self._steps = min(plan.steps, max_steps or plan.steps)
 
@@ -109,6 +111,7 @@ class Loader:
                 rows, labels = rendered
             else:
                 rows, labels = rendered, torch.from_numpy(self.plan.index.labels[indices])
+            rows = self._picking(rows, len(indices))
             blends = self.plan.blends(epoch, step) if isinstance(self.plan, TrainPlan) else None
             mix = None
             if blends is not None:
@@ -124,6 +127,8 @@ class Loader:
                 backend=self.backend,
             )
             if isinstance(self.plan, TrainPlan):
+                shifts = self.plan.colour_shifts(epoch, step)
+                shift_colours(rows, self.resolutions, shifts, self.std)
                 erase(rows, self.resolutions, self.plan.erasures(epoch, step))
             labels, masks = self._shaped(labels.to(self._device, non_blocking=True), indices)
             yield Batch(
@@ -165,6 +170,8 @@ def train_loader(
     copies: int = 1,
     crop: str = "single",
     flip: str = "shared",
+    levels: str = "resize",
+    picked_from: int | None = None,
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     seed: int = 0,
     crop_area: tuple[float, float] = (0.08, 1.0),
@@ -201,6 +208,9 @@ def train_loader(
         copies: levels of each resolution, one after the other.
         crop: "single" window for all levels, or "multi": an independent one for each.
         flip: horizontal, p = 0.5: "shared" by the levels, "independent", or "none".
+        levels: "resize" the window to each, or "nearest": to the largest only, from whose pixels
+            smaller ones are picked; for one window and one flip.
+        picked_from: resolution that "nearest" picks from; None for the largest of these.
         normalize: "imagenet", "none" (plain [0, 1]), or (mean, std) of RGB values in [0, 1].
         seed: of order, windows and flips.
         crop_area: range of the window's share of the image's area.
@@ -227,7 +237,11 @@ def train_loader(
     """
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
+    check_levels(levels, crop, flip)
+    if _is_segmentation(task):
+        _refuse_picking(levels)
     resolutions = [r for r in check_resolutions(resolutions) for _ in range(copies)]
+    picking = Picking(levels, resolutions, picked_from, device)
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     opening = Opening(
@@ -242,7 +256,7 @@ def train_loader(
         tolerate_truncated=tolerate_truncated,
     )
     common: dict[str, Any] = {
-        "num_levels": len(resolutions),
+        "num_levels": len(picking.resized),
         "batch_size": batch_size,
         "rank": rank,
         "world_size": world_size,
@@ -262,7 +276,7 @@ def train_loader(
     else:
         plan = TrainPlan(index=opening.images(), **common)
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
-    return _loader(plan, resolutions, backend, normalize, means, torch.device(device), max_steps)
+    return _loader(plan, picking, backend, normalize, means, torch.device(device), max_steps)
 
 
 def val_loader(
@@ -275,6 +289,8 @@ def val_loader(
     backend: str = "dali",
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     crop: str = "center",
+    levels: str = "resize",
+    picked_from: int | None = None,
     split: str = "val",
     exif: str = "ignore",
     rank: int = 0,
@@ -303,6 +319,7 @@ def val_loader(
         backend: as in :func:`train_loader`.
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
+        levels, picked_from: as in :func:`train_loader`; what is picked is the whole crop.
         split: "val", or "train" for training images prepared like these.
         exif, rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
             :func:`train_loader`.
@@ -316,6 +333,9 @@ def val_loader(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    if _is_segmentation(task):
+        _refuse_picking(levels)
+    picking = Picking(levels, resolutions, picked_from, device)
     opening = Opening(
         root=root,
         split=split,
@@ -328,7 +348,7 @@ def val_loader(
         tolerate_truncated=tolerate_truncated,
     )
     common: dict[str, Any] = {
-        "resolutions": tuple(resolutions),
+        "resolutions": tuple(picking.resized),
         "batch_size": batch_size,
         "rank": rank,
         "world_size": world_size,
@@ -341,7 +361,7 @@ def val_loader(
     else:
         plan = ValPlan(index=opening.images(labels), crop=crop, **common)
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
-    return _loader(plan, resolutions, backend, normalize, means, torch.device(device))
+    return _loader(plan, picking, backend, normalize, means, torch.device(device))
 
 
 def _is_segmentation(task: str) -> bool:
@@ -350,9 +370,14 @@ def _is_segmentation(task: str) -> bool:
     return task == "segmentation"
 
 
+def _refuse_picking(levels: str) -> None:
+    if levels != "resize":
+        raise ValueError(f"levels must be resize for segmentation, got {levels!r}")
+
+
 def _loader(
     plan: TrainPlan | ValPlan,
-    resolutions: Sequence[int],
+    picking: Picking,
     backend: str,
     normalize: str | tuple[Sequence[float], Sequence[float]],
     means: Decoding,
@@ -361,15 +386,15 @@ def _loader(
 ) -> Loader:
     decoder: Decoder
     if backend == "synthetic":
-        decoder = SyntheticDecoder(plan, resolutions, device=device)
+        decoder = SyntheticDecoder(plan, picking.resized, device=device)
     elif backend == "pil":
-        decoder = PillowDecoder(plan, resolutions, workers=means.workers, device=device)
+        decoder = PillowDecoder(plan, picking.resized, workers=means.workers, device=device)
     elif isinstance(plan, PixelTrainPlan | PixelValPlan):
         from rsfast.data.dali_pixels import DaliPixelDecoder
 
-        decoder = DaliPixelDecoder(plan, resolutions, device=device, **means._asdict())
+        decoder = DaliPixelDecoder(plan, picking.resized, device=device, **means._asdict())
     else:
         from rsfast.data.dali import DaliDecoder  # the only optional package
 
-        decoder = DaliDecoder(plan, resolutions, device=device, **means._asdict())
-    return Loader(plan, decoder, resolutions, normalization(normalize), device, max_steps)
+        decoder = DaliDecoder(plan, picking.resized, device=device, **means._asdict())
+    return Loader(plan, decoder, picking, normalization(normalize), device, max_steps)

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and erasing of a batch's pixels, at all resolutions, on the device.
+"""Mixup, CutMix, colour noise and erasing of a batch's pixels, at all resolutions, on the device.
 
 Mixtures are
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rsfast.data.augment import Blends, partners
 
-__all__ = ["Mix", "erase", "mixed"]
+__all__ = ["Mix", "erase", "mixed", "shift_colours"]
 
 
 class Mix(NamedTuple):
@@ -73,6 +73,31 @@ def mixed(
         blend = torch.lerp(own.float(), own.index_select(0, partner).float(), weight)
         target.view(count, r * r, 3).copy_(blend.round_())
     return result, Mix(labels_there, share.flatten().contiguous())
+
+
+def shift_colours(
+    rows: Tensor, resolutions: Sequence[int], shifts: np.ndarray | None, std: Sequence[float]
+) -> None:
+    """Adds one colour to every pixel of an image, the same at all resolutions.
+
+    One launch for each level, which reads and writes its normalised rows once more, and the host
+    does not wait. Sums are taken in float32 and rounded once to the type of the rows.
+
+    Args:
+        rows: [M, C] normalised, levels one after another, each of N square images; overwritten.
+            Channels behind the colours stay as they are.
+        resolutions: r of each level.
+        shifts: [N, 3] float32, of values before normalisation, in [0, 1]; None for none.
+        std: what the normalisation has divided by.
+    """
+    if shifts is None:
+        return
+    count, channels = len(shifts), rows.shape[1]
+    addends = np.zeros((count, 1, channels), dtype=np.float32)
+    addends[:, 0, :3] = shifts / np.asarray(std)
+    there = _on(rows.device, addends)
+    for level, r in zip(rows.split([count * r * r for r in resolutions]), resolutions, strict=True):
+        level.view(count, r * r, channels).add_(there)
 
 
 def erase(rows: Tensor, resolutions: Sequence[int], boxes: np.ndarray | None) -> None:

@@ -14,7 +14,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from rsfast.data.augment import NOTHING, Augment, Blends, draw_blends, draw_erasures
+from rsfast.data.augment import (
+    NOTHING,
+    Augment,
+    Blends,
+    draw_blends,
+    draw_colour_shifts,
+    draw_erasures,
+)
 from rsfast.data.index import ImageIndex
 from rsfast.data.operations import Operations, draw_operations
 from rsfast.files.pictures import VAL_CROPS, val_geometry
@@ -25,7 +32,7 @@ CROP_MODES = ("single", "multi")
 FLIP_MODES = ("shared", "independent", "none")
 _TRIES = 10
 # Last part of the seed of what is drawn besides windows and flips; not 0.
-_MIXING, _OPERATING, _ERASING = 1, 2, 3
+_MIXING, _OPERATING, _ERASING, _LIGHTING = 1, 2, 3, 4
 DRAWS = 2 * _TRIES + 2  # random numbers per window: area and ratio of each try, top and left
 
 
@@ -191,6 +198,14 @@ class TrainPlan:
         whole, own = self._part
         rng = self._generator(epoch, step, _ERASING)
         return draw_erasures(rng, whole, self.augment.random_erasing)[own]
+
+    def colour_shifts(self, epoch: int, step: int) -> np.ndarray | None:
+        """[N, 3] what is added to this rank's images of one step; None where nothing is."""
+        if not self.augment.lighting:
+            return None
+        whole, own = self._part
+        rng = self._generator(epoch, step, _LIGHTING)
+        return draw_colour_shifts(rng, whole, self.augment.lighting)[own]
 
     def _operations(self, epoch: int, step: int) -> Operations | None:
         if self.augment.rand_augment is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,6 +14,7 @@ __all__ = [
     "INT8_FILE",
     "MANIFEST_FILE",
     "METADATA_KEY",
+    "PACKED_FILE",
     "VALIDATION_FILE",
     "Manifest",
 ]
@@ -21,6 +22,7 @@ __all__ = [
 FP32_FILE = "model.onnx"
 INT8_FILE = "model.int8.onnx"
 MANIFEST_FILE = "rsfast.json"
+PACKED_FILE = "model.packed.safetensors"
 VALIDATION_FILE = "validation.json"  # what `rsfast.export check` has found
 METADATA_KEY = "rsfast"  # of the graph's metadata, whose value is the text of rsfast.json
 _FORMAT = 1
@@ -50,11 +52,18 @@ class Manifest:
         scale: share of the shorter side that a centre crop keeps.
         exif: "honour": pictures are turned as EXIF's orientation says before they are resized;
             "ignore": they are taken as stored.
+        levels: "resize": pictures are resized to each r; "nearest": to R, and pixels
+            floor(i * R / r) of it, down and across, make a smaller r; a larger one is resized.
+        picked_from: R, in pixels; None for the largest of `resolutions`.
         filter: of the resizing, "bilinear" with antialiasing (Pillow's).
         calibration_images: that the int8 file's ranges were taken from; 0 where there is no file.
         checkpoint: name of the file that was exported.
         checkpoint_sha256: its digest.
         versions: of rsfast and of the packages that wrote the files.
+        packed_sha256: the digest of the packed file of a quantised network; empty where there is
+            none.
+        weight_bits, activation_bits: of quantised layers, the most where they differ; 32 where
+            none is quantised.
     """
 
     arch: str | None
@@ -73,7 +82,18 @@ class Manifest:
     checkpoint: str
     checkpoint_sha256: str
     versions: dict[str, str]
-    exif: str = "ignore"  # which rsfast.json of older versions does not name
+    # What rsfast.json of older versions does not name:
+    exif: str = "ignore"
+    levels: str = "resize"
+    picked_from: int | None = None
+    packed_sha256: str = ""
+    weight_bits: int = 32
+    activation_bits: int = 32
+
+    @property
+    def source_resolution(self) -> int:
+        """R of `picked_from`, also where that is None."""
+        return self.picked_from or self.resolutions[0]
 
     def text(self) -> str:
         """As in rsfast.json."""
@@ -117,7 +137,8 @@ class Manifest:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{source} must be of format {_FORMAT}, got {found!r}")
-        content.setdefault("exif", "ignore")
+        younger = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+        content = {**younger, **content}
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ set(content)):
             raise ValueError(f"{source} must have the entries {sorted(names)}, differs in {odd}")

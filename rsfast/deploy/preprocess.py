@@ -17,6 +17,7 @@ __all__ = ["check_contract", "normalised", "preprocess"]
 _KNOWN = {
     "crop": ("center", "none"),
     "exif": ("ignore", "honour"),
+    "levels": ("resize", "nearest"),
     "filter": ("bilinear",),
     "input_dtype": ("float32", "uint8"),
 }
@@ -36,7 +37,7 @@ def preprocess(images: Sequence[Image.Image], resolution: int, manifest: Manifes
     Args:
         images: N pictures of Pillow, of any size and mode.
         resolution: r, in pixels.
-        manifest: of the network: orientation, crop, scale, normalisation, dtype.
+        manifest: of the network: orientation, crop, scale, levels, normalisation, dtype.
 
     Returns:
         [N, 3, r, r] contiguous; float32, (value / 255 - mean) / std, or uint8.
@@ -52,11 +53,17 @@ def preprocess(images: Sequence[Image.Image], resolution: int, manifest: Manifes
     _check(images, pictures.Image.Image)
     if manifest.exif == "honour":
         images = [orientation.upright(image) for image in images]
-    pixels = np.empty((len(images), resolution, resolution, 3), dtype=np.uint8)
+    made = resolution
+    if manifest.levels == "nearest":
+        made = max(resolution, manifest.source_resolution)
+    pixels = np.empty((len(images), made, made, 3), dtype=np.uint8)
     sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
-    geometry = pictures.val_geometry(sizes, resolution, manifest.crop, manifest.scale)
+    geometry = pictures.val_geometry(sizes, made, manifest.crop, manifest.scale)
     for n, (image, resized, corner) in enumerate(zip(images, *geometry, strict=True)):
-        pixels[n] = np.asarray(pictures.cut(pictures.as_rgb(image), resized, corner, resolution))
+        pixels[n] = np.asarray(pictures.cut(pictures.as_rgb(image), resized, corner, made))
+    if made > resolution:
+        picked = pictures.nearest_pixels(made, resolution)
+        pixels = pixels[:, picked[:, None], picked]
     return normalised(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), manifest)
 
 

@@ -38,17 +38,21 @@ class Reference:
             wrong bank would say. None where all resolutions share one.
         int8: the same of int8 networks that were quantised for one resolution each; none where
             nothing was.
+        steps: whether activations are quantised: one at a threshold falls either way by rounding,
+            and moves the logits of its image.
     """
 
     logits: dict[int, np.ndarray]
     by_bank: dict[int, np.ndarray]
     int8: dict[int, np.ndarray]
+    steps: bool = False
 
     def write(self, folder: Path) -> None:
         """Writes reference.npz."""
         arrays = {f"logits_{size}": values for size, values in self.logits.items()}
         arrays |= {f"by_bank_{size}": values for size, values in self.by_bank.items()}
         arrays |= {f"int8_{size}": values for size, values in self.int8.items()}
+        arrays["steps"] = np.array(self.steps)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, format=np.array(_FORMAT), **arrays)  # type: ignore[arg-type]
         write_whole(folder / REFERENCE_FILE, [buffer.getvalue()])
@@ -65,14 +69,15 @@ class Reference:
         try:
             with np.load(path) as file:
                 written = int(file["format"])
-                for name in set(file.files) - {"format"}:
+                steps = bool(file["steps"]) if "steps" in file.files else False
+                for name in set(file.files) - {"format", "steps"}:
                     kind, _, size = name.rpartition("_")
                     found[kind][int(size)] = file[name]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is missing or damaged: {error}") from error
         if written != _FORMAT:
             raise ValueError(f"{path} must be of format {_FORMAT}, got {written}: export anew")
-        return cls(**found)
+        return cls(**found, steps=steps)
 
 
 def reference_sizes(resolutions: Sequence[int], sizes: tuple[int, int]) -> list[int]:

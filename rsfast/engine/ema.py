@@ -16,9 +16,13 @@ Model = TypeVar("Model", bound=nn.Module)
 class AveragedModel(Generic[Model]):
     """An exponential moving average of a network: decay * average + (1 - decay) * network.
 
-    Of parameters and floating-point buffers; counters are copied. An update is a few launches for
-    all tensors together, and the host waits for none of them: PyTorch's own AveragedModel reads its
-    count from the device twice per update.
+    Of parameters and floating-point buffers, such as the statistics of batch norm and the bases of
+    quantisers; counters are copied. Averaged bases go with averaged weights: a basis is fitted to
+    weights by linear equations, so that while no weight changes its code, averaging the bases that
+    were fitted in many steps gives the basis that would be fitted to the average of their weights.
+
+    An update is a few launches for all tensors together, and the host waits for none of them:
+    PyTorch's own AveragedModel reads its count from the device twice per update.
 
     With `warmup`, the decay of update t, from 0, is at most (1 + t) / (10 + t), as TensorFlow and
     timm have it: the average is of about the last ninth of the updates until it reaches `decay`

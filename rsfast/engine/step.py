@@ -62,7 +62,8 @@ class TrainStep:
     is at most two steps ahead.
 
     In a process group of several ranks, gradients are averaged over them while the backward runs.
-    Batch-norm statistics stay per rank, as in the paper.
+    Batch-norm statistics stay per rank, as in the paper; the bases of quantised activations are
+    fitted to the activations of all ranks.
 
     With `graph`, the first call on a GPU takes a few steps to warm up, puts everything back as it
     was (weights, momentum, batch-norm statistics, alpha, scaler, random numbers), and captures the

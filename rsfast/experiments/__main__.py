@@ -20,7 +20,7 @@ from rsfast.data.builtin import builtin_root
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
 from rsfast.experiments.runs import Job, Jobs, test_folder
-from rsfast.experiments.sets import FIG9_CROP_AREA, SETS, ExperimentSet, make_set
+from rsfast.experiments.sets import FIG9_CROP_AREA, QUANTISED_SETS, SETS, ExperimentSet, make_set
 from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows
 from rsfast.runtime.interrupt import STOPPED
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(base, args, rest)
         if args.jobs > 1 and base.workers is None and args.launch == _PYTHON:
             base = dataclasses.replace(base, workers=max(1, default_workers() // args.jobs))
-        which = [make_set(name, base.resolutions) for name in dict.fromkeys(args.sets)]
+        which = [make_set(name, base.resolutions, base.arch) for name in dict.fromkeys(args.sets)]
         make_writable(args.output)
         jobs = _jobs(which, base, seeds, args.output, _data_set(base))
         code, done = _run(Jobs(args.launch, args.jobs), jobs)
@@ -113,6 +113,12 @@ def _check(base: TrainConfig, args: argparse.Namespace, rest: Sequence[str]) -> 
             f"crop_area must begin below {FIG9_CROP_AREA[0]}, which is what fig9 raises it to, "
             f"got {base.crop_area}: add --crop-area 0.08 1"
         )
+    for name in set(args.sets) & {*QUANTISED_SETS}:
+        for setting, paper in (("weight_bits", (None, 2)), ("activation_bits", (None, 2, 32))):
+            if getattr(base, setting) not in paper:
+                raise ValueError(
+                    f"{setting} cannot be given: {_ROWS}, and those of {name} have 2 and 32"
+                )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("start it without torchrun, and give that as --launch")
     if args.jobs > 1 and args.launch != _PYTHON and torch.cuda.device_count() > 1:

@@ -39,7 +39,7 @@ Paper = dict[str, list[float]]  # method -> top-1 by resolution
 def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> None:
     """Writes comparisons.csv, README.md and the figures of a folder that holds the raw files."""
     about = json.loads((folder / "run.json").read_text())
-    paper = _paper(which, about["settings"]["arch"])
+    arch, paper = _paper(which, about["settings"]["arch"])
     hits = read_hits(folder)
 
     def hits_of(method: Method, resolution: int) -> Any:
@@ -82,7 +82,7 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
         _training_table(which),
         "## Top-1\n",
         _accuracy_table(which, read_rows(folder / "results.csv")),
-        _paper_table(paper, about["settings"]["arch"]),
+        _paper_table(paper, arch),
         "![Top-1 and differences](results.png)\n",
         "## Differences\n",
         _ABOUT_DIFFERENCES,
@@ -113,10 +113,15 @@ Figures are of the last epoch; no network was chosen by its validation accuracy.
 """
 
 
-def _paper(which: ExperimentSet, arch: str) -> Paper:
+def _paper(which: ExperimentSet, archs: str | Sequence[str]) -> tuple[str, Paper]:
+    """The architecture, and its rows in the paper; of several that the one which has some."""
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
-    rows: Paper = tomllib.loads(text).get(which.name, {}).get(arch, {})
-    return rows if len(which.methods[0].cells) == len(_PAPERS_RESOLUTIONS) else {}
+    tables: dict[str, Paper] = tomllib.loads(text).get(which.name, {})
+    if len(which.methods[0].cells) == len(_PAPERS_RESOLUTIONS):
+        for arch in [archs] if isinstance(archs, str) else archs:
+            if arch in tables:
+                return arch, tables[arch]
+    return "", {}
 
 
 def _paper_difference(
@@ -224,12 +229,21 @@ def _pair(row: dict[str, Any]) -> tuple[str, str]:
 
 def _training_table(which: ExperimentSet) -> str:
     """What each network is, besides what all have in common."""
-    names = ("network", "resolutions", "distill", "bn", "crop", "copies")
+    names = ["network", "resolutions", "distill", "bn", "crop", "copies"]
+    settings_of = [training.settings for training in which.trainings]
+    for name in dict.fromkeys(name for settings in settings_of for name in settings):
+        values = {str(settings[name]) for settings in settings_of if name in settings}
+        if name not in names and len(values) > 1:
+            names.append(name)
     lines = [_line(*names), _rule(len(names))]
     for training in which.trainings:
         settings = training.settings
-        lines.append(_line(training.name, *(shown(settings[name]) for name in names[1:])))
+        lines.append(_line(training.name, *(_cell(settings.get(name)) for name in names[1:])))
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else shown(value)
 
 
 def _time_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str:

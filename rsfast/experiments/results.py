@@ -157,16 +157,26 @@ def _times(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[dic
 
 
 def _about(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Settings that all rows share, and what they ran on; a list where that differed."""
+    """Settings that rows share, and what they ran on; a list where that differed."""
     unshared = _OF_A_ROW | _OF_A_MACHINE
-    config = starts[0]["config"]
-    settings = {name: value for name, value in config.items() if name not in unshared}
-    environment = {}
-    for name in starts[0]:
-        if name not in _NOT_ENVIRONMENT and not name.startswith("parameters"):
-            values = list(dict.fromkeys(start.get(name) for start in starts))
-            environment[name] = values[0] if len(values) == 1 else values
+    configs = [start["config"] for start in starts]
+    names = dict.fromkeys(name for config in configs for name in config)
+    settings = {name: _alike(name, configs) for name in names if name not in unshared}
+    environment = {
+        name: _alike(name, starts)
+        for name in starts[0]
+        if name not in _NOT_ENVIRONMENT and not name.startswith("parameters")
+    }
     return {"settings": settings, "environment": environment}
+
+
+def _alike(name: str, facts: Sequence[dict[str, Any]]) -> Any:
+    """The value that all have, or the list of their values."""
+    values: list[Any] = []
+    for own in facts:
+        if own.get(name) not in values:
+            values.append(own.get(name))
+    return values[0] if len(values) == 1 else values
 
 
 def _images(config: dict[str, Any]) -> str:

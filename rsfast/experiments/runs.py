@@ -88,6 +88,9 @@ class Job:
         """
         folder = str(run_folder_of(output, training.name, seed))
         changes = {**training.settings, "seed": seed, "output": folder, "resume": "auto"}
+        if base.levels == "nearest" and base.picked_from is None:
+            # For all networks of the set, those of one smaller resolution, too.
+            changes["picked_from"] = base.resolutions[0]
         cfg = dataclasses.replace(base, **changes)
         return cls(cfg, tested, f"{training.name}, seed {seed}")
 

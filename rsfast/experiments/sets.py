@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rsfast.models.lq import FULL_PRECISION
+from rsfast.models.resnet_lq import LQ_RESNETS
+
 __all__ = [
     "FIG9_CROP_AREA",
+    "QUANTISED_SETS",
     "SETS",
     "Cell",
     "Comparison",
@@ -116,6 +120,17 @@ def _rs_net(resolutions: Sequence[int]) -> Training:
     return _network("rs_net", resolutions, distill="full")
 
 
+def _of_bits(arch: str, weight: int, activation: int) -> tuple[str, dict[str, Any]]:
+    """What the paper calls these bits, and the settings of a network with them."""
+    # Any other than 2/2 would refuse the base's.
+    settings: dict[str, Any] = {} if activation == 2 else {"fix_activation_basis": False}
+    if weight == FULL_PRECISION:
+        settings |= {"arch": LQ_RESNETS[arch], "weight_bits": None, "activation_bits": None}
+    else:
+        settings |= {"arch": arch, "weight_bits": weight, "activation_bits": activation}
+    return f"{weight}/{activation}", settings
+
+
 def _everywhere(name: str, training: Training, resolutions: Sequence[int]) -> Method:
     return Method(name, {r: Cell(training) for r in resolutions})
 
@@ -143,6 +158,47 @@ def _table2(resolutions: Sequence[int]) -> ExperimentSet:
     ]
     about = "one network for all resolutions against one for each"
     return ExperimentSet("table2", about, methods, comparisons)
+
+
+def _table3(resolutions: Sequence[int], arch: str) -> ExperimentSet:
+    about = "one quantised network for all resolutions against one for each"
+    return _quantised("table3", about, resolutions, arch, [(2, 32), (2, 2)])
+
+
+def _bits(resolutions: Sequence[int], arch: str) -> ExperimentSet:
+    about = "what quantisation costs: full precision, weights of 2 bits, activations of 2 bits, too"
+    bits = [(FULL_PRECISION, FULL_PRECISION), (2, 32), (2, 2)]
+    which = _quantised("bits", about, resolutions, arch, bits)
+    steps = [
+        Comparison(f"{fine} {kind}", f"{coarse} {kind}")
+        for fine, coarse in (("32/32", "2/32"), ("2/32", "2/2"))
+        for kind in (INETS, RS_NET)
+    ]
+    return replace(which, comparisons=[*which.comparisons, *steps])
+
+
+def _quantised(
+    name: str,
+    about: str,
+    resolutions: Sequence[int],
+    arch: str,
+    all_bits: Sequence[tuple[int, int]],
+) -> ExperimentSet:
+    """I-Nets and RS-Net with each of the bits of weights and activations."""
+    if arch not in LQ_RESNETS:
+        raise ValueError(
+            f"{name} is of quantised networks: take --arch {' or '.join(LQ_RESNETS)}, got {arch}"
+        )
+    methods, comparisons = [], []
+    for weight, activation in all_bits:
+        label, settings = _of_bits(arch, weight, activation)
+        suffix = f"_w{weight}a{activation}"
+        inets = _inets(resolutions, suffix, **settings)
+        rs_net = _network(f"rs_net{suffix}", resolutions, **{"distill": "full", **settings})
+        methods.append(replace(inets, name=f"{label} {INETS}"))
+        methods.append(_everywhere(f"{label} {RS_NET}", rs_net, resolutions))
+        comparisons.append(Comparison(methods[-1].name, methods[-2].name))
+    return ExperimentSet(name, about, methods, comparisons)
 
 
 def _table5(resolutions: Sequence[int]) -> ExperimentSet:
@@ -231,18 +287,31 @@ _MAKERS: dict[str, Callable[[Sequence[int]], ExperimentSet]] = {
     "fig5": _fig5,
     "fig9": _fig9,
 }
-SETS = tuple(_MAKERS)
+# Of quantised networks, whose rows depend on the architecture.
+_QUANTISED: dict[str, Callable[[Sequence[int], str], ExperimentSet]] = {
+    "table3": _table3,
+    "bits": _bits,
+}
+QUANTISED_SETS = tuple(_QUANTISED)
+SETS = (*_MAKERS, *QUANTISED_SETS)
 
 
-def make_set(name: str, resolutions: Sequence[int]) -> ExperimentSet:
+def make_set(name: str, resolutions: Sequence[int], arch: str = "") -> ExperimentSet:
     """A set of :data:`SETS` for these resolutions.
 
+    Args:
+        name: of the set.
+        resolutions: in pixels, descending.
+        arch: of the base settings, for a set of quantised networks.
+
     Raises:
-        ValueError: if there are fewer than two resolutions.
+        ValueError: if there are fewer than two resolutions, or the set is of quantised networks and
+            the architecture is not.
     """
     if len(resolutions) < 2:
         raise ValueError(f"resolutions must be at least two to compare, got {tuple(resolutions)}")
-    made = _MAKERS[name](resolutions)
+    maker = _QUANTISED.get(name)
+    made = maker(resolutions, arch) if maker else _MAKERS[name](resolutions)
     # Between neighbours of one pixel there is nothing unseen.
     methods = [method for method in made.methods if method.cells]
     names = {method.name for method in methods}

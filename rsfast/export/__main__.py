@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from rsfast.data.sources import add_data_flags, check_sources
-from rsfast.deploy.manifest import INT8_FILE
+from rsfast.deploy.manifest import INT8_FILE, PACKED_FILE
 from rsfast.deploy.runtimes import RUNTIMES, library
 from rsfast.export import check
 
@@ -25,7 +25,7 @@ __all__ = ["main"]
 _WEIGHTS = ("averaged", "plain")  # of rsfast.training.checkpoint, which needs PyTorch
 # Of an export, and what rsfast.latency has measured of it.
 _REPLACED = {
-    *("model.onnx", "model.int8.onnx", "rsfast.json", "labels.txt", "README.md", "triton"),
+    *("model.onnx", INT8_FILE, PACKED_FILE, "rsfast.json", "labels.txt", "README.md", "triton"),
     *("reference.npz", "validation.json", "latency.csv", "latency.png"),
 }
 
@@ -109,6 +109,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--calibration-images", type=int, default=512, help="of train/ (default 512)")
     check.add_limits(parser)
     add("--accuracy", type=Path, help="accuracy.csv of rsfast.evaluate, for the model card")
+    add(
+        "--packed",
+        action="store_true",
+        help=f"of a quantised network, write {PACKED_FILE}, too: its weights as codes, for "
+        "rsfast.checkpoint.load_model",
+    )
     add("--triton", action="store_true", help="write a model of Triton Inference Server, too")
     add(
         "--runtime",
@@ -155,14 +161,21 @@ def _parent(folder: Path) -> Path:
 
 def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     """All files that are checked; returns what writes the card afterwards."""
-    from rsfast.export import graph, images, package, reference
+    from rsfast.export import graph, images, package, packed, reference
     from rsfast.training.checkpoint import load_model
 
     graph.import_onnx()
     accuracy = package.read_accuracy(args.accuracy) if args.accuracy else None
-    model, _ = load_model(args.checkpoint, args.trained_resolutions, args.arch, args.weights)
+    model, alpha = load_model(args.checkpoint, args.trained_resolutions, args.arch, args.weights)
     graph.refuse_other_tasks(model)
+    if args.int8 and (bits := reference.activation_bits(model)):
+        raise ValueError(
+            f"--int8 is for activations in full precision, those of {args.checkpoint} have "
+            f"{' and '.join(map(str, bits))} bits: leave it away"
+        )
     manifest = package.describe(model, args.checkpoint, args.preprocess)
+    if args.packed:
+        manifest = replace(manifest, packed_sha256=packed.write(model, alpha, folder))
     if args.int8:
         count, batches = images.calibration(
             args.train_data or args.data, manifest, args.calibration_images
@@ -171,6 +184,8 @@ def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     manifest.write(folder)
     package.write_labels(manifest, folder)
     expected = reference.compute(model, manifest)
+    if args.packed:
+        packed.check_same(folder, expected, manifest, args.arch)
     path = package.write_graph(graph.to_onnx(model, args.preprocess), manifest, folder)
     if args.int8:
         from rsfast.export.quantize import quantize

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rsfast.models import RSNet
 from rsfast.pyramid import SwitchableBatchNorm2d
-from rsfast.pyramid.convert import replace_norms, to_single
+from rsfast.pyramid.convert import replace_norms, to_single, with_plain_modules
 
 __all__ = [
     "INPUT",
@@ -91,7 +91,7 @@ class FromShape(nn.Module):
                 norms.append(norm)
                 return _Norm(norm, banks, len(norms) - 1)
 
-            self.network = replace_norms(model.network, make)
+            self.network = with_plain_modules(replace_norms(model.network, make))
             self.shares = _Shares(model.resolutions, norms, banks)
         # The exporter writes strides that are not row-major as operators of their own.
         for param in self.network.parameters():

@@ -14,16 +14,19 @@ from rsfast.deploy.manifest import (
     FP32_FILE,
     INT8_FILE,
     METADATA_KEY,
+    PACKED_FILE,
     VALIDATION_FILE,
     Manifest,
 )
 from rsfast.deploy.reference import REFERENCE_FILE
 from rsfast.deploy.versions import ONNXRUNTIME_AT_LEAST
 from rsfast.export.graph import INPUT, OUTPUT, sizes_of
+from rsfast.export.reference import activation_bits, weight_bits
 from rsfast.files.pictures import VAL_SCALE
 from rsfast.files.seal import link_or_copy, write_whole
 from rsfast.files.tables import read_rows
 from rsfast.models import RSNet
+from rsfast.models.lq import FULL_PRECISION
 
 __all__ = [
     "LABELS_FILE",
@@ -66,6 +69,10 @@ def describe(
         crop=model.val_crop,
         scale=VAL_SCALE,
         exif=model.exif,
+        levels=model.levels,
+        picked_from=model.picked_from,
+        weight_bits=max(weight_bits(model), default=FULL_PRECISION),
+        activation_bits=max(activation_bits(model), default=FULL_PRECISION),
         filter="bilinear",
         calibration_images=calibration_images,
         checkpoint=checkpoint.name,
@@ -189,9 +196,11 @@ best = logits.argmax(axis=1)  # lines of {LABELS_FILE}, counted from 0
 | input `{INPUT}` | [N, 3, r, r] {manifest.input_dtype}, RGB, square |
 | r | trained at {sizes} pixels; from {low} to {high} it runs, as accurate as you find it to be |
 | output `{OUTPUT}` | [N, {classes}] float32, before softmax, in the order of {LABELS_FILE} |
-| geometry | {_geometry(manifest)}, bilinear with antialiasing; {_turning(manifest)} |
+| geometry | {_geometry(manifest)}, bilinear with antialiasing{_picking(manifest)}; \
+{_turning(manifest)} |
 | normalisation | {_normalisation(manifest)} |
 | other r | {_between(manifest)} |
+| bits | {_bits(manifest)} |
 | weights from | {manifest.checkpoint}, SHA-256 {manifest.checkpoint_sha256} |
 | written by | {versions} |
 
@@ -226,10 +235,33 @@ def _geometry(manifest: Manifest) -> str:
     return f"the shorter side is resized to int(r / {manifest.scale}), the centre r x r cut out"
 
 
+def _picking(manifest: Manifest) -> str:
+    if manifest.levels == "resize":
+        return ""
+    source = manifest.source_resolution
+    return (
+        f"; below {source}, r x r is picked from that of r = {source}, whose pixels "
+        f"floor(i * {source} / r) it has, down and across"
+    )
+
+
 def _normalisation(manifest: Manifest) -> str:
     if manifest.input_dtype == "uint8":
         return "in the graph: pixels go in as they are stored"
     return f"(value / 255 - mean) / std, mean {list(manifest.mean)}, std {list(manifest.std)}"
+
+
+def _bits(manifest: Manifest) -> str:
+    if manifest.weight_bits == manifest.activation_bits == FULL_PRECISION:
+        return "weights and activations in full precision"
+    weights, activations = (
+        "full precision" if bits == FULL_PRECISION else f"{bits} bits"
+        for bits in (manifest.weight_bits, manifest.activation_bits)
+    )
+    return (
+        f"quantised layers have weights of {weights} and activations of {activations}; "
+        f"{FP32_FILE} holds their levels as float32"
+    )
 
 
 def _between(manifest: Manifest) -> str:
@@ -243,6 +275,7 @@ def _files(manifest: Manifest, folder: Path) -> str:
     known = {
         FP32_FILE: "the network in float32",
         INT8_FILE: f"in int8, for the ranges of {manifest.calibration_images} training images",
+        PACKED_FILE: "the network for rsfast in PyTorch, its quantised weights as codes",
         "rsfast.json": "the facts above, for programs; also in the graphs' metadata",
         LABELS_FILE: "a class per line",
         REFERENCE_FILE: "PyTorch's logits, which `python -m rsfast.export check .` compares",

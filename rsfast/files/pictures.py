@@ -5,9 +5,21 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageChops
 
-__all__ = ["BILINEAR", "VAL_CROPS", "VAL_SCALE", "as_rgb", "cut", "thin_parts", "val_geometry"]
+__all__ = [
+    "BILINEAR",
+    "LEVEL_MODES",
+    "VAL_CROPS",
+    "VAL_SCALE",
+    "as_rgb",
+    "cut",
+    "nearest_pixels",
+    "thin_parts",
+    "val_geometry",
+]
 
 VAL_CROPS = ("center", "none")
+# Where the pixels of a resolution come from: the image, or the picture of the largest resolution.
+LEVEL_MODES = ("resize", "nearest")
 VAL_SCALE = 0.875  # share of the shorter side that the centre crop keeps
 # Of images that are longer than so many times their shorter side, only the part that is cut is
 # resized: a row of 20000 pixels would need 4 GB for 224 px.
@@ -64,6 +76,23 @@ def cut(
         return image.resize((resolution, resolution), BILINEAR, box=part)
     box = (left, top, left + resolution, top + resolution)
     return image.resize((width, height), BILINEAR).crop(box)
+
+
+def nearest_pixels(side: int, resolution: int) -> np.ndarray:
+    """Which pixels along a side of a picture make a smaller one, by nearest neighbour.
+
+    They are floor(i * side / r), the rule of TensorFlow 1, in whole numbers. TensorFlow computes in
+    float32, whose product can fall short of a whole number: of a picture of 224 pixels it takes the
+    one before in 3 of 192 and in 3 of 96 places along a side.
+
+    Args:
+        side: of the picture, in pixels.
+        resolution: r, of the smaller one.
+
+    Returns:
+        [r] int64.
+    """
+    return np.arange(resolution, dtype=np.int64) * side // resolution
 
 
 def thin_parts(

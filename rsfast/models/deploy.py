@@ -22,16 +22,20 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> None:
     Args:
         net: a network of :meth:`rsfast.RSNet.at`, or an RSNet, all of whose banks are calibrated.
         batches: of training images, normalised: tensors [N, 3, r, r], or for an RSNet pyramids
-            with one level for each bank.
+            with one level for each bank. Bases of quantisers stay as they are.
 
     Raises:
         ValueError: if there is no batch.
     """
     kinds = nn.BatchNorm2d | nn.SyncBatchNorm | SwitchableBatchNorm2d
     norms: list[Any] = [m for m in net.modules() if isinstance(m, kinds)]
+    others = [m for m in net.modules() if hasattr(m, "moved_by_forward") and m not in norms]
     before = [(norm.momentum, norm.training) for norm in norms]
+    others_before = [module.training for module in others]
     seen = 0
     try:
+        for module in others:
+            module.eval()
         for norm in norms:
             norm.running_mean.zero_()
             norm.running_var.fill_(1.0)
@@ -46,6 +50,8 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> None:
         for norm, (momentum, training) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.train(training)
+        for module, training in zip(others, others_before, strict=True):
+            module.train(training)
     if not seen:
         raise ValueError("batches must hold at least one batch to calibrate on, got none")
 

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from rsfast import kernels
 from rsfast.kernels.common.basis import (
     check_bits,
-    code_sums,
     move_basis,
     quantise,
+    quantise_and_sum,
     refit,
     sorted_levels,
 )
 from rsfast.pyramid import Pyramid
 from rsfast.pyramid.content import Content
+from rsfast.pyramid.pixelwise import autocast_dtype
 
 __all__ = ["Bits", "FULL_PRECISION", "LQActivation", "LQConv2d", "LQWeight", "check_state"]
 
@@ -93,14 +94,18 @@ class LQWeight(nn.Module):
         Args:
             weight: [C_out, C_in, k_h, k_w], floating point.
             num_levels: of the pyramid that it meets: how often a training forward moves the basis,
-                each time towards the same refit.
+                each time towards the same refit; 0 to leave it where it is.
 
         Returns:
             [C_out, C_in, k_h, k_w], of the weight's dtype; its gradient is the weight's.
 
         Raises:
-            ValueError: if the basis is not of this weight.
+            ValueError: if the weight has another number of dimensions, or the basis is not of it.
         """
+        if weight.dim() != 4:
+            raise ValueError(
+                f"weight must be [C_out, C_in, k_h, k_w], got shape {tuple(weight.shape)}"
+            )
         if self.basis.shape != (self.bits, len(weight)):
             raise ValueError(
                 f"basis must be [{self.bits}, {len(weight)}]: bits and output channels of a weight "
@@ -108,10 +113,9 @@ class LQWeight(nn.Module):
             )
         with torch.no_grad():
             levels, digits = sorted_levels(self.basis, signed=True)
-            spread = levels[:, :, None, None, None]  # of each output channel
-            quantised = quantise(weight, spread).to(weight.dtype)
-            if self.training:
-                by_code = code_sums(weight, spread, [1, 2, 3])
+            moves = self.training and num_levels > 0
+            quantised, by_code = quantise_and_sum(weight, levels, summed=moves)
+            if by_code is not None:
                 target = refit(self.basis, digits, by_code, _WEIGHT_DAMPING)
                 move_basis(self.basis, self.updates, target, num_levels)
         return _StraightThrough.apply(weight, quantised)
@@ -165,16 +169,17 @@ class LQActivation(nn.Module):
             raise ValueError(
                 f"basis must be [{self.bits}], one number per bit, got {tuple(self.basis.shape)}"
             )
-        if not isinstance(x, Pyramid):
-            return self._of_parts([x])[0]
-        return x.like(Content(parts=self._of_parts(x.parts)))
-
-    def _of_parts(self, parts: Any) -> list[Tensor]:
-        moving = 0
-        if self.training:
-            moving = 1 if self.largest_only else len(parts)
+        num_levels = x.num_levels if isinstance(x, Pyramid) else 1
         state = self.basis, self.updates
-        return kernels.lq_activation_levels(parts, *state, moving=moving, synced=self.synced)
+        options: dict[str, Any] = {"moving": 0, "synced": self.synced}
+        if self.training:
+            options["moving"] = 1 if self.largest_only else num_levels
+        if not isinstance(x, Pyramid):
+            return kernels.lq_activation_levels([x], *state, **options)[0]
+        if x.is_packed:
+            options["backend"] = x.backend
+            return x.with_rows(kernels.lq_activation(x.rows, *state, x.level_rows, **options))
+        return x.like(Content(parts=kernels.lq_activation_levels(x.parts, *state, **options)))
 
     def as_plain_module(self) -> nn.Module:
         """Without state that moves, of plain torch operations, for one resolution."""
@@ -200,6 +205,8 @@ class _FixedLevels(nn.Module):
 class LQConv2d(nn.Conv2d):
     """A convolution without bias whose weight is quantised.
 
+    Where the weight is frozen, its basis is, too.
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding: of `nn.Conv2d`.
         bits: of the weight.
@@ -224,7 +231,9 @@ class LQConv2d(nn.Conv2d):
     def forward(self, x: Any) -> Any:
         """Images, a Pyramid or a tensor [N, C, H, W]."""
         num_levels = x.num_levels if isinstance(x, Pyramid) else 1
-        weight = self.quantizer(self.weight, num_levels)
+        weight = self.quantizer(self.weight, num_levels if self.weight.requires_grad else 0)
+        # Once for all levels: autocast keeps the casts of parameters only.
+        weight = weight.to(autocast_dtype(x))
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
     @torch.no_grad()
@@ -259,7 +268,7 @@ def check_state(network: nn.Module, state: Mapping[str, Any], prefix: str = "") 
                 f"a network with {kind} of {module.bits} bits cannot take the state of one that "
                 f"has them in full precision: it has no {prefix}{name}.basis"
             )
-        if len(found) != module.bits:
+        if found.dim() == module.basis.dim() and len(found) != module.bits:
             raise ValueError(
                 f"a network with {kind} of {module.bits} bits cannot take the state of one with "
                 f"{len(found)} bits ({prefix}{name}.basis)"
@@ -278,4 +287,6 @@ def check_state(network: nn.Module, state: Mapping[str, Any], prefix: str = "") 
 
 
 def _bases(state: Mapping[str, Any]) -> Iterator[str]:
-    return (name for name in state if name.endswith(".basis"))
+    """Of quantisers: other modules may have something of that name."""
+    paths = (name.removesuffix(".basis") for name in state if name.endswith(".basis"))
+    return (f"{path}.basis" for path in paths if f"{path}.updates" in state)

@@ -93,6 +93,7 @@ def freeze(model: RSNet, parts: Sequence[str]) -> list[str]:
     no momentum. Frozen batch norms keep gamma and beta; they go on to normalise training images
     with the statistics of the batch and to track them, bank by bank, because statistics belong to
     the resolution, and those that a single resolution left do not fit the others.
+    Quantised weights keep their levels; quantised activations go on to fit theirs to what they see.
 
     Args:
         model: the network; what its parts do not name is left as it is.

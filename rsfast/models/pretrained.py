@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsfast.models.lq import check_state
 from rsfast.models.parts import classifier_of, trunk_of
 from rsfast.models.rsnet import RSNet
 from rsfast.models.weight_file import Normalization, WeightFile, read_weights
@@ -243,11 +244,22 @@ class _Target:
         if not faults:
             return
         name = self.model.arch or type(self.model.network).__name__
+        if shared and len(odd) < len(shared):
+            self._refuse_other_bits(file, tensors)
         what = f"does not fit {name}: {'; '.join(faults)}"
         if not shared or len(odd) == len(shared):
             what = f"is not of {name}: no tensor of it has a name and a shape of that network, "
             what += f"its first is {next(iter(tensors), None)!r}"
         raise ValueError(f"checkpoint {file.path} {what}{self._hint(file)}")
+
+    def _refuse_other_bits(self, file: WeightFile, tensors: dict[str, Tensor]) -> None:
+        """Of quantised networks: their bases are of their bits, and make no sense without them."""
+        try:
+            check_state(self.model.network, tensors)
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint {file.path} does not fit: {error}{self._hint(file)}"
+            ) from error
 
     def _hint(self, file: WeightFile) -> str:
         bare = list(without_prefixes(file.tensors))

@@ -164,5 +164,5 @@ def _conv(in_channels: int, out_channels: int | None = None, bias: bool = False)
     conv = nn.Conv2d(in_channels, out_channels or in_channels, 3, padding=1, bias=bias)
     nn.init.normal_(conv.weight, std=0.01)
     if bias:
-        nn.init.zeros_(conv.bias)
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv

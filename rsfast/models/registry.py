@@ -147,9 +147,10 @@ def bits_of(
                 raise ValueError(f"{name} is of {' and '.join(QUANTISED)}, got {bits} for {arch}")
         return None
     weight = 2 if weight_bits is None else check_bits("weight_bits", weight_bits)
-    if activation_bits in (None, FULL_PRECISION):
-        return Bits(weight, FULL_PRECISION)
-    return Bits(weight, check_bits("activation_bits (or 32 for none)", activation_bits))
+    activation = FULL_PRECISION if activation_bits is None else activation_bits
+    if type(activation) is not int or activation != FULL_PRECISION:
+        check_bits("activation_bits, if not 32 (full precision),", activation)
+    return Bits(weight, activation)
 
 
 def build(arch: str, num_classes: int, bits: Bits | None = None) -> nn.Module:

@@ -40,6 +40,9 @@ class RSNet(nn.Module):
             in [0, 1], RGB. Loaders apply it; the network does not.
         val_crop: how validation images were cut in training, "center" or "none".
         exif: whether images were turned as their EXIF says, "honour", or not, "ignore".
+        levels: "resize", or "nearest" where smaller resolutions were picked from the pixels of a
+            larger one.
+        picked_from: that one, in pixels; None for the largest of `resolutions`.
         class_names: names of the classes if known.
         ignore_label: of pixels that do not count (segmentation).
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
@@ -66,6 +69,8 @@ class RSNet(nn.Module):
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
         self.val_crop = "center"
         self.exif = "ignore"
+        self.levels = "resize"
+        self.picked_from: int | None = None
         self.class_names: tuple[str, ...] | None = None
         self.ignore_label = 255
         self.backend = "torch"

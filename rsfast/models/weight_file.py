@@ -83,6 +83,11 @@ def read_weights(
     if path.suffix == ".safetensors":
         content, about = read_safetensors(path)
         arch = about["arch"] if about else None
+        if about and "packed" in about:
+            raise ValueError(
+                f"checkpoint {path} is packed: it has the codes of weights, not the weights that "
+                f"training moves; name the checkpoint that it was made of"
+            )
     else:
         content = load_dict(path)
         if is_sealed(path) is False:

@@ -5,14 +5,18 @@ Names of rsfast's own networks are torchvision's, and timm's where timm has the 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from rsfast.kernels.common.basis import MAX_BITS
+from rsfast.models.lq import FULL_PRECISION, Bits
 from rsfast.models.mobilenetv2 import STAGES
 from rsfast.models.registry import NETWORKS
+from rsfast.models.resnet_lq import LQ_RESNETS, resnet_lq
 
 __all__ = ["looks_like", "other_names", "without_prefixes"]
 
@@ -62,9 +66,9 @@ def looks_like(tensors: dict[str, Tensor]) -> str | None:
         {(name, tuple(t.shape[1:])) for name, t in state.items() if t.dim() in (2, 4)}
         for state in other_names(tensors)
     ]
-    for arch, network in NETWORKS.items():
+    for arch, build in _builders(tensors).items():
         with torch.device("meta"):
-            layers = network.build(1).named_modules()
+            layers = build(1).named_modules()
         expected = {
             (f"{name}.weight", tuple(layer.weight.shape[1:]))
             for name, layer in layers
@@ -76,6 +80,16 @@ def looks_like(tensors: dict[str, Tensor]) -> str | None:
         ):
             return arch
     return None
+
+
+def _builders(tensors: dict[str, Tensor]) -> dict[str, Callable[[int], nn.Module]]:
+    """The networks to compare with: quantised ones have the layers of others, and bases."""
+    bases = {t.shape for name, t in tensors.items() if name.endswith(".basis")}
+    if not bases:
+        return {name: network.build for name, network in NETWORKS.items()}
+    activation = FULL_PRECISION if all(len(shape) == 2 for shape in bases) else MAX_BITS
+    bits = Bits(MAX_BITS, activation)  # how many does not change the layers
+    return {name: functools.partial(resnet_lq, name, bits=bits) for name in LQ_RESNETS}
 
 
 def _same_depth(found: set[tuple[str, tuple[int, ...]]], expected: set) -> bool:

@@ -11,7 +11,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rsfast.pyramid.batchnorm import SwitchableBatchNorm2d
 
-__all__ = ["BETWEEN", "bn_mixture", "replace_norms", "to_single", "to_switchable"]
+__all__ = [
+    "BETWEEN",
+    "bn_mixture",
+    "replace_norms",
+    "to_single",
+    "to_switchable",
+    "with_plain_modules",
+]
 
 BETWEEN = ("interpolate", "nearest")
 
@@ -48,20 +55,26 @@ def to_switchable(network: nn.Module, num_banks: int) -> nn.Module:
 def to_single(network: nn.Module, mixture: Sequence[tuple[int, float]]) -> nn.Module:
     """A copy whose batch norms are plain ones, their values a weighted sum of banks.
 
-    Other modules that only training needs say by a method `as_plain_module` what stands in for
-    them.
+    So are other modules, see :func:`with_plain_modules`.
 
     Args:
         network: that :func:`to_switchable` made.
         mixture: (bank, weight) pairs; the weights add up to 1.
     """
-    single = replace_norms(network, lambda norm: norm.single(mixture))
+    return with_plain_modules(replace_norms(network, lambda norm: norm.single(mixture)))
+
+
+def with_plain_modules(network: nn.Module) -> nn.Module:
+    """Puts in what stands in for modules that only training needs, in place; returns the network.
+
+    They say it by a method `as_plain_module`.
+    """
 
     def swap(path: str, module: nn.Module) -> nn.Module | None:
         make: Callable[[], nn.Module] | None = getattr(module, "as_plain_module", None)
         return None if make is None else make()
 
-    return _swap(single, swap)
+    return _swap(network, swap)
 
 
 def replace_norms(

@@ -26,7 +26,7 @@ __all__ = ["FIXED", "continue_from"]
 
 _LOG = logging.getLogger("rsfast")
 # Without these an ancestor's weights, or the ensemble's, have no place; nor without its classes.
-FIXED = ("arch", "task", "resolutions", "bn", "copies")
+FIXED = ("arch", "task", "weight_bits", "activation_bits", "resolutions", "bn", "copies")
 _IMAGES = "name its images by --data DIR or --config RUN/config.toml; "
 
 
@@ -78,10 +78,11 @@ def _check(run: Run, path: Path, content: dict[str, Any]) -> None:
         raise ValueError(f"checkpoint {path} holds no training state to continue from")
     if changed := changed_setting(content["config"], run.cfg, FIXED):
         name, then, now = changed
+        bits = name.endswith("_bits")  # bases are of their bits, wherever they go
+        remedy = "" if bits else "; --pretrained takes its weights into another network"
         raise ValueError(
             f"continue_from {path} was trained with {name} = {then!r}, this run has {now!r}: a run "
-            f"that continues another has its {', '.join(FIXED)} and classes; --pretrained takes "
-            f"its weights into another network"
+            f"that continues another has its {', '.join(FIXED)} and classes{remedy}"
         )
     pretrained, theirs = run.cfg.pretrained, content["config"].get("pretrained")
     if pretrained not in (None, theirs):

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from rsfast.files.unpickle import load_dict_from, unwrapped_name
 from rsfast.files.weights import read_safetensors, weights_digest
 from rsfast.losses import scores_of_resolutions
 from rsfast.models import RSNet, create_model, official
+from rsfast.models.lq_codes import LAYOUT, unpacked_state
 from rsfast.models.registry import is_own
 from rsfast.training import older
 
@@ -48,14 +49,18 @@ __all__ = [
     "save",
     "save_weights",
     "save_with_predecessors",
+    "write_weights",
 ]
 
 _FORMAT = 3
 _LOG = logging.getLogger("rsfast")
 # Attributes of a network that say what goes in and what comes out.
-_INPUT_FIELDS = ("input_mean", "input_std", "val_crop", "exif", "class_names")
+_INPUT_FIELDS = (
+    *("input_mean", "input_std", "val_crop", "exif", "levels", "picked_from", "class_names"),
+)
 _OF_TASK = {"segmentation": ("ignore_label",)}  # and those of one task
-_YOUNGER: dict[str, Any] = {"exif": "ignore"}  # what older checkpoints lack means this
+# What older checkpoints lack means this.
+_YOUNGER: dict[str, Any] = {"exif": "ignore", "levels": "resize", "picked_from": None}
 
 
 def save(payload: dict[str, Any], *paths: Path) -> None:
@@ -190,13 +195,22 @@ def save_weights(model: RSNet, alpha: Tensor, path: Path) -> None:
     Args:
         model: the network.
         alpha: [R] raw ensemble scores, the tensor "ensemble.alpha".
-        path: of the file.
+        path: of the file, which ends in .safetensors.
 
     Raises:
         ValueError: if the network has no name, as one that :func:`rsfast.convert` made of a module.
     """
-    about = {**_settings(model), **_input_of(model)}
-    tensors = {**model.state_dict(), "ensemble.alpha": alpha.detach()}
+    write_weights(model, model.state_dict(), alpha, path)
+
+
+def write_weights(
+    model: RSNet, state: Mapping[str, Tensor], alpha: Tensor, path: Path, **more: Any
+) -> None:
+    """As :func:`save_weights`, with another state dict and `more` in the metadata."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {path}")
+    about = {**_settings(model), **_input_of(model), **more}
+    tensors = {**state, "ensemble.alpha": alpha.detach()}
     # A convolution's channels-last strides are not kept: the file holds values in row-major order.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     text = json.dumps(about)
@@ -271,7 +285,7 @@ def load_model(
             f"it has no {sorted(missing)[0]!r}"
         )
     _check_state(path, content, data)
-    about = {**content["settings"], **{name: content[name] for name in fields}}
+    about = {**_dict_of(content["settings"]), **{name: content[name] for name in fields}}
     model = _rebuild(path, about, _chosen(path, content, weights), arch)
     return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
 
@@ -294,9 +308,20 @@ def _load_weights(path: Path, arch: str | None) -> tuple[RSNet, Tensor]:
             f"checkpoint {path} is not of rsfast, and does not say which network its weights are "
             f"of: train from it with --pretrained"
         )
-    about = {**_YOUNGER, **about}
+    about = {**_YOUNGER, **_dict_of(about)}
     alpha = tensors.pop("ensemble.alpha")
-    return _rebuild(path, about, tensors, arch), alpha
+    packed = about.pop("packed", None)
+    if packed not in (None, LAYOUT):
+        raise ValueError(
+            f"checkpoint {path} must be packed by layout {LAYOUT}, got {packed!r}: another version "
+            f"of rsfast wrote it"
+        )
+    return _rebuild(path, about, tensors, arch, packed is not None), alpha
+
+
+def _dict_of(settings: Any) -> dict[str, Any]:
+    """Empty if a checkpoint has something else in their place."""
+    return settings if isinstance(settings, dict) else {}
 
 
 def _check_arch(path: Path, found: Any, wanted: str | None) -> None:
@@ -310,18 +335,27 @@ def _check_arch(path: Path, found: Any, wanted: str | None) -> None:
 
 
 def _rebuild(
-    path: Path, about: dict[str, Any], state: dict[str, Tensor], arch: str | None
+    path: Path,
+    about: dict[str, Any],
+    state: dict[str, Tensor],
+    arch: str | None,
+    packed: bool = False,
 ) -> RSNet:
     """A network in eval mode of its settings, input fields and weights."""
+    fields = _input_fields(about.get("task", ""))
+    if missing := {"arch", "resolutions", "num_classes", *fields} - set(about):
+        raise ValueError(f"checkpoint {path} has settings without {sorted(missing)[0]!r}")
     _check_arch(path, about["arch"], arch)
     state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     if older.is_old(state):
         state = older.renamed(state, about["arch"])
-    fields = _input_fields(about.get("task", ""))
-    model = create_model(**{k: v for k, v in about.items() if k not in fields})
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model = create_model(**{k: v for k, v in about.items() if k not in fields})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} has settings of no network: {error}") from error
+    try:
+        model.load_state_dict(unpacked_state(model, state) if packed else state)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"checkpoint {path} does not fit the {model.arch} it says it is: {error}"
         ) from error

@@ -152,6 +152,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
     model.exif, model.ignore_label = cfg.exif, cfg.ignore_label
+    model.levels, model.picked_from = cfg.levels, cfg.picked_from
     return model
 
 
@@ -175,6 +176,8 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "dont_use_mmap": cfg.dont_use_mmap,
         "strict": cfg.strict,
         "exif": cfg.exif,
+        "levels": cfg.levels,
+        "picked_from": cfg.picked_from,
         "tolerate_truncated": cfg.tolerate_truncated,
         "device": rank.device,
     }

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from rsfast.data import val_loader
 from rsfast.deploy import Manifest
 from rsfast.deploy.preprocess import preprocess
 from rsfast.files.orientation import EXIF_MODES
-from rsfast.files.pictures import VAL_CROPS
+from rsfast.files.pictures import LEVEL_MODES, VAL_CROPS
 from rsfast.kernels import normalize_reference
 
 RESOLUTIONS = (65, 48, 33)
@@ -70,8 +71,17 @@ def contract() -> Manifest:
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 @pytest.mark.parametrize("crop", VAL_CROPS)
 @pytest.mark.parametrize("exif", EXIF_MODES)
+@pytest.mark.parametrize(
+    ("levels", "picked_from"), [*((m, None) for m in LEVEL_MODES), ("nearest", 80)]
+)
 def test_pixels_are_those_of_the_validation_loader(
-    exif: str, crop: str, resolution: int, photographs: Path, contract: Manifest
+    levels: str,
+    picked_from: int | None,
+    exif: str,
+    crop: str,
+    resolution: int,
+    photographs: Path,
+    contract: Manifest,
 ) -> None:
     loader = val_loader(
         photographs,
@@ -81,6 +91,8 @@ def test_pixels_are_those_of_the_validation_loader(
         normalize=(contract.mean, contract.std),
         crop=crop,
         exif=exif,
+        levels=levels,
+        picked_from=picked_from or contract.resolutions[0],
         workers=0,
     )
     (batch,) = loader
@@ -89,7 +101,9 @@ def test_pixels_are_those_of_the_validation_loader(
         with Image.open(loader.plan.index.root / path) as file:
             file.load()
             pictures.append(file)
-    found = preprocess(pictures, resolution, dataclasses.replace(contract, crop=crop, exif=exif))
+    changes = {"crop": crop, "exif": exif, "levels": levels, "picked_from": picked_from}
+    contract = dataclasses.replace(contract, **changes)
+    found = preprocess(pictures, resolution, contract)
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
     assert np.array_equal(found, batch.images.level(0).numpy())
@@ -106,11 +120,23 @@ def test_a_graph_that_normalises_is_given_the_stored_values(contract: Manifest) 
     assert np.array_equal(floats, expected.permute(0, 3, 1, 2).numpy())
 
 
-def test_a_manifest_that_says_nothing_of_exif_takes_pictures_as_stored(contract: Manifest) -> None:
-    content = json.loads(dataclasses.replace(contract, exif="honour").text())
-    assert Manifest.parse(json.dumps(content), "a").exif == "honour"
-    del content["exif"]
-    assert Manifest.parse(json.dumps(content), "a").exif == "ignore"
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("exif", "honour", "ignore"),
+        ("levels", "nearest", "resize"),
+        ("picked_from", 224, None),
+        ("weight_bits", 2, 32),
+        ("activation_bits", 2, 32),
+    ],
+)
+def test_a_manifest_that_says_nothing_of_a_younger_entry_means_its_default(
+    name: str, value: Any, meant: Any, contract: Manifest
+) -> None:
+    content = json.loads(dataclasses.replace(contract, **{name: value}).text())
+    assert getattr(Manifest.parse(json.dumps(content), "a"), name) == value
+    del content[name]
+    assert getattr(Manifest.parse(json.dumps(content), "a"), name) == meant
 
 
 def test_the_scale_of_the_crop_is_the_manifests(contract: Manifest) -> None:

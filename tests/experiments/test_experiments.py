@@ -350,7 +350,7 @@ def test_a_signal_lets_trainings_save_and_starts_no_more(
         (["fig9", "--crop-area", "0.5", "1"], "crop_area must begin below 0.3"),
         (["fig9"], "crop_area must begin below 0.3"),  # the built-in set's recipe
         (["table2", "--loader", "synthetic"], "loader must decode images"),
-        (["table3"], "sets come first and must be some of table2, table5, table6"),
+        (["table4"], "sets come first and must be some of table2, table5, table6"),
         (["table2", "--seeds", "0"], "must be a number from 1 to 10000, got '0'"),
         (["table2", "--lr", "-1"], "lr must not be negative"),
         (["table2", "--resolutions", "64"], "at least two to compare, got (64,)"),

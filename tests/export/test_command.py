@@ -40,6 +40,7 @@ def test_the_folder_holds_what_it_says(exported: Path, checkpoint: Path) -> None
     for name in ("model.onnx", "labels.txt", "reference.npz", "64, 48, 32 pixels"):
         assert name in card
     assert "int8" not in card
+    assert "| bits | weights and activations in full precision |" in card
     assert {path.name for path in exported.iterdir()} == {
         *("model.onnx", "rsfast.json", "labels.txt", "README.md"),
         *("reference.npz", "validation.json"),
@@ -102,6 +103,15 @@ def test_the_card_says_what_was_measured_of_the_files(exported: Path, tmp_path: 
     assert 'deploy.load(".", precision="int8")' in card
     assert "ONNX Runtime before 1.31.1" in card
     assert "model.onnx" not in card, "files that are not there are not listed"
+
+
+def test_the_card_says_where_picked_levels_come_from(exported: Path, tmp_path: Path) -> None:
+    assert "picked" not in (exported / "README.md").read_text()
+    (tmp_path / "validation.json").write_text('{"top1": {}}')
+    write_card(replace(Manifest.read(exported), levels="nearest"), tmp_path, None)
+    (line,) = (x for x in (tmp_path / "README.md").read_text().splitlines() if "geometry" in x)
+    assert "; below 64, r x r is picked from that of r = 64, whose pixels floor(i * 64 / r)" in line
+    assert line.endswith("EXIF's orientation is not applied |")
 
 
 def test_an_earlier_export_is_replaced_whole(checkpoint: Path, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ from rsfast.kernels.distillation_loss.op import teacher_range
 from rsfast.kernels.global_avg_pool import backward as pool_backward
 from rsfast.kernels.global_avg_pool import forward as pool_forward
 from rsfast.kernels.global_avg_pool import tiles as pool_tiles
+from rsfast.kernels.lq_activation import backward as lq_backward
+from rsfast.kernels.lq_activation import forward as lq_forward
+from rsfast.kernels.lq_activation import move as lq_move
+from rsfast.kernels.lq_activation import tiles as lq_tiles
 from rsfast.kernels.normalize import forward as pixels
 from rsfast.kernels.subsample import backward as subsample_backward
 from rsfast.kernels.subsample import forward as subsample_forward
@@ -152,6 +156,55 @@ def global_avg_pool() -> Iterator[Case]:
             {"L": NUM_LEVELS, "C": channels, "BLOCK_P": block_p, "BLOCK_C": block_c},
             OPTIONS,
         )
+
+
+def lq_activation() -> Iterator[Case]:
+    bits = (1, 2, 3, 4)
+    shapes = [(64, "bf16", bits), (64, "fp32", bits), (2048, "bf16", (2,)), (512, "fp16", (2,))]
+    shapes += [(65, "bf16", (2, 4)), (3, "fp32", bits)]
+    for channels, dtype, all_bits in shapes:
+        for k in all_bits:
+            yield from _lq_activation_fwd(channels, dtype, k)
+        yield _lq_activation_bwd(channels, dtype)
+    for k in bits:
+        yield from _lq_move(k)
+
+
+def _lq_activation_fwd(channels: int, dtype: str, bits: int) -> Iterator[Case]:
+    common = _bn_types(channels, NUM_LEVELS, lq_tiles.tile_elements(bits))
+    types = {"x_ptr": "*" + dtype, "basis_ptr": "*fp32", "y_ptr": "*" + dtype, **common.levels}
+    kernel = lq_forward._lq_activation_fwd_kernel
+    launch = lq_forward.OPTIONS[bits], lq_tiles.NUM_PROGRAMS[bits]
+    # Training, evaluation, and gradients where the basis stays.
+    for mask, sums in ((True, True), (False, False), (True, False)):
+        more = {"mask_ptr": "*u8"} if mask else {}
+        more |= {"counts_ptr": "*i32", "sums_ptr": "*fp32"} if sums else {}
+        constants = {**common.tile, "K": bits, "WRITE_MASK": mask, "WRITE_SUMS": sums}
+        name = f"{kernel.__name__} C={channels} {dtype} K={bits} {mask=} {sums=}"
+        yield Case(name, kernel, {**types, **more}, constants, *launch)
+
+
+def _lq_activation_bwd(channels: int, dtype: str) -> Case:
+    common, kernel = _bn_types(channels, 1), lq_backward._lq_activation_bwd_kernel
+    types = {"dy_ptr": "*" + dtype, "mask_ptr": "*u8", "dx_ptr": "*" + dtype, **common.levels}
+    launch = lq_backward.OPTIONS, lq_backward.PROGRAMS
+    return Case(f"{kernel.__name__} C={channels} {dtype}", kernel, types, common.tile, *launch)
+
+
+def _lq_move(bits: int) -> Iterator[Case]:
+    shape = dict.fromkeys(["share_rows", "groups", "num_programs"], "i32")
+    shape |= {"level_rows": ("i32",) * NUM_LEVELS}
+    partial, by_code = {"counts_ptr": "*i32", "sums_ptr": "*fp32"}, {"by_code_ptr": "*fp64"}
+    constants = {"L": NUM_LEVELS, "K": bits, "BLOCK_P": lq_move.BLOCK_P}
+    kernel = lq_move._lq_code_sums_kernel
+    types = {**shape, **partial, **by_code}
+    yield Case(f"{kernel.__name__} K={bits}", kernel, types, constants, OPTIONS)
+    constants = {**constants, "SIZE": lq_move.size_of(bits), **lq_move.CONSTANTS}
+    types, kernel = {**shape, "basis_ptr": "*fp32", "updates_ptr": "*i64"}, lq_move._lq_move_kernel
+    for moving, found in ((NUM_LEVELS, partial), (NUM_LEVELS, by_code), (1, partial)):
+        given = {"MOVING": moving, "FROM_PARTIAL": found is partial}
+        name = f"{kernel.__name__} K={bits} {moving=} partial={found is partial}"
+        yield Case(name, kernel, {**types, **found}, {**constants, **given}, OPTIONS)
 
 
 def normalize() -> Iterator[Case]:
@@ -352,6 +405,7 @@ OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "bn_act_max_pool": bn_act_max_pool,
     "distillation_loss": distillation_loss,
     "global_avg_pool": global_avg_pool,
+    "lq_activation": lq_activation,
     "normalize": normalize,
     "subsample": subsample,
     "switchable_bn_act": switchable_bn_act,

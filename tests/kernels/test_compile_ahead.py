@@ -23,6 +23,7 @@ NUM_CASES = {
     "bn_act_max_pool": 26,
     "distillation_loss": 229,
     "global_avg_pool": 20,
+    "lq_activation": 70,
     "normalize": 6,
     "subsample": 18,
     "switchable_bn_act": 182,

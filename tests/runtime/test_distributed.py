@@ -36,7 +36,7 @@ from rsfast.engine.optim import build_optimizer
 
 rank = distributed.join("cpu")
 torch.manual_seed(rank.index)  # different weights at first: they must become the first rank's
-model, loss = create_model("tiny:network", (48, 32), 4), MultiResolutionDistillation(2)
+model, loss = create_model(sys.argv[2], (48, 32), 4), MultiResolutionDistillation(2)
 if rank.is_main:
     model.load_state_dict(torch.load("start.pt"))
 model, loss = model.double(), loss.double()
@@ -58,7 +58,9 @@ if sys.argv[1] == "train":  # a NaN on one rank: both leave the step out
     assert step.guard.read() == (1, 1)
 for _ in range(3):
     losses.append(distributed.sum_over_ranks(torch.stack(step(batch))) / 2)
-    params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
+    bases = [b for name, b in model.named_buffers() if name.endswith("basis")]
+    trained = (*model.parameters(), *loss.parameters(), *bases)
+    params = torch.cat([p.detach().flatten() for p in trained])
     other = params.clone()
     dist.broadcast(other, 0)
     assert torch.equal(params, other), "ranks differ after a step"
@@ -76,22 +78,28 @@ distributed.leave()
 """
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "synced"])
+@pytest.mark.parametrize(
+    ("arch", "mode"),
+    [
+        *(("tiny:network", mode) for mode in ("train", "eval", "synced")),
+        *(("tiny:quantised", mode) for mode in ("train", "synced")),
+    ],
+)
 def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
-    tmp_path: Path, mode: str
+    tmp_path: Path, arch: str, mode: str
 ) -> None:
     """In eval mode batch norm does not see the batch, and synced it sees the whole one.
 
-    That one has mixed labels.
+    That one has mixed labels. Bases of quantisers are those of the whole batch in training.
     """
     torch.manual_seed(0)
-    model, loss = create_model("tiny:network", RESOLUTIONS, 4), MultiResolutionDistillation(2)
+    model, loss = create_model(arch, RESOLUTIONS, 4), MultiResolutionDistillation(2)
     images = [torch.randn(8, 3, r, r, dtype=torch.float64) for r in RESOLUTIONS]
     labels = torch.arange(8) % 4
     torch.save(model.state_dict(), tmp_path / "start.pt")
     torch.save((images, labels), tmp_path / "batch.pt")
     (tmp_path / "steps.py").write_text(textwrap.dedent(STEPS))
-    torchrun("steps.py", mode, folder=tmp_path)
+    torchrun("steps.py", mode, arch, folder=tmp_path)
     result = torch.load(tmp_path / "result.pt")
     if mode == "train":
         return
@@ -102,7 +110,9 @@ def test_ranks_stay_equal_and_match_one_process_with_the_whole_batch(
     mix = Mix(labels.flip(0), labels / 4) if mode == "synced" else None
     batch = Batch(Pyramid.pack(images), labels, labels, mix)
     losses = torch.stack([torch.stack(step(batch)) for _ in range(3)])
-    params = torch.cat([p.detach().flatten() for p in (*model.parameters(), *loss.parameters())])
+    bases = [b for name, b in model.named_buffers() if name.endswith("basis")]
+    trained = (*model.parameters(), *loss.parameters(), *bases)
+    params = torch.cat([p.detach().flatten() for p in trained])
     close = {"rtol": 1e-9, "atol": 1e-9}  # sums in another order
     torch.testing.assert_close(result["losses"], losses, **close)
     torch.testing.assert_close(result["params"], params, **close)
@@ -119,7 +129,7 @@ from rsfast.losses import MultiResolutionDistillation
 from rsfast.engine.optim import build_optimizer
 
 rank = distributed.join("cpu")
-model, loss = create_model("tiny:network", (48, 32), 4), MultiResolutionDistillation(2)
+model, loss = create_model(sys.argv[1], (48, 32), 4), MultiResolutionDistillation(2)
 model.sync_batch_norm()
 step = TrainStep(model, loss, build_optimizer(model, loss, lr=0.01), precision="fp32")
 
@@ -139,11 +149,12 @@ except torch.OutOfMemoryError as error:
 """
 
 
+@pytest.mark.parametrize("arch", ["tiny:network", "tiny:quantised"])
 def test_memory_that_runs_out_in_the_backward_of_ddp_is_named_by_every_rank(
-    tmp_path: Path,
+    tmp_path: Path, arch: str
 ) -> None:
     (tmp_path / "full.py").write_text(FULL)
-    said = torchrun("full.py", folder=tmp_path, expect=1)
+    said = torchrun("full.py", arch, folder=tmp_path, expect=1)
     named = "batch_size 8 does not fit into the memory of cpu at 48 pixels and below: 2 does"
     assert named in said
     assert 'Traceback (most recent call last):\n  File "full.py"' not in said

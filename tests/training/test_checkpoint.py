@@ -32,6 +32,7 @@ def test_a_network_comes_back_whole(tmp_path: Path) -> None:
     assert (model.arch, model.resolutions, model.num_classes) == ("resnet18", (48, 32), 3)
     assert (model.input_mean, model.input_std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
     assert (model.val_crop, model.exif) == ("none", "honour")
+    assert (model.levels, model.picked_from) == ("nearest", 64)
     assert model.class_names == ("a", "b", "c")
     assert torch.equal(alpha, torch.ones(2))
     for key, tensor in model.state_dict().items():
@@ -182,7 +183,15 @@ def test_weights_as_safetensors_hold_all_it_takes_to_use_them(tmp_path: Path) ->
     found, found_alpha = checkpoint.load_model(tmp_path / "a.safetensors")
     assert torch.equal(found_alpha, alpha)
     assert found.settings() == model.settings()
-    for name in ("input_mean", "input_std", "val_crop", "exif", "class_names"):
+    for name in (
+        "input_mean",
+        "input_std",
+        "val_crop",
+        "exif",
+        "levels",
+        "picked_from",
+        "class_names",
+    ):
         assert getattr(found, name) == getattr(model, name)
     for key, tensor in found.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key])
@@ -191,14 +200,17 @@ def test_weights_as_safetensors_hold_all_it_takes_to_use_them(tmp_path: Path) ->
     assert not found.training
 
 
-def test_a_checkpoint_that_says_nothing_of_exif_was_trained_on_images_as_stored(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("name", "meant"), [("exif", "ignore"), ("levels", "resize"), ("picked_from", None)]
+)
+def test_a_checkpoint_that_says_nothing_of_a_younger_setting_was_trained_without_it(
+    tmp_path: Path, name: str, meant: str
 ) -> None:
     content = network_payload()
-    del content["exif"]
+    del content[name]
     checkpoint.save(content, tmp_path / "a.pt")
     model, _ = checkpoint.load_model(tmp_path / "a.pt")
-    assert model.exif == "ignore"
+    assert getattr(model, name) == meant
 
 
 @pytest.mark.parametrize("damage", ["header", "end", "weight", "settings", "other"])

@@ -63,10 +63,11 @@ def test_a_run_stopped_after_any_step_continues_bit_for_bit(
         (["--ema-decay", "0.9", "--precision", "fp16"], "pil"),
         (["--arch", "mobilenetv2"], "pil"),
         (["--crop", "multi", "--flip", "independent"], "dali"),
+        (["--levels", "nearest", "--lighting", "0.5", "--copies", "2"], "pil"),
     ],
-    ids=["ema-fp16", "mobilenetv2", "dali"],
+    ids=["ema-fp16", "mobilenetv2", "dali", "picked-and-lit"],
 )
-def test_so_does_one_with_averaged_weights_one_that_is_large_and_one_on_dali(
+def test_so_does_one_with_averaged_weights_that_is_large_on_dali_or_picked_and_lit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], loader: str
 ) -> None:
     if loader == "dali":

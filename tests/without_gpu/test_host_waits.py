@@ -71,14 +71,16 @@ def test_no_step_makes_a_gpus_host_wait(
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_mixing_and_erasing_make_no_host_wait(
+def test_mixing_erasing_picking_and_lighting_make_no_host_wait(
     kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "triton":
         skip_unless_it_runs_on("cpu")
     mixing = ["--mixup", "0.4", "--cutmix", "1", "--random-erasing", "0.9"]
-    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", kernels, *mixing)
+    picking = ["--levels", "nearest", "--lighting", "0.1"]
+    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", kernels, *mixing, *picking)
     assert {"aten.lerp.Tensor", "aten.masked_fill_.Scalar"} <= watch.seen
+    assert {"aten.index_select.out", "aten.add_.Tensor"} <= watch.seen
     assert ("rsfast.distillation_loss_fwd.default" in watch.seen) == (kernels == "triton")
     assert not watch.found
 
@@ -101,6 +103,30 @@ def test_scores_of_segmentation_make_no_host_wait() -> None:
     with HostWaits() as watch:
         scores.add([torch.zeros(2, 3, size, size) for size in (4, 2)], batch)
     assert "aten.scatter_add_.default" in watch.seen
+    assert not watch.found
+
+
+@pytest.mark.parametrize("ema", [[], ["--ema-decay", "0.99"]], ids=["plain", "ema"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_learned_quantisers_make_no_host_wait(
+    kernels: str, ema: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "triton":
+        skip_unless_it_runs_on("cpu")
+    flags = ["--arch", "tiny:quantised", "--kernels", kernels, *ema]
+    watch = steps_under_watch(tmp_path, monkeypatch, *flags)
+    assert "aten.pow.Scalar" in watch.seen  # of the moving average
+    assert not watch.found
+
+
+@pytest.mark.parametrize("bits", ["32", "2"])
+def test_quantised_resnets_make_no_host_wait(
+    bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--arch", "resnet18_lq", "--activation-bits", bits, "--resolutions", "32", "24"]
+    flags += ["--fix-activation-basis"] if bits == "2" else []
+    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", "torch", *flags)
+    assert "aten.pow.Scalar" in watch.seen
     assert not watch.found
 
 
