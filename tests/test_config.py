@@ -109,6 +109,7 @@ def test_the_authors_recipe_has_what_their_program_does_otherwise() -> None:
     ("arch", "folder"),
     [
         ("resnet18", "runs/resnet18"),
+        ("resnet50_lq", "runs/resnet50_w2a32"),
         ("torchvision/regnet_y_400mf", "runs/torchvision_regnet_y_400mf"),
         ("timm/efficientnet_lite0.ra_in1k", "runs/timm_efficientnet_lite0.ra_in1k"),
         ("my_networks:small_cnn", "runs/my_networks_small_cnn"),

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [stage for stage in STAGES if stage.name in args.stages]
     if not ON_GPU:
         print("no CUDA device: toy sizes, whose times mean nothing")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the stage must not live on
+    # As Ctrl-C: the stage must not live on.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
         signal.signal(number, signal.default_int_handler)
     try:
         run_stages(chosen, folder, args.minutes, lambda: write_report(STAGES, folder))
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_report(STAGES, folder)
         print(f"cut off; {folder / 'report.md'} is up to date, and the same command goes on")
         return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     print(write_report(STAGES, folder))
     good = ("passed", "left out")
     return 0 if all(outcome.status in good for outcome in outcomes(chosen, folder)) else 1

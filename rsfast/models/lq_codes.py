@@ -46,8 +46,8 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
     convolutions = dict(_convolutions(network))
     if not convolutions:
         raise ValueError(
-            "a network in full precision has no codes to be packed: save_weights writes it, and "
-            "--packed is for quantised ones"
+            "a network in full precision has no codes to be packed: model_best.safetensors holds "
+            "it, and --packed is for quantised ones"
         )
     state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from rsfast.kernels.common.ranks import sum_over_ranks
 from rsfast.pyramid import moved_by_forward
 from rsfast.runtime.vector import as_vector, by_dtype, fill_from_vector
 
@@ -313,13 +314,6 @@ def same_everywhere(rank: Rank, value: object) -> bool:
     values: list[object] = [None] * rank.world_size
     dist.all_gather_object(values, value, group=rank.host_group)
     return all(other == value for other in values)
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Adds a tensor up over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 @torch.no_grad()

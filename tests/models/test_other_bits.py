@@ -129,10 +129,16 @@ PAIRS = [
         {"activation_bits": 2},
         "activations of 2 bits cannot take .* one with 3 bits",
     ),
+    (
+        "resnet18_lq",
+        {"activation_bits": 2},
+        {},
+        "weights of 2 bits cannot take .* one with other bits, .*--activation-bits",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arch", "theirs", "ours", "message"), PAIRS, ids=["32", "w3", "a3"])
+@pytest.mark.parametrize(("arch", "theirs", "ours", "message"), PAIRS, ids=["32", "w3", "a3", "a2"])
 def test_weights_of_other_bits_are_refused(
     arch: str, theirs: dict[str, int], ours: dict[str, int], message: str, tmp_path: Path
 ) -> None:

@@ -179,7 +179,9 @@ def test_what_has_no_codes_is_refused(
 
 
 def test_a_network_in_full_precision_has_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="full precision has no codes to be packed: save_weights"):
+    with pytest.raises(
+        ValueError, match="full precision has no codes to be packed: model_best.safetensors"
+    ):
         packed(rsfast.create_model("resnet18", (32, 16), 3), tmp_path)
 
 

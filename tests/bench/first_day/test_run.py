@@ -139,10 +139,13 @@ def test_a_command_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_page(tmp_path: Path, capsys) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     assert command.main(["--output", str(tmp_path / "day"), "--stages", "tests_dali"]) == 0
     page = (tmp_path / "day" / "report.md").read_text()
     assert "| tests_dali | left out |" in page
     assert page in capsys.readouterr().out
+    # One that stayed would keep workers of this process, which inherit it, from being ended.
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     outcome = json.loads((tmp_path / "day" / "tests_dali" / "stage.json").read_text())
     assert outcome["why"] == "needs a CUDA device"
 
