@@ -31,6 +31,8 @@ REFINENETS = {
     "refinenet101": ("resnet101", 512, 256),
     "refinenet152": ("resnet152", 512, 256),
 }
+_STD = 0.01  # of the decoder's weights, as published, at this many channels
+_STD_CHANNELS = 256
 _DROPOUT = 0.5  # of the two coarsest stages, as published
 _POOLINGS = 4
 
@@ -141,6 +143,13 @@ class RefineNet(nn.Module):
         )
         self.dropout = nn.Dropout(_DROPOUT)
         self.classifier = _conv(channels, num_classes, bias=True)
+        # No norm sets the scale of what the decoder adds up, so a narrower one needs wider weights
+        # to pass on as much: the variance of a sum over 3 x 3 x channels products stays.
+        std = _STD * (_STD_CHANNELS / channels) ** 0.5
+        for part in (self.refinements, self.classifier):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    _init(module, std)
 
     def forward(self, x: Tensor) -> Tensor:
         trunk = self.trunk
@@ -161,8 +170,10 @@ def refinenet(name: str, num_classes: int) -> RefineNet:
 
 
 def _conv(in_channels: int, out_channels: int | None = None, bias: bool = False) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels or in_channels, 3, padding=1, bias=bias)
-    nn.init.normal_(conv.weight, std=0.01)
-    if bias:
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
+    return nn.Conv2d(in_channels, out_channels or in_channels, 3, padding=1, bias=bias)
+
+
+def _init(conv: nn.Conv2d, std: float) -> None:
+    nn.init.normal_(conv.weight, std=std)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
