@@ -124,8 +124,8 @@ def test_evaluation_scores_trained_and_other_resolutions_at_the_images_sizes(
     folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(whole / "model_best.pt"), *ARCH, *PIL, "--data", str(folder)]
-    command += ["--resolutions", "40", "--predictions", "2", "--output", str(tmp_path)]
-    assert evaluate.main(command) == 0
+    command += ["--resolutions", "40", "--predictions", "2", "--per-image"]
+    assert evaluate.main([*command, "--output", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "accuracy.csv")
     assert [row["resolution"] for row in rows] == ["48", "40", "32", "ensemble"]
     assert rows[1]["batch_norm"] == "0.50 x 48 + 0.50 x 32"
@@ -144,6 +144,13 @@ def test_evaluation_scores_trained_and_other_resolutions_at_the_images_sizes(
     counted = sum(int((mask != IGNORED).sum()) for mask in masks_of(folder))
     assert sum(int(row["pixels"]) for row in classes) == counted
     assert {f"iou_{row['resolution']}" for row in rows} < set(classes[0])
+    images = read_rows(tmp_path / "per_image.csv")
+    assert list(images[0]) == ["image", "resolution", "class", "pixels", "predicted", "right"]
+    assert {row["image"] for row in images} == {f"000{number}.jpg" for number in range(5)}
+    for row in rows:
+        own = [image for image in images if image["resolution"] == row["resolution"]]
+        right, pixels = (sum(int(image[name]) for image in own) for name in ("right", "pixels"))
+        assert (pixels, 100 * right / pixels) == (counted, pytest.approx(float(row["pixel"])))
     pictures = sorted(path.name for path in (tmp_path / "predictions").iterdir())
     assert pictures == ["000_0000.png", "001_0004.png"]
     with Image.open(tmp_path / "predictions" / pictures[0]) as picture:
@@ -194,14 +201,15 @@ def test_two_ranks_count_every_image_once_and_end_with_one_network(tmp_path: Pat
     common = [*PIL, "--data", "masks"]
     training = ["-m", "rsfast.train", *SMALL, *common, "--sync-bn", "--output", "run"]
     torchrun(*training, folder=tmp_path)
-    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--output", "two"]
-    torchrun(*command, folder=tmp_path)
+    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--per-image"]
+    torchrun(*command, "--output", "two", folder=tmp_path)
     alone = [str(tmp_path / "run" / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
+    alone += ["--per-image"]
     assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
     two, one = (read_rows(tmp_path / name / "accuracy.csv") for name in ("two", "one"))
     assert two == one
-    classes = [(tmp_path / name / "per_class.csv").read_text() for name in ("two", "one")]
-    assert classes[0] == classes[1]
+    for file in ("per_class.csv", "per_image.csv"):
+        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
     last = read_rows(tmp_path / "run" / "summary.csv")[-1]
     for row in one:
         assert float(row["iou"]) == float(last[f"miou_{row['resolution']}"])
@@ -274,7 +282,7 @@ def test_commands_for_classification_say_so(
     assert "export writes networks of classification only" in capsys.readouterr().err
     assert analyze.main([str(whole), *ARCH, *PIL]) == 2
     assert "looks at networks of classification" in capsys.readouterr().err
-    for flag in ("--per-image", "--val-crop none", "--val-list a", "--train-data a"):
+    for flag in ("--val-crop none", "--val-list a", "--train-data a"):
         assert evaluate.main([path, *ARCH, "--data", str(folder), *flag.split()]) == 2
         error = capsys.readouterr().err
         assert f"{flag.split()[0]} means nothing for a network of segmentation" in error
