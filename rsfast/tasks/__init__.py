@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rsfast.data import Batch, ImageIndex
+from rsfast.data import Batch, ImageIndex, open_pairs, open_split
 from rsfast.losses import MultiResolutionDistillation, PixelDistillation
 from rsfast.tasks import classification, segmentation
 
@@ -86,6 +86,8 @@ class Task:
 
     Attributes:
         builtin: arguments of `rsfast.data.builtin.builtin_root` that make its built-in set.
+        open_images: the images of a data set's split as a run sees them, given the settings of the
+            run, the data set and "train" or "val".
         loss: called with the number of resolutions, the distillation mode, `backend`, and the
             settings of `loss_settings`.
         loss_settings: of a run, by the name of the argument.
@@ -98,6 +100,7 @@ class Task:
     """
 
     builtin: Mapping[str, Any]
+    open_images: Callable[[Any, str | Path, str], ImageIndex]
     loss: Callable[..., Any]
     loss_settings: Mapping[str, str]
     train_settings: Mapping[str, str]
@@ -157,13 +160,25 @@ def _of_pixels(
     )
 
 
+def _open_images(settings: Any, data: str | Path, split: str) -> ImageIndex:
+    labels = settings.val_list if split == "val" else None
+    return open_split(data, split, labels=labels, **settings_of(settings, _OPENING))
+
+
+def _open_pairs(settings: Any, data: str | Path, split: str) -> ImageIndex:
+    ignored = settings.ignore_label
+    return open_pairs(data, split, ignore_label=ignored, **settings_of(settings, _OPENING)).images
+
+
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
+_OPENING = _same("strict", "tolerate_truncated", "exif")
 TASKS: dict[str, Task] = {
     "classification": Task(
         builtin={},
+        open_images=_open_images,
         loss=MultiResolutionDistillation,
         loss_settings=_same("label_smoothing", "copies"),
         train_settings=_same("copies", "crop", "flip", "crop_area", "augment"),
@@ -175,6 +190,7 @@ TASKS: dict[str, Task] = {
     ),
     "segmentation": Task(
         builtin={"task": "segmentation"},
+        open_images=_open_pairs,
         loss=PixelDistillation,
         loss_settings=_same("label_smoothing", "ignore_label"),
         train_settings=_same("task", "flip", "scale", "ignore_label"),
