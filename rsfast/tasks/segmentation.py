@@ -157,7 +157,8 @@ class Confusion:
         num_classes: K.
         ignore_label: of pixels that do not count.
         device: of the counts.
-        num_images: of the data set, over all ranks, to keep what is known of each of them.
+        num_images: of the data set, over all ranks, to keep what is known of each of them, on the
+            device until it is read.
     """
 
     def __init__(
@@ -234,10 +235,10 @@ class Confusion:
             [L, num_images, K, 3] int64: an image's :func:`class_counts`.
             [L, L] int64: pixels of all images that are wrong in one row and right in another.
         """
-        kept = self._of_images, self._crossings
-        if len(self._of_images):
-            kept = tuple(sum_over_ranks(counts.clone()) for counts in kept)
-        return kept[0].transpose(0, 1).cpu(), kept[1].cpu()
+        images, crossings = self._of_images, self._crossings
+        if len(images):
+            images, crossings = (sum_over_ranks(counts.clone()) for counts in (images, crossings))
+        return images.transpose(0, 1).cpu(), crossings.cpu()
 
 
 def predicted_classes(
