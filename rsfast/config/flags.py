@@ -105,6 +105,6 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def common_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the common flags say for :class:`rsfast.evaluate.Settings`."""
+    """What the common flags say for :class:`rsfast.training.scoring.Settings`."""
     names = ("loader", "batch_size", "precision", "train_data", "val_data", "val_list", *DECODING)
     return {name: getattr(args, name) for name in names}
