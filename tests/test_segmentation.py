@@ -124,8 +124,8 @@ def test_evaluation_scores_trained_and_other_resolutions_at_the_images_sizes(
     folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(whole / "model_best.pt"), *ARCH, *PIL, "--data", str(folder)]
-    command += ["--resolutions", "40", "--predictions", "2", "--output", str(tmp_path)]
-    assert evaluate.main(command) == 0
+    command += ["--resolutions", "40", "--predictions", "2", "--per-image"]
+    assert evaluate.main([*command, "--output", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "accuracy.csv")
     assert [row["resolution"] for row in rows] == ["48", "40", "32", "ensemble"]
     assert rows[1]["batch_norm"] == "0.50 x 48 + 0.50 x 32"
@@ -144,6 +144,13 @@ def test_evaluation_scores_trained_and_other_resolutions_at_the_images_sizes(
     counted = sum(int((mask != IGNORED).sum()) for mask in masks_of(folder))
     assert sum(int(row["pixels"]) for row in classes) == counted
     assert {f"iou_{row['resolution']}" for row in rows} < set(classes[0])
+    images = read_rows(tmp_path / "per_image.csv")
+    assert list(images[0]) == ["image", "resolution", "class", "pixels", "predicted", "right"]
+    assert {row["image"] for row in images} == {f"000{number}.jpg" for number in range(5)}
+    for row in rows:
+        own = [image for image in images if image["resolution"] == row["resolution"]]
+        right, pixels = (sum(int(image[name]) for image in own) for name in ("right", "pixels"))
+        assert (pixels, 100 * right / pixels) == (counted, pytest.approx(float(row["pixel"])))
     pictures = sorted(path.name for path in (tmp_path / "predictions").iterdir())
     assert pictures == ["000_0000.png", "001_0004.png"]
     with Image.open(tmp_path / "predictions" / pictures[0]) as picture:
@@ -194,14 +201,15 @@ def test_two_ranks_count_every_image_once_and_end_with_one_network(tmp_path: Pat
     common = [*PIL, "--data", "masks"]
     training = ["-m", "rsfast.train", *SMALL, *common, "--sync-bn", "--output", "run"]
     torchrun(*training, folder=tmp_path)
-    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--output", "two"]
-    torchrun(*command, folder=tmp_path)
+    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--per-image"]
+    torchrun(*command, "--output", "two", folder=tmp_path)
     alone = [str(tmp_path / "run" / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
+    alone += ["--per-image"]
     assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
     two, one = (read_rows(tmp_path / name / "accuracy.csv") for name in ("two", "one"))
     assert two == one
-    classes = [(tmp_path / name / "per_class.csv").read_text() for name in ("two", "one")]
-    assert classes[0] == classes[1]
+    for file in ("per_class.csv", "per_image.csv"):
+        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
     last = read_rows(tmp_path / "run" / "summary.csv")[-1]
     for row in one:
         assert float(row["iou"]) == float(last[f"miou_{row['resolution']}"])
@@ -272,12 +280,56 @@ def test_commands_for_classification_say_so(
     path = str(whole / "last.pt")
     assert export([path, *ARCH, "--output", str(tmp_path / "out")]) == 2
     assert "export writes networks of classification only" in capsys.readouterr().err
-    assert analyze.main([str(whole), *ARCH, *PIL]) == 2
-    assert "looks at networks of classification" in capsys.readouterr().err
-    for flag in ("--per-image", "--val-crop none", "--val-list a", "--train-data a"):
+    assert analyze.main([str(whole), *ARCH, *PIL, "--feature-images", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "--feature-images means nothing for a network of segmentation" in error
+    for flag in ("--val-crop none", "--val-list a", "--train-data a"):
         assert evaluate.main([path, *ARCH, "--data", str(folder), *flag.split()]) == 2
         error = capsys.readouterr().err
         assert f"{flag.split()[0]} means nothing for a network of segmentation" in error
+
+
+def test_a_run_is_analysed_on_its_own_images(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(whole), *ARCH, *PIL, "--resolutions", "28:52:8", "--output", str(tmp_path)]
+    assert analyze.main(command) == 0
+    said = capsys.readouterr().out
+    assert "features are what a classifier sees" in said
+    assert "is of segmentation: no features.csv" in said
+    files = {path.name for path in tmp_path.iterdir()}
+    tables = {"alpha", "batch_norm", "dense", "shares"}
+    pictures = {f"{name}.png" for name in (*tables, "multiply_adds")}
+    assert files == {f"{name}.csv" for name in tables} | pictures
+    dense = read_rows(tmp_path / "dense.csv")
+    for between, tested in (("interpolate", "52 48 44 36 32 28"), ("nearest", "48 44 36 32")):
+        part = [row for row in dense if row["between"] == between]
+        assert [row["resolution"] for row in part] == tested.split()
+    figures = {row["resolution"]: row for row in dense if row["between"] == "interpolate"}
+    last = read_rows(whole / "summary.csv")[-1]
+    assert float(figures["48"]["iou"]) == pytest.approx(float(last["miou_48"]))
+    matrix = figures_of(by_hand(model_of(whole / "last.pt").at(44), folder, 44))
+    assert [float(figures["44"][name]) for name in ("pixel", "mean", "iou")] == pytest.approx(
+        matrix
+    )
+    # What is wrong at one and right at another differs by as much as the two are right.
+    shares = {row["wrong_at"]: float(row["share"]) for row in read_rows(tmp_path / "shares.csv")}
+    difference = float(figures["48"]["pixel"]) - float(figures["32"]["pixel"])
+    assert shares["32"] - shares["48"] == pytest.approx(difference)
+    assert max(shares.values()) > 0
+    assert len(read_rows(tmp_path / "batch_norm.csv")) == 2 * 2
+    assert len(read_rows(tmp_path / "alpha.csv")) == 2 * 2
+
+
+def test_weights_without_a_run_are_analysed_on_the_built_in_set_of_their_task(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(analyze, "builtin_root", lambda **which: asked.append(which) or tmp_path)
+    command = [str(whole / "model_best.safetensors"), *ARCH, *PIL, "--output", str(tmp_path / "o")]
+    assert analyze.main(command) == 2  # there are no images there
+    assert str(tmp_path) in capsys.readouterr().err
+    assert asked == [{"task": "segmentation"}]
 
 
 def test_evaluating_classification_has_no_flags_of_masks(

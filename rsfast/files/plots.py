@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-__all__ = ["accuracy_against_multiply_adds", "accuracy_over_epochs", "new_figure", "write"]
+__all__ = [
+    "accuracy_against_multiply_adds",
+    "accuracy_over_epochs",
+    "main_figure",
+    "new_figure",
+    "write",
+]
 
 
 _MOST_NAMED = 12  # points of a curve
+
+
+def main_figure(columns: Collection[str]) -> tuple[str, str]:
+    """Which figure of a file is drawn, and what it is called: mean IoU where there is one.
+
+    Args:
+        columns: of a CSV file with top1 or iou.
+    """
+    return ("iou", "mean IoU") if "iou" in columns else ("top1", "top-1")
 
 
 def accuracy_over_epochs(
@@ -56,7 +71,7 @@ def accuracy_against_multiply_adds(path: Path, rows: Sequence[Mapping[str, str]]
     rows = [row for row in rows if row["resolution"] != "ensemble"]
     rows = sorted(rows, key=lambda row: int(row["multiply_adds"]))
     costs = [int(row["multiply_adds"]) / 1e6 for row in rows]
-    name, label = ("iou", "mean IoU (%)") if "iou" in rows[0] else ("top1", "top-1 (%)")
+    name, label = main_figure(rows[0])
     values = [float(row[name]) for row in rows]
     axes.plot(costs, values, color="0.7", zorder=1)
     for trained, kind, face in (("True", "trained", "C0"), ("False", "not trained", "white")):
@@ -81,7 +96,7 @@ def accuracy_against_multiply_adds(path: Path, rows: Sequence[Mapping[str, str]]
     axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.margins(x=0.06, y=0.12)  # room for the resolutions beside the points
     axes.set_xlabel("multiply-adds per image (millions)")
-    axes.set_ylabel(label)
+    axes.set_ylabel(f"{label} (%)")
     axes.legend(frameon=False)
     write(figure, path)
 

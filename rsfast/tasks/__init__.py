@@ -7,7 +7,7 @@ what they come to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rsfast.data import Batch
+from rsfast.data import Batch, ImageIndex, open_pairs, open_split
 from rsfast.losses import MultiResolutionDistillation, PixelDistillation
 from rsfast.tasks import classification, segmentation
 
-__all__ = ["TASKS", "Accuracy", "Scores", "Task", "settings_of", "task_of"]
+__all__ = ["TASKS", "Accuracy", "RowsOf", "Scores", "Task", "settings_of", "task_of"]
+
+# Rows of a CSV file, of the n images, the resolutions (or "ensemble") and [rows, n, ...] of them.
+RowsOf = Callable[[ImageIndex, Sequence[int | str], Tensor], Iterable[Mapping[str, Any]]]
 
 
 class Accuracy(Protocol):
@@ -38,8 +41,18 @@ class Accuracy(Protocol):
         """Images counted, over all ranks."""
 
     @property
-    def details(self) -> Tensor:
-        """What is known beyond the figures, levels and ensemble along the first axis."""
+    def images(self) -> Tensor:
+        """What is known of each image, [R + 1, n, ...], levels and ensemble along the first axis.
+
+        n = 0 unless it was asked for.
+        """
+
+    @property
+    def shares(self) -> Tensor:
+        """[R, R] percentages of all that is scored: wrong at one level (row), right at another.
+
+        Only where something is known of each image.
+        """
 
     @property
     def score(self) -> tuple[float, float]:
@@ -73,22 +86,29 @@ class Task:
 
     Attributes:
         builtin: arguments of `rsfast.data.builtin.builtin_root` that make its built-in set.
+        open_images: the images of a data set's split as a run sees them, given the settings of the
+            run, the data set and "train" or "val".
         loss: called with the number of resolutions, the distillation mode, `backend`, and the
             settings of `loss_settings`.
         loss_settings: of a run, by the name of the argument.
         train_settings, val_settings: of a run that its loaders take, by the name of the argument.
         figures: the numbers of one resolution: column of accuracy.csv -> heading of the table.
         scores: makes a Scores; see :meth:`scores_of`.
+        image_rows: rows of per_image.csv.
+        class_rows: rows of per_class.csv; None for no such file.
         draw_epochs: draws accuracy.png out of the rows of summary.csv.
     """
 
     builtin: Mapping[str, Any]
+    open_images: Callable[[Any, str | Path, str], ImageIndex]
     loss: Callable[..., Any]
     loss_settings: Mapping[str, str]
     train_settings: Mapping[str, str]
     val_settings: Mapping[str, str]
     figures: Mapping[str, str]
     scores: Callable[..., Scores]
+    image_rows: RowsOf
+    class_rows: RowsOf | None = None
     draw_epochs: Callable[[Sequence[Mapping[str, Any]], Sequence[int], Path], None]
 
     def scores_of(
@@ -135,32 +155,50 @@ def _of_images(
 def _of_pixels(
     model: Any, num_levels: int, device: torch.device, weights: Tensor | None, num_images: int
 ) -> Scores:
-    return segmentation.Scores(num_levels, model.num_classes, model.ignore_label, device, weights)
+    return segmentation.Scores(
+        num_levels, model.num_classes, model.ignore_label, device, weights, num_images
+    )
+
+
+def _open_images(settings: Any, data: str | Path, split: str) -> ImageIndex:
+    labels = settings.val_list if split == "val" else None
+    return open_split(data, split, labels=labels, **settings_of(settings, _OPENING))
+
+
+def _open_pairs(settings: Any, data: str | Path, split: str) -> ImageIndex:
+    ignored = settings.ignore_label
+    return open_pairs(data, split, ignore_label=ignored, **settings_of(settings, _OPENING)).images
 
 
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
+_OPENING = _same("strict", "tolerate_truncated", "exif")
 TASKS: dict[str, Task] = {
     "classification": Task(
         builtin={},
+        open_images=_open_images,
         loss=MultiResolutionDistillation,
         loss_settings=_same("label_smoothing", "copies"),
         train_settings=_same("copies", "crop", "flip", "crop_area", "augment"),
         val_settings={"crop": "val_crop", "labels": "val_list"},
         figures={"top1": "top-1", "top5": "top-5"},
         scores=_of_images,
+        image_rows=classification.image_rows,
         draw_epochs=classification.draw_epochs,
     ),
     "segmentation": Task(
         builtin={"task": "segmentation"},
+        open_images=_open_pairs,
         loss=PixelDistillation,
         loss_settings=_same("label_smoothing", "ignore_label"),
         train_settings=_same("task", "flip", "scale", "ignore_label"),
         val_settings=_same("task", "ignore_label"),
         figures={"pixel": "pixel", "mean": "mean", "iou": "mean IoU"},
         scores=_of_pixels,
+        image_rows=segmentation.image_rows,
+        class_rows=segmentation.class_rows,
         draw_epochs=segmentation.draw_epochs,
     ),
 }

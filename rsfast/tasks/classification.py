@@ -6,7 +6,7 @@ come to): another task has the same two in a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsfast.data import Batch
+from rsfast.data import Batch, ImageIndex
 from rsfast.files import plots
 from rsfast.runtime.distributed import sum_over_ranks
 
-__all__ = ["Accuracy", "Scores", "TopK", "draw_epochs", "label_places"]
+__all__ = ["Accuracy", "Scores", "TopK", "draw_epochs", "image_rows", "label_places"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,15 @@ class Accuracy:
     places: Tensor = field(compare=False, repr=False)
 
     @property
-    def details(self) -> Tensor:
-        """What is known beyond the figures: the places of the labels, by row."""
+    def images(self) -> Tensor:
+        """What is known of each image: the places of the labels, by row."""
         return self.places
+
+    @property
+    def shares(self) -> Tensor:
+        """[R, R] percentages of the images: wrong at one level (row), right at another (column)."""
+        right = self.places[: len(self.levels)] == 1
+        return 100 * (~right[:, None] & right[None]).double().mean(-1)
 
     @property
     def score(self) -> tuple[float, float]:
@@ -173,6 +179,21 @@ def label_places(logits: Tensor, labels: Tensor) -> Tensor:
     classes = torch.arange(logits.shape[-1], device=logits.device)
     beaten = (logits < own) | ((logits == own) & (classes > labels))
     return logits.shape[-1] - beaten.sum(-1)
+
+
+def image_rows(
+    index: ImageIndex, resolutions: Sequence[int | str], places: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Rows of per_image.csv: an image's path, label, and the place of its label at each resolution.
+
+    Args:
+        index: the n images.
+        resolutions: in pixels, or "ensemble".
+        places: [len(resolutions), n].
+    """
+    names = ["image", "label", *map(str, resolutions)]
+    columns = [index.paths, index.labels.tolist(), *places.tolist()]
+    return (dict(zip(names, line, strict=True)) for line in zip(*columns, strict=True))
 
 
 def draw_epochs(

@@ -1,17 +1,15 @@
-"""What an evaluation has found, as a table, and the files of it that people read."""
+"""What an evaluation has found, as the tables that people read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rsfast.data import ImageIndex
-from rsfast.files.tables import write_rows
-from rsfast.tasks.segmentation import class_columns
+from rsfast.tasks import RowsOf
 
 __all__ = ["Evaluation", "Row"]
 
@@ -48,14 +46,17 @@ class Evaluation:
 
     Attributes:
         rows: one per resolution, descending, then the ensemble.
-        details: of each row, what its task knows beyond the figures. Classification: [len(rows), n]
-            the place of each image's label among the classes, from 1. Segmentation:
-            [len(rows), K, K] confusion matrices.
+        images: of each row, what its task knows of each image. Classification: [len(rows), n] the
+            place of the image's label among the classes, from 1. Segmentation: [len(rows), n, K, 3]
+            pixels of each class, taken for it, and both.
+        shares: [R, R] of the trained resolutions, descending: the percentage of the images (or
+            pixels) that are wrong at one (row) and right at another (column).
         index: the n images.
     """
 
     rows: list[Row]
-    details: Tensor
+    images: Tensor
+    shares: Tensor
     index: ImageIndex
 
     def table(self, headings: Mapping[str, str]) -> str:
@@ -77,18 +78,9 @@ class Evaluation:
             )
         return "\n".join(lines)
 
-    def write_images(self, path: Path) -> None:
-        """A line for each image: path, label, and the place of its label in each row."""
-        names = ["image", "label", *(str(row.resolution) for row in self.rows)]
-        columns = [self.index.paths, self.index.labels.tolist(), *self.details.tolist()]
-        lines = zip(*columns, strict=True)
-        write_rows(path, (dict(zip(names, line, strict=True)) for line in lines))
-
-    def write_classes(self, path: Path) -> None:
-        """A line for each class of a segmentation: its pixels, and IoU and accuracy in each row."""
-        resolutions = [row.resolution for row in self.rows]
-        matrices = dict(zip(resolutions, self.details, strict=True))
-        write_rows(path, class_columns(self.index.class_names, matrices))
+    def tabulate(self, rows_of: RowsOf) -> Iterable[Mapping[str, Any]]:
+        """Rows of a file that the task makes of the images."""
+        return rows_of(self.index, [row.resolution for row in self.rows], self.images)
 
 
 def _width(heading: str) -> int:

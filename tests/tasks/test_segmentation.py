@@ -20,18 +20,25 @@ from rsfast.tasks.segmentation import (
     Accuracy,
     Confusion,
     Scores,
-    class_columns,
+    class_counts,
+    class_rows,
     figures_of,
     figures_of_classes,
+    image_rows,
     predicted_classes,
 )
 
 CPU = torch.device("cpu")
 IGNORED = 255
+NOTHING = torch.empty(0), torch.empty(0), torch.empty(0)  # that is not a figure
+
+
+def index_of(*paths: str) -> Any:
+    return SimpleNamespace(paths=paths, class_names=("road", "sky"))
 
 
 def batch_of(*masks: Tensor) -> Any:
-    return SimpleNamespace(masks=masks)
+    return SimpleNamespace(masks=masks, indices=torch.arange(len(masks)))
 
 
 def test_figures_are_those_of_a_matrix_made_by_hand() -> None:
@@ -44,7 +51,7 @@ def test_figures_are_those_of_a_matrix_made_by_hand() -> None:
 
 def test_a_class_that_is_only_predicted_has_an_iou_of_zero_and_no_accuracy() -> None:
     matrix = torch.tensor([[3, 1], [0, 0]])
-    pixels, accuracies, ious = figures_of_classes(matrix)
+    pixels, accuracies, ious = figures_of_classes(class_counts(matrix))
     assert (pixels, accuracies, ious) == ([4, 0], [75.0, None], [75.0, 0.0])
     assert figures_of(matrix) == (75.0, 75.0, 37.5)
 
@@ -64,7 +71,9 @@ def test_counts_are_those_of_numpy_with_ignored_pixels_and_absent_classes() -> N
     matrices, images = counts.read()
     assert images == 3
     assert np.array_equal(matrices.numpy(), expected)
-    assert figures_of_classes(matrices[0])[2][4] is None, "neither labelled nor predicted"
+    assert figures_of_classes(class_counts(matrices[0]))[2][4] is None, (
+        "neither labelled nor predicted"
+    )
 
 
 def test_an_ignored_label_may_be_that_of_a_class() -> None:
@@ -123,7 +132,7 @@ def test_masks_without_a_pixel_that_counts_or_with_other_classes_are_refused() -
 
 def test_the_best_epoch_has_the_highest_mean_iou_at_the_largest_resolution() -> None:
     def score(*levels: tuple[float, float, float]) -> tuple[float, float]:
-        return Accuracy(list(levels), (0.0, 0.0, 0.0), 1, torch.empty(0)).score
+        return Accuracy(list(levels), (0.0, 0.0, 0.0), 1, *NOTHING).score
 
     assert score((70.0, 60.0, 51.0), (1.0, 1.0, 1.0)) > score(
         (90.0, 90.0, 50.0), (90.0, 90.0, 90.0)
@@ -135,7 +144,7 @@ def test_the_best_epoch_has_the_highest_mean_iou_at_the_largest_resolution() -> 
 
 def test_columns_and_line_name_resolutions_and_ensemble() -> None:
     levels = [(70.0, 60.0, 50.0), (69.0, 59.0, 49.0)]
-    accuracy = Accuracy(levels, (71.0, 61.0, 51.25), 9, torch.empty(0))
+    accuracy = Accuracy(levels, (71.0, 61.0, 51.25), 9, *NOTHING)
     columns = accuracy.columns((64, 32))
     assert columns["miou_64"] == 50.0
     assert columns["pixel_32"] == 69.0
@@ -145,8 +154,8 @@ def test_columns_and_line_name_resolutions_and_ensemble() -> None:
 
 
 def test_the_table_of_classes_is_empty_where_a_class_has_no_figure() -> None:
-    matrices = {64: torch.tensor([[3, 1], [0, 0]]), "ensemble": torch.tensor([[4, 0], [0, 0]])}
-    rows = class_columns(["road", "sky"], matrices)
+    matrices = torch.tensor([[[[3, 1], [0, 0]]], [[[4, 0], [0, 0]]]])  # of one image
+    rows = class_rows(index_of("a.png"), [64, "ensemble"], class_counts(matrices))
     assert rows[0]["class"] == "road"
     assert [rows[0][name] for name in ("pixels", "iou_64", "accuracy_64")] == [4, 75.0, 75.0]
     sky = {"class": "sky", "pixels": 0, "iou_64": 0.0, "iou_ensemble": ""}
@@ -167,14 +176,21 @@ logits = torch.randn(5, 4, 3, 3, generator=generator)
 weights = torch.ones(1)
 
 def matrices(numbers, read):
-    scores = Scores(1, 4, 3, rank.device, weights)
+    scores = Scores(1, 4, 3, rank.device, weights, num_images=5)
     for n in numbers:
-        scores.add([logits[n, None]], SimpleNamespace(masks=(masks[n],)))
+        indices = torch.tensor([n])
+        scores.add([logits[n, None]], SimpleNamespace(masks=(masks[n],), indices=indices))
     return read(scores)
 
 ours = matrices(range(rank.index, 5, 2), lambda scores: scores.read())
-alone = matrices(range(5), lambda scores: scores._counts._counts[:, :4])
+alone, images, crossings = matrices(
+    range(5),
+    lambda scores: [getattr(scores._counts, n) for n in ("_counts", "_of_images", "_crossings")],
+)
+alone = alone[:, :4]
 assert torch.equal(ours.matrices, alone), (ours.matrices, alone)
+assert torch.equal(ours.images, images.transpose(0, 1)), (ours.images, images)
+assert torch.equal(ours.shares, 100 * crossings[:1, :1].double() / alone[0].sum())
 assert ours.num_images == 5
 nothing = Scores(1, 4, 3, rank.device)
 try:
@@ -183,6 +199,40 @@ except ValueError as error:
     print(f"refused on rank {rank.index}")
 distributed.leave()
 """
+
+
+def test_what_is_known_of_each_image_is_counted_by_hand() -> None:
+    masks = torch.tensor([[0, 1, 1, IGNORED], [0, 0, 0, 0]]).byte().view(2, 1, 4)
+    counts = Confusion(2, 2, IGNORED, CPU, num_images=3)
+    counts.add(torch.tensor([[[0, 0, 1, 1]], [[1, 1, 1, 0]]]), masks[0], 2)
+    counts.add(torch.tensor([[[0, 0, 0, 1]], [[0, 0, 0, 0]]]), masks[1], 0)
+    images, crossings = counts.images()
+    # Pixels, predictions and both, of road and sky.
+    assert images[:, 2].tolist() == [[[1, 2, 1], [2, 1, 1]], [[1, 0, 0], [2, 3, 2]]]
+    assert images[:, 0].tolist() == [[[4, 3, 3], [0, 1, 0]], [[4, 4, 4], [0, 0, 0]]]
+    assert not images[:, 1].any()
+    assert torch.equal(images.sum(1), class_counts(counts.read()[0]))
+    assert crossings.tolist() == [[0, 2], [1, 0]]
+    rows = list(image_rows(index_of("a", "b", "c"), [64, "ensemble"], images))
+    names = ("image", "resolution", "class", "pixels", "predicted", "right")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("a", 64, "road", 4, 3, 3),
+        ("a", 64, "sky", 0, 1, 0),
+        ("a", "ensemble", "road", 4, 4, 4),
+        ("c", 64, "road", 1, 2, 1),
+        ("c", 64, "sky", 2, 1, 1),
+        ("c", "ensemble", "road", 1, 0, 0),
+        ("c", "ensemble", "sky", 2, 3, 2),
+    ]
+
+
+def test_an_ignored_label_that_is_a_class_s_is_neither_right_nor_wrong() -> None:
+    counts = Confusion(2, 2, 0, CPU, num_images=1)
+    mask = torch.tensor([[0, 1, 0]], dtype=torch.uint8)
+    counts.add(torch.tensor([[[0, 1, 1]], [[1, 0, 0]]]), mask)
+    images, crossings = counts.images()
+    assert images[:, 0].tolist() == [[[0, 0, 0], [1, 1, 1]], [[0, 1, 0], [1, 0, 0]]]
+    assert crossings.tolist() == [[0, 0], [1, 0]]
 
 
 def test_several_ranks_count_every_image_once(tmp_path: Path) -> None:
