@@ -21,10 +21,11 @@ from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS, SCHEDULES
 from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.pictures import LEVEL_MODES
+from rsfast.files.task_names import TASKS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
-from rsfast.models.registry import ARCHITECTURES, TASKS, bits_of, check_arch, check_task
+from rsfast.models.registry import ARCHITECTURES, bits_of, check_arch, check_task
 from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 

@@ -24,11 +24,10 @@ from rsfast.data.pil import PillowDecoder
 from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, label_sizes
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
+from rsfast.files.task_names import TASKS
 from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
-
-TASKS = ("classification", "segmentation")
 
 
 class Decoder(Protocol):

@@ -19,7 +19,7 @@ from rsfast.data import Batch
 from rsfast.losses import MultiResolutionDistillation, PixelDistillation
 from rsfast.tasks import classification, segmentation
 
-__all__ = ["TASKS", "Accuracy", "Scores", "Task", "settings_of", "task_of"]
+__all__ = ["Accuracy", "Scores", "Task", "settings_of", "task_of"]
 
 
 class Accuracy(Protocol):
@@ -123,7 +123,7 @@ def settings_of(settings: Any, names: Mapping[str, str]) -> dict[str, Any]:
 
 def task_of(model: Any) -> Task:
     """The task of an RSNet, or of the settings of a run: whatever has a `task`."""
-    return TASKS[model.task]
+    return _PARTS[model.task]
 
 
 def _of_images(
@@ -142,7 +142,7 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-TASKS: dict[str, Task] = {
+_PARTS: dict[str, Task] = {  # by the names of rsfast.files.task_names
     "classification": Task(
         builtin={},
         loss=MultiResolutionDistillation,
