@@ -91,6 +91,30 @@ def test_a_run_stopped_after_a_step_continues_bit_for_bit(
     assert_same_run(output, whole)
 
 
+def test_a_run_does_not_go_on_with_other_masks(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, data)
+    with monkeypatch.context() as patch:
+        stop_when(patch, lambda run: run.steps_done == 1)
+        assert start(data, output) == 75
+    file = next((data / "trainannot").iterdir())
+    Image.fromarray(np.asarray(Image.open(file))[::-1]).save(file)
+    assert start(data, output, "--resume", "auto") == 2
+    assert f"it was trained on other images or masks than those of {data}" in (
+        capsys.readouterr().err
+    )
+    assert start(data, output, "--resume", "auto", "--restart-epoch") == 0
+    with open(output / "log.jsonl") as file:
+        begun = [json.loads(line) for line in file if '"start"' in line]
+    assert [one["val_set"] == begun[0]["val_set"] for one in begun] == [True, True]
+    assert begun[1]["train_set"] != begun[0]["train_set"]
+
+
 def test_a_longer_run_continues_an_ended_one_with_the_momentum_of_each_parameter(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

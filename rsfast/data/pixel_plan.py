@@ -15,7 +15,7 @@ import numpy as np
 
 from rsfast.data.augment import NOTHING
 from rsfast.data.index import ImageIndex
-from rsfast.data.masks import IGNORE_LABEL, nearest
+from rsfast.data.masks import IGNORE_LABEL, digest_of, nearest
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
 __all__ = [
@@ -94,6 +94,11 @@ class PixelTrainPlan(TrainPlan):
                 f"{self.augment}"
             )
 
+    @property
+    def digest(self) -> str:
+        """A name for the images and the pixels of their masks."""
+        return digest_of(self.index, self.masks)
+
     def batch(self, epoch: int, step: int) -> TrainBatch:
         """This rank's part of one step, both counted from 0."""
         whole, own = self._part
@@ -121,6 +126,11 @@ class PixelValPlan(ValPlan):
 
     masks: ImageIndex | None
     crop: str = "none"
+
+    @property
+    def digest(self) -> str:
+        """A name for the images and the pixels of their masks."""
+        return digest_of(self.index, self.masks)
 
 
 PixelPlan = PixelTrainPlan | PixelValPlan
