@@ -213,24 +213,30 @@ def test_weights_of_a_file_are_trained_from_and_their_statistics_estimated_anew(
     assert origin["pretrained_classifier"] == "its classifier of 3 classes was taken over"
 
 
-def test_two_ranks_count_every_image_once_and_end_with_one_network(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_ranks_of_which_one_is_killed_end_with_the_network_and_scores_of_one(
+    tmp_path: Path,
+) -> None:
+    """Kill and resume, the sums over ranks, and evaluation by one process of what two have."""
     make_mask_folder(tmp_path / "masks")
-    common = [*PIL, "--data", "masks"]
-    training = ["-m", "rsfast.train", *SMALL, *common, "--sync-bn", "--output", "run"]
-    torchrun(*training, folder=tmp_path)
-    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--output", "two"]
-    torchrun(*command, folder=tmp_path)
-    alone = [str(tmp_path / "run" / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
-    assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
-    two, one = (read_rows(tmp_path / name / "accuracy.csv") for name in ("two", "one"))
-    assert two == one
-    classes = [(tmp_path / name / "per_class.csv").read_text() for name in ("two", "one")]
-    assert classes[0] == classes[1]
-    last = read_rows(tmp_path / "run" / "summary.csv")[-1]
-    for row in one:
-        assert float(row["iou"]) == float(last[f"miou_{row['resolution']}"])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert lines[0]["world_size"] == 2
+    faults = str(Path(__file__).with_name("faults.py"))
+    outputs = tmp_path / "whole", tmp_path / "killed"
+    (tmp_path / "kills").mkdir()
+    kills = {"kills": {"at": [[STEPS - 1, 1]], "folder": str(tmp_path / "kills")}}
+    for output, happens in zip(outputs, ({}, kills), strict=True):
+        arguments = [*SMALL, *PIL, "--data", "masks", "--sync-bn", "--output", output.name]
+        arguments += "--batch-size 2 --checkpoint-every 1 --resume auto".split()
+        said = torchrun(faults, json.dumps(happens), *arguments, folder=tmp_path, restarts=1)
+        assert ("resumed after epoch" in said) == bool(happens)
+    assert_same_run(outputs[1], outputs[0])
+    lines = (outputs[0] / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["world_size"] == 2
+    command = [str(outputs[0] / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
+    assert evaluate.main([*command, "--output", str(tmp_path / "one")]) == 0
+    last = read_rows(outputs[0] / "summary.csv")[-1]
+    for row in read_rows(tmp_path / "one" / "accuracy.csv"):
+        for name, figure in (("miou", "iou"), ("pixel", "pixel"), ("mean", "mean")):
+            assert float(row[figure]) == float(last[f"{name}_{row['resolution']}"])
 
 
 @pytest.mark.parametrize(
