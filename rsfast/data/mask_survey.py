@@ -122,7 +122,7 @@ def _look(file: Path, known: _Found | None) -> _Found:
 def _content(pixels: np.ndarray) -> int:
     # Of the pixels and not of the file, whose bytes another encoder would have changed.
     digest = hashlib.sha256(repr(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(pixels.tobytes())
     return int.from_bytes(digest.digest()[:8], "big", signed=True)
 
 
