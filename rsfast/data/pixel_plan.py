@@ -8,7 +8,7 @@ every resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "PixelPlan",
     "PixelTrainPlan",
     "PixelValPlan",
+    "border_of",
     "label_sizes",
     "labels_of",
     "most_labels",
@@ -160,6 +161,12 @@ def labels_of(
             fill=plan.ignore_label,
         )
     return labels.reshape(-1)
+
+
+def border_of(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The bytes nearest to the mean RGB values of a normalisation, which are in [0, 1]."""
+    red, green, blue = (min(255, max(0, round(255 * value))) for value in mean)
+    return red, green, blue
 
 
 def label_sizes(plan: PixelPlan, images: np.ndarray) -> list[tuple[int, int]]:
