@@ -8,10 +8,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["CLASSES", "IGNORED", "make_mask_folder", "network"]
+__all__ = ["ARCH", "CLASSES", "IGNORED", "PIL", "SMALL", "make_mask_folder", "network"]
 
 CLASSES = ("ground", "left", "right")
 IGNORED = 255
+# Flags of a run: two epochs of two steps with such images.
+ARCH = ["--arch", "mask_helpers:network"]
+PIL = ["--loader", "pil", "--workers", "0"]
+SMALL = [*ARCH, *"--task segmentation --resolutions 48 32 --batch-size 3 --lr 0.05".split()]
+SMALL += "--epochs 2 --log-every 1 --schedule poly --decoder-lr 10 --seed 3".split()
 
 
 def make_mask_folder(root: Path, train: int = 6, val: int = 5, seed: int = 0) -> Path:

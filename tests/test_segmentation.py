@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from helpers import make_image_folder, torchrun
-from mask_helpers import CLASSES, IGNORED, make_mask_folder
+from mask_helpers import ARCH, CLASSES, IGNORED, PIL, SMALL, make_mask_folder
 from rsfast import RSNet, analyze, create_model, evaluate, train
 from rsfast.data import val_loader
 from rsfast.export.__main__ import main as export
@@ -26,10 +25,6 @@ from rsfast.training import checkpoint
 from rsfast.training.run import Run
 from run_helpers import assert_equal, assert_same_run, log_of, stop_when
 
-ARCH = ["--arch", "mask_helpers:network"]
-PIL = ["--loader", "pil", "--workers", "0"]
-SMALL = [*ARCH, *"--task segmentation --resolutions 48 32 --batch-size 3 --lr 0.05".split()]
-SMALL += "--epochs 2 --log-every 1 --schedule poly --decoder-lr 10 --seed 3".split()
 STEPS = 2  # of an epoch: 6 images
 
 
@@ -89,6 +84,30 @@ def test_a_run_stopped_after_a_step_continues_bit_for_bit(
         assert start(folder, output, "--ema-decay", "0.9") == 75
     assert start(folder, output, "--ema-decay", "0.9", "--resume", "auto") == 0
     assert_same_run(output, whole)
+
+
+def test_a_run_does_not_go_on_with_other_masks(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, data)
+    with monkeypatch.context() as patch:
+        stop_when(patch, lambda run: run.steps_done == 1)
+        assert start(data, output) == 75
+    file = next((data / "trainannot").iterdir())
+    Image.fromarray(np.asarray(Image.open(file))[::-1]).save(file)
+    assert start(data, output, "--resume", "auto") == 2
+    assert f"it was trained on other images or masks than those of {data}" in (
+        capsys.readouterr().err
+    )
+    assert start(data, output, "--resume", "auto", "--restart-epoch") == 0
+    with open(output / "log.jsonl") as file:
+        begun = [json.loads(line) for line in file if '"start"' in line]
+    assert [one["val_set"] == begun[0]["val_set"] for one in begun] == [True, True]
+    assert begun[1]["train_set"] != begun[0]["train_set"]
 
 
 def test_a_longer_run_continues_an_ended_one_with_the_momentum_of_each_parameter(
@@ -196,68 +215,30 @@ def test_weights_of_a_file_are_trained_from_and_their_statistics_estimated_anew(
     assert origin["pretrained_classifier"] == "its classifier of 3 classes was taken over"
 
 
-def test_two_ranks_count_every_image_once_and_end_with_one_network(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_ranks_of_which_one_is_killed_end_with_the_network_and_scores_of_one(
+    tmp_path: Path,
+) -> None:
+    """Kill and resume, the sums over ranks, and evaluation by one process of what two have."""
     make_mask_folder(tmp_path / "masks")
-    common = [*PIL, "--data", "masks"]
-    training = ["-m", "rsfast.train", *SMALL, *common, "--sync-bn", "--output", "run"]
-    torchrun(*training, folder=tmp_path)
-    command = ["-m", "rsfast.evaluate", "run/last.pt", *ARCH, *common, "--per-image"]
-    torchrun(*command, "--output", "two", folder=tmp_path)
-    alone = [str(tmp_path / "run" / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
-    alone += ["--per-image"]
-    assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
-    two, one = (read_rows(tmp_path / name / "accuracy.csv") for name in ("two", "one"))
-    assert two == one
-    for file in ("per_class.csv", "per_image.csv"):
-        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
-    last = read_rows(tmp_path / "run" / "summary.csv")[-1]
-    for row in one:
-        assert float(row["iou"]) == float(last[f"miou_{row['resolution']}"])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert lines[0]["world_size"] == 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--mixup", "0.2"], "mixup is a setting of classification, got 0.2 for the task seg"),
-        (["--crop-area", "0.5", "1"], "crop_area is a setting of classification"),
-        (["--val-crop", "none"], "val_crop is a setting of classification, got 'none'"),
-        (["--copies", "2"], "copies is a setting of classification"),
-        (["--val-list", "labels.txt"], "val_list is a setting of classification"),
-        (["--scale-lr"], "scale_lr is a setting of classification"),
-        (["--flip", "independent"], "flip must be shared or none for segmentation"),
-        (
-            ["--scale", "2", "1"],
-            r"scale must be a range above 0, such as 0.5 2.0, got \(2.0, 1.0\)",
-        ),
-        (["--ignore-label", "256"], r"ignore_label must be in \[0, 256\), got 256"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_settings_that_mean_nothing_are_refused(
-    tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        start(tmp_path, tmp_path / "run", *flags)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(message, error)
-
-
-def test_a_network_of_another_task_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for flags, message in (
-        ("--arch resnet18 --task segmentation", "task must be classification, which resnet18 is"),
-        ("--arch refinenet18 --task classification", "task must be segmentation, which refinenet"),
-        ("--arch resnet18 --scale 1 2", "scale is a setting of segmentation, got (1.0, 2.0)"),
-        ("--arch resnet18 --decoder-lr 10", "decoder_lr is a setting of segmentation, got 10.0"),
-    ):
-        with pytest.raises(SystemExit):
-            train.main([*flags.split(), "--data", str(tmp_path)])
-        assert message in capsys.readouterr().err
+    faults = str(Path(__file__).with_name("faults.py"))
+    outputs = tmp_path / "whole", tmp_path / "killed"
+    (tmp_path / "kills").mkdir()
+    kills = {"kills": {"at": [[STEPS - 1, 1]], "folder": str(tmp_path / "kills")}}
+    for output, happens in zip(outputs, ({}, kills), strict=True):
+        arguments = [*SMALL, *PIL, "--data", "masks", "--sync-bn", "--output", output.name]
+        arguments += "--batch-size 2 --checkpoint-every 1 --resume auto".split()
+        said = torchrun(faults, json.dumps(happens), *arguments, folder=tmp_path, restarts=1)
+        assert ("resumed after epoch" in said) == bool(happens)
+    assert_same_run(outputs[1], outputs[0])
+    lines = (outputs[0] / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["world_size"] == 2
+    command = [str(outputs[0] / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
+    assert evaluate.main([*command, "--output", str(tmp_path / "one")]) == 0
+    last = read_rows(outputs[0] / "summary.csv")[-1]
+    for row in read_rows(tmp_path / "one" / "accuracy.csv"):
+        for name, figure in (("miou", "iou"), ("pixel", "pixel"), ("mean", "mean")):
+            assert float(row[figure]) == float(last[f"{name}_{row['resolution']}"])
 
 
 def test_data_that_do_not_fit_are_named(
@@ -360,28 +341,6 @@ def test_other_pixels_are_ignored_where_evaluation_says_so(
         with open(output / "per_class.csv", newline="") as file:
             found.append(list(csv.DictReader(file)))
     assert found[0] == found[1]
-
-
-def test_a_map_of_one_pixel_in_a_batch_of_one_image_is_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--arch", "refinenet18", "--resolutions", "64", "32", "--batch-size", "1"]
-    flags += ["--warmup-epochs", "0"]
-    assert start(folder, tmp_path / "run", *flags) == 2
-    error = capsys.readouterr().err
-    assert "in front of network.trunk.layer4.0" in error
-    assert "at resolution 32" in error
-
-
-def test_a_network_without_a_trunk_has_one_rate(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("rsfast.models.parts._TRUNKS", ("encoder",))
-    assert start(folder, tmp_path / "run") == 2
-    assert "mask_helpers:network has none: leave it away" in capsys.readouterr().err
 
 
 def test_scores_are_read_from_batches_of_the_loader(folder: Path) -> None:

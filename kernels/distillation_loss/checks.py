@@ -74,6 +74,11 @@ def _check_labels(
         raise ValueError(
             f"{name} must be {names} [{num_images}], got {labels.dtype} {tuple(labels.shape)}"
         )
+    # Torch compares bytes with a number's last byte: with -100, label 156 would not count.
+    if ignore_index is not None and labels.dtype == torch.uint8 and not 0 <= ignore_index <= 255:
+        raise ValueError(
+            f"ignore_index must be in [0, 256) for uint8 labels, or None, got {ignore_index}"
+        )
     if not _has_values(labels):
         return
     counted = labels if ignore_index is None else labels[labels != ignore_index]

@@ -248,7 +248,8 @@ def distillation_loss(
         share: [N] float32 in [0, 1], weight of the image's own label, the partner's is 1 - share;
             gets no gradient. Its range is checked on a CPU only.
         ignore_index: the label of rows that do not count: no loss and no gradient, and the mean is
-            over the others. Where no row counts, loss and gradients are 0. Not for mixed images.
+            over the others. Where no row counts, loss and gradients are 0. For uint8 labels in
+            [0, 256). Not for mixed images.
         backend: "torch" for the reference, "triton" for the fused kernel.
 
     Returns:

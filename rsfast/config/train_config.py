@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tomli_w
 
-from rsfast.config.rules import check, check_task_settings, cut, is_count, setting
+from rsfast.config.rules import check, check_task_settings, setting
+from rsfast.config.texts import checkpoint_interval, operations_of, profiled_steps
 from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
@@ -21,62 +22,19 @@ from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS, SCHEDULES
 from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.pictures import LEVEL_MODES
+from rsfast.files.task_names import TASKS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
-from rsfast.models.registry import ARCHITECTURES, TASKS, bits_of, check_arch, check_task
+from rsfast.models.registry import ARCHITECTURES, bits_of, check_arch, check_task
 from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 
-__all__ = ["TrainConfig", "checkpoint_interval", "profiled_steps"]
+__all__ = ["TrainConfig"]
 
 # What the help lists: networks that come with rsfast, and forms that check_arch knows.
 _ARCHS = (*ARCHITECTURES, "torchvision/NAME", "timm/NAME", "MODULE:FUNCTION")
 _GAMMA = 0.1  # of the schedule step
-
-
-def profiled_steps(text: str) -> tuple[int, int]:
-    """The A and B of "A:B".
-
-    Raises:
-        ValueError: if the text is something else.
-    """
-    first, colon, last = text.partition(":")
-    if not (colon and is_count(first) and is_count(last) and int(first) < int(last)):
-        raise ValueError(
-            f"profile must look like 100:110, the second above the first, got {cut(text)!r}"
-        )
-    return int(first), int(last)
-
-
-def checkpoint_interval(text: str | None) -> tuple[int, float]:
-    """The steps and seconds of "500" or "10m"; 0 for what it is not.
-
-    Raises:
-        ValueError: if the text is something else.
-    """
-    if text is None:
-        return 0, 0.0
-    number = text.removesuffix("m")
-    if not is_count(number) or int(number) < 1:
-        raise ValueError(
-            f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {cut(text)!r}"
-        )
-    return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
-
-
-def operations_of(text: str | None) -> tuple[int, int] | None:
-    """The N and M of "N:M", operations of RandAugment and their magnitude.
-
-    Raises:
-        ValueError: if the text is something else, or a number out of range.
-    """
-    if text is None:
-        return None
-    number, colon, magnitude = text.partition(":")
-    if not (colon and is_count(number) and is_count(magnitude)):
-        raise ValueError(f"rand_augment must look like 2:9, got {cut(text)!r}")
-    return Augment(rand_augment=(int(number), int(magnitude))).rand_augment
 
 
 def _check_probability(share: float) -> None:

@@ -21,14 +21,13 @@ from rsfast.data.normalizations import NORMALIZATIONS, normalization
 from rsfast.data.opening import BACKENDS, Opening
 from rsfast.data.picking import Picking, check_levels
 from rsfast.data.pil import PillowDecoder
-from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, label_sizes
+from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, border_of, label_sizes
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
+from rsfast.files.task_names import TASKS
 from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
-
-TASKS = ("classification", "segmentation")
 
 
 class Decoder(Protocol):
@@ -268,11 +267,9 @@ def train_loader(
     }
     if _is_segmentation(task):
         index, masks = opening.pairs(ignore_label)
-        red, green, blue = (round(255 * value) for value in normalization(normalize)[0])
+        border = border_of(normalization(normalize)[0])
         common |= {"resolution": max(resolutions), "scale": scale, "ignore_label": ignore_label}
-        plan: TrainPlan = PixelTrainPlan(
-            index=index, masks=masks, border=(red, green, blue), **common
-        )
+        plan: TrainPlan = PixelTrainPlan(index=index, masks=masks, border=border, **common)
     else:
         plan = TrainPlan(index=opening.images(), **common)
     means = decoding(workers, hw_decoder_load, dont_use_mmap)

@@ -207,7 +207,8 @@ def _stored(image: Image.Image, bits: int, colors: np.ndarray | None) -> np.ndar
     if image.mode == "L" and bits in (2, 4):
         labels //= 255 // (2**bits - 1)  # Pillow spreads them over a byte
     if labels.max(initial=0) > 255 or labels.min(initial=0) < 0:
-        raise ValueError(f"must have labels from 0 to 255, has {labels.max()}")
+        odd = labels[(labels < 0) | (labels > 255)][0]
+        raise ValueError(f"must have labels from 0 to 255, has {odd}")
     return labels
 
 

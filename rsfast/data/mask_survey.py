@@ -28,7 +28,7 @@ from rsfast.files.progress import progress
 __all__ = ["CONVERTER", "Survey", "survey_masks"]
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1  # of the cache file, and of what is looked for
+_FORMAT = 2  # of the cache file, and of what is looked for
 _LABELS = 256
 _PNG = b"\x89PNG\r\n\x1a\n"
 _COLOURS = {2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}  # PNG's colour types
@@ -43,12 +43,15 @@ class Survey:
         paths: n paths relative to the folder of the masks.
         sizes: [n, 2] int32 height and width in pixels; 0 where the file cannot be used.
         counts: [n, 256] uint32 pixels of each label.
+        contents: [n] int64 numbers that tell one mask's pixels from another's; 0 where the file
+            cannot be used.
         problems: n reasons why a file cannot be used, whatever the classes are; empty for none.
     """
 
     paths: tuple[str, ...]
     sizes: np.ndarray
     counts: np.ndarray
+    contents: np.ndarray
     problems: tuple[str, ...]
 
 
@@ -57,6 +60,7 @@ class _Found(NamedTuple):
     size: tuple[int, int]
     counts: Sequence[int] | np.ndarray
     problem: str
+    content: int = 0
 
 
 def survey_masks(root: Path, paths: Sequence[str], workers: int = 8) -> Survey:
@@ -89,6 +93,7 @@ def survey_masks(root: Path, paths: Sequence[str], workers: int = 8) -> Survey:
         paths=tuple(paths),
         sizes=np.array([one.size for one in found], dtype=np.int32).reshape(-1, 2),
         counts=_counts(found),
+        contents=_contents(found),
         problems=tuple(one.problem for one in found),
     )
 
@@ -107,10 +112,18 @@ def _look(file: Path, known: _Found | None) -> _Found:
         with Image.open(io.BytesIO(content)) as image:
             counts = image.histogram()
             size = (image.height, image.width)
+            pixels = np.asarray(image)
         check_png_end(io.BytesIO(content))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged content
         return _Found(now, (0, 0), (), f"cannot be decoded: {str(error) or type(error).__name__}")
-    return _Found(now, size, counts, "")
+    return _Found(now, size, counts, "", _content(pixels))
+
+
+def _content(pixels: np.ndarray) -> int:
+    # Of the pixels and not of the file, whose bytes another encoder would have changed.
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(pixels.tobytes())
+    return int.from_bytes(digest.digest()[:8], "big", signed=True)
 
 
 def _form(content: bytes) -> str:
@@ -135,16 +148,16 @@ def _key(root: Path) -> str:
 
 
 def _load(file: Path) -> dict[str, _Found]:
-    arrays = load_arrays(file, "paths", "stats", "sizes", "counts", "problems")
+    arrays = load_arrays(file, "paths", "stats", "sizes", "counts", "problems", "contents")
     if arrays is None:
         return {}
     try:
         paths, problems = unpack(arrays[0]), unpack(arrays[4])
-        columns = (arrays[1].tolist(), arrays[2].tolist(), arrays[3], problems)
+        columns = (arrays[1].tolist(), arrays[2].tolist(), arrays[3], problems, arrays[5].tolist())
         rows = zip(paths, *columns, strict=True)
         return {
-            path: _Found((stat[0], stat[1]), (size[0], size[1]), counts, problem)
-            for path, stat, size, counts, problem in rows
+            path: _Found((stat[0], stat[1]), (size[0], size[1]), counts, problem, content)
+            for path, stat, size, counts, problem, content in rows
         }
     except (ValueError, IndexError, TypeError):
         return {}  # damaged in a way that only its contents show
@@ -159,9 +172,14 @@ def _save(file: Path, paths: Sequence[str], found: Sequence[_Found]) -> None:
             sizes=np.array([one.size for one in found], dtype=np.int32),
             counts=_counts(found),
             problems=pack(one.problem for one in found),
+            contents=_contents(found),
         )
     except OSError as error:  # a read-only home only costs the next start time
         _LOG.warning("survey of the masks not cached: %s", error)
+
+
+def _contents(found: Sequence[_Found]) -> np.ndarray:
+    return np.array([one.content for one in found], dtype=np.int64)
 
 
 def _counts(found: Sequence[_Found]) -> np.ndarray:

@@ -18,10 +18,20 @@ from PIL import Image
 
 from rsfast.data.index import ImageIndex, check_size, exclude_command
 
-__all__ = ["IGNORE_LABEL", "MAX_CLASSES", "decode_mask", "nearest"]
+__all__ = ["IGNORE_LABEL", "MAX_CLASSES", "decode_mask", "digest_of", "nearest"]
 
 IGNORE_LABEL = 255
 MAX_CLASSES = 255  # 255 is never a class
+
+
+def digest_of(images: ImageIndex, masks: ImageIndex | None) -> str:
+    """A name for the images of a split and for the pixels of their masks, which are their labels.
+
+    Args:
+        images: of the split.
+        masks: of the same images in the same order; None where there are no files.
+    """
+    return images.digest if masks is None else f"{images.digest}+{masks.digest}"
 
 
 def decode_mask(images: ImageIndex, masks: ImageIndex, position: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from rsfast.data.folder import index_files
 from rsfast.data.formats import EXTENSIONS
 from rsfast.data.index import ImageIndex, check_command, printable
 from rsfast.data.mask_survey import Survey, survey_masks
-from rsfast.data.masks import IGNORE_LABEL, MAX_CLASSES
+from rsfast.data.masks import IGNORE_LABEL, MAX_CLASSES, digest_of
 from rsfast.data.patterns import is_pattern
 from rsfast.data.splits import existing, masks_folder
 from rsfast.data.turning import turned
@@ -82,6 +82,11 @@ class Pairs:
 
     images: ImageIndex
     masks: ImageIndex
+
+    @property
+    def digest(self) -> str:
+        """A name for the images and for the pixels of their masks."""
+        return digest_of(self.images, self.masks)
 
     def take(self, positions: np.ndarray) -> Pairs:
         """Some of the pairs, with all classes."""
@@ -160,6 +165,7 @@ def open_pairs(
             exif="ignore",
             copies=None,
             place=root,
+            contents=survey.contents[rows],
         ),
     )
 

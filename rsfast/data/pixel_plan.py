@@ -8,20 +8,21 @@ every resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rsfast.data.augment import NOTHING
 from rsfast.data.index import ImageIndex
-from rsfast.data.masks import IGNORE_LABEL, nearest
+from rsfast.data.masks import IGNORE_LABEL, digest_of, nearest
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 
 __all__ = [
     "PixelPlan",
     "PixelTrainPlan",
     "PixelValPlan",
+    "border_of",
     "label_sizes",
     "labels_of",
     "most_labels",
@@ -94,6 +95,11 @@ class PixelTrainPlan(TrainPlan):
                 f"{self.augment}"
             )
 
+    @property
+    def digest(self) -> str:
+        """A name for the images and the pixels of their masks."""
+        return digest_of(self.index, self.masks)
+
     def batch(self, epoch: int, step: int) -> TrainBatch:
         """This rank's part of one step, both counted from 0."""
         whole, own = self._part
@@ -121,6 +127,11 @@ class PixelValPlan(ValPlan):
 
     masks: ImageIndex | None
     crop: str = "none"
+
+    @property
+    def digest(self) -> str:
+        """A name for the images and the pixels of their masks."""
+        return digest_of(self.index, self.masks)
 
 
 PixelPlan = PixelTrainPlan | PixelValPlan
@@ -150,6 +161,12 @@ def labels_of(
             fill=plan.ignore_label,
         )
     return labels.reshape(-1)
+
+
+def border_of(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The bytes nearest to the mean RGB values of a normalisation, which are in [0, 1]."""
+    red, green, blue = (min(255, max(0, round(255 * value))) for value in mean)
+    return red, green, blue
 
 
 def label_sizes(plan: PixelPlan, images: np.ndarray) -> list[tuple[int, int]]:

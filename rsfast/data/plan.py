@@ -153,6 +153,11 @@ class TrainPlan:
             )
 
     @property
+    def digest(self) -> str:
+        """A name for the images and their labels, that of the index."""
+        return self.index.digest
+
+    @property
     def steps(self) -> int:
         """Steps per epoch, the same on all ranks."""
         return math.ceil(len(self.index) / (self.batch_size * self.world_size))
@@ -258,6 +263,11 @@ class ValPlan:
             )
         if self.crop not in VAL_CROPS:
             raise ValueError(f"val crop must be one of {VAL_CROPS}, got {self.crop!r}")
+
+    @property
+    def digest(self) -> str:
+        """A name for the images and their labels, that of the index."""
+        return self.index.digest
 
     @property
     def steps(self) -> int:

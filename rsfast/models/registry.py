@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rsfast.files.task_names import TASKS
 from rsfast.models.lq import FULL_PRECISION, Bits, check_bits
 from rsfast.models.mobilenetv2 import MobileNetV2
 from rsfast.models.refinenet import REFINENETS, refinenet
@@ -20,7 +21,6 @@ __all__ = [
     "ARCHITECTURES",
     "NETWORKS",
     "QUANTISED",
-    "TASKS",
     "Network",
     "bits_of",
     "build",
@@ -76,7 +76,6 @@ NETWORKS: dict[str, Network] = {
 # Quantised networks, and the recipe of each; the authors' checkpoints of them are not read.
 QUANTISED = {name: f"{plain}_w2a32" for name, plain in LQ_RESNETS.items()}
 ARCHITECTURES = (*NETWORKS, *QUANTISED, *REFINENETS)
-TASKS = ("classification", "segmentation")
 _OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rsfast import kernels
+from rsfast.files.task_names import TASKS
 from rsfast.models import lq, registry
 from rsfast.pyramid import Pyramid, SwitchableBatchNorm2d, check_resolutions
 from rsfast.pyramid.content import Content
@@ -248,8 +249,8 @@ def convert(
     Raises:
         ValueError: in one sentence with the module's name, if the network cannot be converted.
     """
-    if task not in registry.TASKS:
-        raise ValueError(f"task must be one of {registry.TASKS}, got {task!r}")
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {TASKS}, got {task!r}")
     return _convert(module, resolutions, bn, backend, task=task)
 
 

@@ -19,7 +19,7 @@ from rsfast.data import Batch, ImageIndex, open_pairs, open_split
 from rsfast.losses import MultiResolutionDistillation, PixelDistillation
 from rsfast.tasks import classification, segmentation
 
-__all__ = ["TASKS", "Accuracy", "RowsOf", "Scores", "Task", "settings_of", "task_of"]
+__all__ = ["Accuracy", "RowsOf", "Scores", "Task", "settings_of", "task_of"]
 
 # Rows of a CSV file, of the n images, the resolutions (or "ensemble") and [rows, n, ...] of them.
 RowsOf = Callable[[ImageIndex, Sequence[int | str], Tensor], Iterable[Mapping[str, Any]]]
@@ -143,7 +143,7 @@ def settings_of(settings: Any, names: Mapping[str, str]) -> dict[str, Any]:
 
 def task_of(model: Any) -> Task:
     """The task of an RSNet, or of the settings of a run: whatever has a `task`."""
-    return TASKS[model.task]
+    return _PARTS[model.task]
 
 
 def _of_images(
@@ -175,7 +175,7 @@ def _same(*names: str) -> dict[str, str]:
 
 
 _OPENING = _same("strict", "tolerate_truncated", "exif")
-TASKS: dict[str, Task] = {
+_PARTS: dict[str, Task] = {  # by the names of rsfast.files.task_names
     "classification": Task(
         builtin={},
         open_images=_open_images,

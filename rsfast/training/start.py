@@ -90,7 +90,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=cfg.graph),
         ema=AveragedModel(model, cfg.ema_decay, cfg.ema_warmup) if cfg.ema_decay else None,
         facts=environment.describe(rank.device) if rank.is_main else {},
-        data_set={"train": loaders[0].plan.index.digest, "val": loaders[1].plan.index.digest},
+        data_set={"train": loaders[0].plan.digest, "val": loaders[1].plan.digest},
         profile=profile,
         origin=origin,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import environment
+from helpers import encoded, environment
 from rsfast.data import open_pairs
 from rsfast.data.__main__ import main
 
@@ -133,11 +133,16 @@ def test_a_list_and_an_end_of_names_choose_masks(source: Path) -> None:
     [
         (Image.new("RGB", (4, 4)), [], "has pixels of mode RGB, must have class numbers; --colors"),
         (Image.new("I;16", (4, 4), 300), [], "must have labels from 0 to 255, has 300"),
+        (
+            encoded(Image.fromarray(np.array([[9, -3, -7]], dtype=np.int32)), "tiff"),
+            [],
+            "must have labels from 0 to 255, has -3",
+        ),
         (Image.new("L", (4, 4), 250), ["--shift=7"], "has label 250, which --shift moves beyond"),
         (Image.new("RGB", (4, 4), (1, 2, 3)), ["--colors", "{colors}"], "has the colour 1 2 3, wh"),
         (b"\x89PNG damaged", [], "cannot be decoded"),
     ],
-    ids=["colours", "large", "shifted", "strange", "damaged"],
+    ids=["colours", "large", "negative", "shifted", "strange", "damaged"],
 )
 def test_a_mask_without_numbers_is_named(
     content: Image.Image | bytes,

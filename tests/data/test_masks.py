@@ -85,3 +85,21 @@ def test_a_mask_that_changes_under_way_is_named(pairs: Path, cache: Path, change
     assert str(raised.value).startswith(said.format(mask=mask))
     if "cannot decode" in said:
         assert f"python -m rsfast.data exclude {pairs} {found.images.path(2)}" in str(raised.value)
+
+
+def test_the_digest_tells_other_pixels_of_a_mask_and_not_how_they_are_stored(
+    pairs: Path, cache: Path
+) -> None:
+    before = open_pairs(pairs, "train")
+    file = Path(before.masks.path(1))
+    labels = np.array(Image.open(file))
+    Image.fromarray(labels).save(file, compress_level=0)
+    assert open_pairs(pairs, "train").digest == before.digest
+    Image.fromarray(labels[::-1]).save(file)  # as many pixels of each label
+    after = open_pairs(pairs, "train")
+    assert after.images.digest == before.images.digest
+    assert after.digest != before.digest
+    others = np.array([0, 2, 3])
+    assert after.take(others).digest == before.take(others).digest != after.digest
+    Image.fromarray(labels).save(file)
+    assert open_pairs(pairs, "train").digest == before.digest

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from helpers import make_pair_folder
 from rsfast.data import Batch, Loader, open_pairs, prefetch, train_loader, val_loader
 from rsfast.data.exclusion import exclude
+from rsfast.data.masks import nearest
 
 RESOLUTIONS = (48, 32, 24)
 PIXELS = sum(r * r for r in RESOLUTIONS)
@@ -179,6 +181,45 @@ def test_a_class_that_is_a_low_number_may_be_ignored(backend: str, tmp_path: Pat
     assert {*labels.unique().tolist()} == {0, 1, 2, 3}
     assert (labels == 3).float().mean() > 0.74
     assert training(root, backend).class_names == ("0", "1", "2", "3")
+
+
+def test_images_of_a_pixel_or_a_row_are_cut_and_resized(backend: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (1, 5), (7, 1), (3, 2), (65, 33)):
+        for split in ("train", "val"):
+            for folder, shape in ((split, (*size, 3)), (f"{split}annot", size)):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                pixels = rng.integers(0, 3, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / f"{size[0]}_{size[1]}.png")
+    loader = training(tmp_path, backend, scale=(0.25, 4.0), num_classes=3)
+    for _ in range(4):
+        for step, batch in enumerate(loader):
+            planned = loader.plan.batch(loader.epoch, step)
+            for n, position in enumerate(batch.indices.tolist()):
+                expected = nearest(
+                    stored_mask(loader, position).numpy(),
+                    tuple(planned.windows[0, n].tolist()),
+                    RESOLUTIONS[0],
+                    flip=bool(planned.flips[0, n]),
+                    fill=255,
+                )
+                assert np.array_equal(batch.labels[n].numpy(), expected)
+    loader = validation(tmp_path, backend, num_classes=3)
+    for batch in loader:
+        for position, mask in zip(batch.indices.tolist(), batch.masks, strict=True):
+            assert torch.equal(mask, stored_mask(loader, position))
+
+
+def test_what_a_mask_says_of_light_and_transparency_changes_no_class(
+    backend: str, pairs: Path
+) -> None:
+    before = list(validation(pairs, backend))
+    about = PngInfo()
+    about.add(b"gAMA", (100_000).to_bytes(4, "big"))
+    for file in (pairs / "valannot").rglob("*.png"):
+        mask = Image.fromarray(np.array(Image.open(file)))
+        mask.save(file, pnginfo=about, transparency=1)
+    assert same(list(validation(pairs, backend)), before)
 
 
 @pytest.mark.parametrize("world_size", [2, 8])

@@ -10,7 +10,7 @@ import pytest
 
 from rsfast.data import open_pairs
 from rsfast.data.augment import Augment
-from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, scaled_windows
+from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, border_of, scaled_windows
 
 SIZES = np.array([[360, 480], [100, 51], [7, 9]], dtype=np.int32)
 
@@ -140,3 +140,8 @@ def test_validation_squashes_whole_images(pair_root: Path) -> None:
     ranks = [dataclasses.replace(one, rank=rank, world_size=2) for rank in (0, 1)]
     seen = [p for rank in ranks for step in range(rank.steps) for p in rank.images(0, step)]
     assert sorted(seen) == list(range(7))
+
+
+def test_the_border_is_made_of_bytes_whatever_the_mean() -> None:
+    assert border_of((0.485, 0.456, 0.406)) == (124, 116, 104)
+    assert border_of((-0.5, 0.2, 1.5)) == (0, 51, 255)

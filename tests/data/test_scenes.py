@@ -11,6 +11,7 @@ from PIL import Image
 from rsfast.data import builtin, open_pairs
 from rsfast.data.builtin import builtin_root
 from rsfast.data.scenes import CLASS_NAMES
+from rsfast.files.task_names import TASKS
 
 pytestmark = pytest.mark.usefixtures("cache")
 SMALL = {"task": "segmentation", "num_train": 24, "num_val": 6}
@@ -64,9 +65,6 @@ def test_a_second_call_does_not_generate_again(root: Path, monkeypatch: pytest.M
 def test_both_tasks_have_a_set_of_their_own(tmp_path: Path) -> None:
     names = {builtin_root(tmp_path, num_train=10, num_val=10, task=task).name for task in TASKS}
     assert len(names) == 2
-
-
-TASKS = ("classification", "segmentation")
 
 
 def test_no_class_is_rare_or_fills_the_images(root: Path) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import triton
 
+import kernel_cases
 import register_table
 from bench.models.instructions import programs_that_fit
 from register_table import all_keys, compile_for_real, find_or_compile, read_table
@@ -121,7 +122,7 @@ def test_a_key_follows_source_types_constants_options_and_gpu(ahead: ModuleType)
         {"types": case.types | {"x_ptr": "*fp16"}},
         {"constants": case.constants | {"C": 7}},
         {"options": case.options | {"num_warps": 2}},
-        {"kernel": ahead.bn_forward._bn_apply_kernel},
+        {"kernel": kernel_cases.bn_forward._bn_apply_kernel},
     ]
     keys = [
         register_table.key_of(other, 90) for other in (case, *(case._replace(**c) for c in changes))
@@ -131,13 +132,13 @@ def test_a_key_follows_source_types_constants_options_and_gpu(ahead: ModuleType)
 
 
 def test_a_key_follows_the_functions_that_a_kernel_calls(
-    ahead: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel = ahead.bn_forward._bn_apply_kernel.fn
+    kernel = kernel_cases.bn_forward._bn_apply_kernel.fn
     source = register_table._source.__wrapped__
     before = source(kernel)
     assert "def\nactivate" in before
     assert "def\n_sigmoid" in before  # which that calls
     assert "the statistics read those last" not in before.replace("\n", " ")  # a comment
-    monkeypatch.setitem(kernel.__globals__, "activate", ahead.bn_tiles.keeps_gradient)
+    monkeypatch.setitem(kernel.__globals__, "activate", kernel_cases.bn_tiles.keeps_gradient)
     assert source(kernel) != before

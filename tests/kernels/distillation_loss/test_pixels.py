@@ -217,6 +217,11 @@ def test_rows_are_counted_without_a_host_that_waits(
         ({"labels": torch.tensor([0, -1, 1])}, "got values from -1 to 1"),
         ({"labels": torch.zeros(3).int()}, r"labels must be int64 or uint8 \[3\], got torch.int32"),
         (
+            {"labels": torch.tensor([0, 156, 1]).byte(), "ignore_index": -100},
+            r"ignore_index must be in \[0, 256\) for uint8 labels, or None, got -100",
+        ),
+        ({"labels": torch.zeros(3).byte(), "ignore_index": 256}, r"for uint8 .*, got 256"),
+        (
             {"partner_labels": torch.zeros(3).long(), "share": torch.ones(3)},
             "ignore_index must be None where images are mixed",
         ),
@@ -228,7 +233,16 @@ def test_rows_are_counted_without_a_host_that_waits(
             r"partner_labels must be int64 \[3\], got torch.uint8",
         ),
     ],
-    ids=["class", "not ignored", "negative", "int32", "mixed", "uint8 partners"],
+    ids=[
+        "class",
+        "not ignored",
+        "negative",
+        "int32",
+        "bytes",
+        "no byte",
+        "mixed",
+        "uint8 partners",
+    ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str, backend: str) -> None:
     logits, labels, alpha = make_inputs((5, 3, 7))
