@@ -182,7 +182,7 @@ def _positive(text: str) -> int:
 
 
 def _data_set(base: TrainConfig) -> dict[str, str]:
-    """Names for the images of both splits, in the words of a run's log.
+    """Names for what is read of both splits, in the words of a run's log.
 
     Raises:
         ValueError: if they cannot be found.
@@ -191,7 +191,7 @@ def _data_set(base: TrainConfig) -> dict[str, str]:
     root = base.data or (builtin_root(**task.builtin) if base.is_builtin else "")
     places = {"train": base.train_data or root, "val": base.val_data or root}
     return {
-        f"{split}_set": task.open_images(base, data, split).digest for split, data in places.items()
+        f"{split}_set": task.digest_of(base, data, split) for split, data in places.items()
     }
 
 

@@ -86,8 +86,8 @@ class Task:
 
     Attributes:
         builtin: arguments of `rsfast.data.builtin.builtin_root` that make its built-in set.
-        open_images: the images of a data set's split as a run sees them, given the settings of the
-            run, the data set and "train" or "val".
+        digest_of: names what is read of a data set's split, as a run's log does, given the settings
+            of the run, the data set and "train" or "val".
         loss: called with the number of resolutions, the distillation mode, `backend`, and the
             settings of `loss_settings`.
         loss_settings: of a run, by the name of the argument.
@@ -100,7 +100,7 @@ class Task:
     """
 
     builtin: Mapping[str, Any]
-    open_images: Callable[[Any, str | Path, str], ImageIndex]
+    digest_of: Callable[[Any, str | Path, str], str]
     loss: Callable[..., Any]
     loss_settings: Mapping[str, str]
     train_settings: Mapping[str, str]
@@ -160,14 +160,14 @@ def _of_pixels(
     )
 
 
-def _open_images(settings: Any, data: str | Path, split: str) -> ImageIndex:
+def _digest_of_images(settings: Any, data: str | Path, split: str) -> str:
     labels = settings.val_list if split == "val" else None
-    return open_split(data, split, labels=labels, **settings_of(settings, _OPENING))
+    return open_split(data, split, labels=labels, **settings_of(settings, _OPENING)).digest
 
 
-def _open_pairs(settings: Any, data: str | Path, split: str) -> ImageIndex:
+def _digest_of_pairs(settings: Any, data: str | Path, split: str) -> str:
     ignored = settings.ignore_label
-    return open_pairs(data, split, ignore_label=ignored, **settings_of(settings, _OPENING)).images
+    return open_pairs(data, split, ignore_label=ignored, **settings_of(settings, _OPENING)).digest
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -178,7 +178,7 @@ _OPENING = _same("strict", "tolerate_truncated", "exif")
 _PARTS: dict[str, Task] = {  # by the names of rsfast.files.task_names
     "classification": Task(
         builtin={},
-        open_images=_open_images,
+        digest_of=_digest_of_images,
         loss=MultiResolutionDistillation,
         loss_settings=_same("label_smoothing", "copies"),
         train_settings=_same("copies", "crop", "flip", "crop_area", "augment"),
@@ -190,7 +190,7 @@ _PARTS: dict[str, Task] = {  # by the names of rsfast.files.task_names
     ),
     "segmentation": Task(
         builtin={"task": "segmentation"},
-        open_images=_open_pairs,
+        digest_of=_digest_of_pairs,
         loss=PixelDistillation,
         loss_settings=_same("label_smoothing", "ignore_label"),
         train_settings=_same("task", "flip", "scale", "ignore_label"),

@@ -138,11 +138,11 @@ def test_counts_of_networks_that_predict_other_classes_are_put_together(tmp_path
     assert np.array_equal(found["first"][..., 0], found["second"][..., 0])
 
 
-def test_images_are_named_as_a_run_names_them(tmp_path: Path) -> None:
+def test_images_and_masks_are_named_as_a_run_names_them(tmp_path: Path) -> None:
     data = make_mask_folder(tmp_path / "masks")
     base = parse_args(["--arch", "refinenet18", "--data", str(data)])
     loader = val_loader(data, (32,), 2, task="segmentation", backend="pil", workers=0)
-    assert _data_set(base)["val_set"] == loader.plan.index.digest
+    assert _data_set(base)["val_set"] == loader.plan.digest
 
 
 @pytest.mark.parametrize(
