@@ -233,8 +233,13 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_network_and_scores_of_one
     assert_same_run(outputs[1], outputs[0])
     lines = (outputs[0] / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["world_size"] == 2
-    command = [str(outputs[0] / "last.pt"), *ARCH, *PIL, "--data", str(tmp_path / "masks")]
-    assert evaluate.main([*command, "--output", str(tmp_path / "one")]) == 0
+    common = [*ARCH, *PIL, "--per-image"]
+    alone = [str(outputs[0] / "last.pt"), *common, "--data", str(tmp_path / "masks")]
+    assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
+    both = ["-m", "rsfast.evaluate", "whole/last.pt", *common, "--data", "masks"]
+    torchrun(*both, "--output", "two", folder=tmp_path)
+    for file in ("accuracy.csv", "per_class.csv", "per_image.csv"):
+        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
     last = read_rows(outputs[0] / "summary.csv")[-1]
     for row in read_rows(tmp_path / "one" / "accuracy.csv"):
         for name, figure in (("miou", "iou"), ("pixel", "pixel"), ("mean", "mean")):
