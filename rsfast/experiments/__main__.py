@@ -190,9 +190,7 @@ def _data_set(base: TrainConfig) -> dict[str, str]:
     task = task_of(base)
     root = base.data or (builtin_root(**task.builtin) if base.is_builtin else "")
     places = {"train": base.train_data or root, "val": base.val_data or root}
-    return {
-        f"{split}_set": task.digest_of(base, data, split) for split, data in places.items()
-    }
+    return {f"{split}_set": task.digest_of(base, data, split) for split, data in places.items()}
 
 
 def _jobs(
