@@ -26,7 +26,13 @@ from rsfast.files.task_names import TASKS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
-from rsfast.models.registry import ARCHITECTURES, bits_of, check_arch, check_task
+from rsfast.models.registry import (
+    ARCHITECTURES,
+    bits_of,
+    check_arch,
+    check_task,
+    check_zero_init,
+)
 from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 
@@ -110,6 +116,10 @@ class TrainConfig:
     """of its activations, 1 to 4, or 32 for full precision, the default"""
     fix_activation_basis: bool = False
     """let the largest resolution alone move the levels of quantised activations"""
+    zero_init_residual: bool | None = None
+    """let the last batch norm of each residual block begin at 0, so that blocks begin as
+    identities, or at 1 (ResNets with activations in full precision); by default at 0 in quantised
+    ones, as the authors' do, and at 1 in others"""
     sync_bn: bool = False
     """batch statistics over all ranks, set by set, instead of each rank's own"""
     label_smoothing: float = setting(0.0, at_least=0, below=1)
@@ -244,6 +254,7 @@ class TrainConfig:
         named = self.data, self.train_data, self.val_data, self.val_list
         check_sources(*named, both_splits=True)
         bits = bits_of(self.arch, self.weight_bits, self.activation_bits)
+        check_zero_init(self.arch, bits, self.zero_init_residual)
         if self.fix_activation_basis and (bits is None or bits.activation == FULL_PRECISION):
             raise ValueError(
                 "fix_activation_basis is of quantised activations, and there are none: add "

@@ -125,8 +125,10 @@ def _rs_net(resolutions: Sequence[int]) -> Training:
 
 def _of_bits(arch: str, weight: int, activation: int) -> tuple[str, dict[str, Any]]:
     """What the paper calls these bits, and the settings of a network with them."""
-    # Any other than 2/2 would refuse the base's.
-    settings: dict[str, Any] = {} if activation == 2 else {"fix_activation_basis": False}
+    # Where the base has what these bits would refuse.
+    settings: dict[str, Any] = (
+        {"zero_init_residual": None} if activation == 2 else {"fix_activation_basis": False}
+    )
     if weight == FULL_PRECISION:
         settings |= {"arch": LQ_RESNETS[arch], "weight_bits": None, "activation_bits": None}
     else:

@@ -313,6 +313,7 @@ def create_model(
     *,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    zero_init_residual: bool | None = None,
     task: str | None = None,
     backend: str = "torch",
 ) -> RSNet:
@@ -331,6 +332,9 @@ def create_model(
         weight_bits: of a quantised network, 1 to 4, by default 2.
         activation_bits: of a quantised network, 1 to 4 (pre-activation blocks), or 32, the default,
             for activations in full precision (post-activation blocks).
+        zero_init_residual: whether gamma of the last batch norm of each residual block begins at 0,
+            so that blocks begin as identities, or at 1, for ResNets and RefineNets with activations
+            in full precision; None, the default, for 0 in quantised ones and 1 in all others.
         task: "classification" or "segmentation"; by default what the architecture is for, and
             "classification" for networks that are not rsfast's.
         backend: see :meth:`RSNet.use_backend`; not part of what a checkpoint holds.
@@ -343,7 +347,7 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     task = registry.check_task(arch, task)
     bits = registry.bits_of(arch, weight_bits, activation_bits)
-    network = registry.build(arch, num_classes, bits)
+    network = registry.build(arch, num_classes, bits, zero_init_residual)
     # Tests say that rsfast's own convert; to try it out takes seconds at the start of a process.
     known = num_classes if arch in registry.ARCHITECTURES else None
     model = _convert(network, resolutions, bn, backend, arch, known, task)

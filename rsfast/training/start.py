@@ -142,6 +142,7 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
         cfg.bn,
         weight_bits=cfg.weight_bits,
         activation_bits=cfg.activation_bits,
+        zero_init_residual=cfg.zero_init_residual,
         task=cfg.task,
         backend=cfg.kernels,
     )

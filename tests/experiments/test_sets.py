@@ -23,6 +23,8 @@ from rsfast.models.registry import check_task
 
 PAPERS = (224, 192, 160, 128, 96)
 LQ = "resnet18_lq"
+# What networks with activations of so many bits refuse: its name, and what all rows have instead.
+REFUSED = {32: ("fix_activation_basis", False), 2: ("zero_init_residual", None)}
 
 
 def settings_of(which: ExperimentSet, training: str) -> dict[str, object]:
@@ -90,9 +92,8 @@ def test_table_3_is_table_2_with_the_bits_of_its_rows(arch: str) -> None:
         for name in ("rs_net", "inet_96"):
             found = settings_of(which, f"{name}_w2a{bits}")
             expected = {"arch": arch, "weight_bits": 2, "activation_bits": bits}
-            assert found.pop("fix_activation_basis", "the base's") == (
-                False if bits == 32 else "the base's"
-            )
+            refused, instead = REFUSED[bits]
+            assert found.pop(refused, "the base's") == instead
             assert found == {**settings_of(plain, name), **expected}
     pairs = [(pair.ours, pair.theirs) for pair in which.comparisons]
     assert pairs == [("2/32 RS-Net", "2/32 I-Nets"), ("2/2 RS-Net", "2/2 I-Nets")]
@@ -110,13 +111,17 @@ def test_the_ladder_of_bits_goes_from_full_precision_down_and_shares_table_3s_tr
     assert pairs >= {("32/32 I-Nets", "2/32 I-Nets"), ("32/32 RS-Net", "32/32 I-Nets")}
 
 
-def test_only_activations_of_2_bits_take_the_base_s_choice_of_who_moves_their_basis() -> None:
-    base = TrainConfig(arch=LQ, activation_bits=2, fix_activation_basis=True)
+def test_each_row_of_bits_takes_of_the_base_s_choices_those_that_its_networks_have() -> None:
+    fixed = TrainConfig(arch=LQ, activation_bits=2, fix_activation_basis=True)
+    begun = TrainConfig(arch=LQ, zero_init_residual=False)
     which = make_set("bits", (64, 48), LQ)
     output = resources.files("rsfast")
     for training in which.trainings:
-        cfg = Job.of(base, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
-        assert cfg.fix_activation_basis == training.name.endswith("_w2a2")
+        narrow = training.name.endswith("_w2a2")
+        cfg = Job.of(fixed, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
+        assert cfg.fix_activation_basis == narrow
+        cfg = Job.of(begun, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
+        assert cfg.zero_init_residual is (None if narrow else False)
 
 
 @pytest.mark.parametrize("name", ["table2", "table3", "fig5"])
