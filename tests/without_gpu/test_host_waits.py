@@ -99,7 +99,8 @@ def test_steps_of_segmentation_make_no_host_wait(
 
 def test_scores_of_segmentation_make_no_host_wait() -> None:
     scores = Scores(2, 3, 255, torch.device("cpu"), torch.tensor([0.5, 0.5]))
-    batch = types.SimpleNamespace(masks=(torch.zeros(5, 4).byte(), torch.ones(3, 6).byte()))
+    masks = torch.zeros(5, 4).byte(), torch.ones(3, 6).byte()
+    batch = types.SimpleNamespace(masks=masks, indices=(4, 2))  # those of a Batch are on the CPU
     with HostWaits() as watch:
         scores.add([torch.zeros(2, 3, size, size) for size in (4, 2)], batch)
     assert "aten.scatter_add_.default" in watch.seen
