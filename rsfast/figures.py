@@ -69,8 +69,8 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
             right.plot(_ends(row, "seeds"), [y, y], color=color, linewidth=2.5, alpha=0.5)
         right.plot([float(row["mean"])], [y], "o", color=color, markersize=4)
     for point in points:
-        label = point if point == "mean" else f"{point} px"
-        right.plot([], [], "o", color=colors[point], label=label)
+        name = point if point == "mean" else f"{point} px"
+        right.plot([], [], "o", color=colors[point], label=name)
     right.axvline(0.0, color="0.4", linewidth=1)
     reach = max(1.0, *(abs(end) for row in comparisons for end in _ends(row, "images")))
     right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider

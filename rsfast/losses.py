@@ -104,7 +104,14 @@ class MultiResolutionDistillation(nn.Module):
             mix: for mixed images (Mixup, CutMix), as in `Batch.mix`: [N] int64 classes of their
                 partners and [N] float32 weights of their own labels in [0, 1]. Both cross entropies
                 then have the two labels in this proportion, smoothed as one is.
+
+        Raises:
+            ValueError: naming the argument that the loss is not defined for.
         """
+        if hasattr(logits, "levels"):
+            raise ValueError(
+                "logits must be [L, N, K], got a Pyramid of maps, whose loss is PixelDistillation"
+            )
         partner_labels, share = mix or (None, None)
         return self._terms(logits, labels, partner_labels=partner_labels, share=share)
 

@@ -105,6 +105,12 @@ def test_bad_settings_are_named(arguments: dict, message: str) -> None:
         MultiResolutionDistillation(**arguments)
 
 
+def test_maps_are_refused_by_the_loss_of_images_which_names_that_of_pixels() -> None:
+    maps = Pyramid.pack([torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)])
+    with pytest.raises(ValueError, match="a Pyramid of maps, whose loss is PixelDistillation"):
+        MultiResolutionDistillation(2)(maps, torch.zeros(2, dtype=torch.int64))  # type: ignore[arg-type]
+
+
 def test_copies_of_a_resolution_share_its_weight_in_the_ensemble() -> None:
     loss = MultiResolutionDistillation(2, copies=3)
     assert loss.alpha.shape == (6,)

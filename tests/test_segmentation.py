@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,6 +245,17 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_network_and_scores_of_one
     for row in read_rows(tmp_path / "one" / "accuracy.csv"):
         for name, figure in (("miou", "iou"), ("pixel", "pixel"), ("mean", "mean")):
             assert float(row[figure]) == float(last[f"{name}_{row['resolution']}"])
+
+
+def test_the_documented_loop_trains_and_scores(folder: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "segmentation.md").read_text()
+    code = text.split("## From Python")[1].split("```python")[1].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(
+        code.replace("/data/street", str(folder)).replace("num_classes=11", "num_classes=3"), found
+    )
+    assert [len(figures) for figures in found["accuracy"].levels] == [3, 3]
+    assert found["accuracy"].num_images == 5
 
 
 def test_data_that_do_not_fit_are_named(

@@ -35,8 +35,10 @@ def start(folder: Path, output: Path, *flags: str) -> int:
         (["--flip", "independent"], "flip must be shared or none for segmentation"),
         (
             ["--scale", "2", "1"],
-            r"scale must be a range above 0, such as 0.5 2.0, got \(2.0, 1.0\)",
+            r"scale must be a range within 0.1 to 10, such as 0.5 2.0, got \(2.0, 1.0\)",
         ),
+        (["--scale", "0.01", "1"], "scale must be a range within 0.1 to 10"),
+        (["--decoder-lr", "0"], "decoder_lr must be above 0, got 0.0: --freeze keeps parts"),
         (["--ignore-label", "256"], r"ignore_label must be in \[0, 256\), got 256"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -50,6 +52,16 @@ def test_settings_that_mean_nothing_are_refused(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_a_network_of_other_classes_than_the_data_s_is_refused_before_a_step(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(folder, tmp_path / "run", "--arch", "mask_helpers:five_classes") == 2
+    assert (
+        "arch mask_helpers:five_classes must make a network with as many outputs as there are "
+        "classes, 3, got one with 5"
+    ) in capsys.readouterr().err
 
 
 def test_a_network_of_another_task_is_refused(

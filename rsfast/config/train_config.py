@@ -53,8 +53,15 @@ def _check_milestones(epochs: tuple[int, ...]) -> None:
 
 
 def _check_scale(scale: tuple[float, ...]) -> None:
-    if len(scale) != 2 or not 0.0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale must be a range above 0, such as 0.5 2.0, got {scale}")
+    if len(scale) != 2 or not 0.1 <= scale[0] <= scale[1] <= 10.0:
+        raise ValueError(f"scale must be a range within 0.1 to 10, such as 0.5 2.0, got {scale}")
+
+
+def _check_factor(factor: float) -> None:
+    if not factor > 0.0:
+        raise ValueError(
+            f"decoder_lr must be above 0, got {factor}: --freeze keeps parts as they are"
+        )
 
 
 def _check_area(area: tuple[float, ...]) -> None:
@@ -180,7 +187,7 @@ class TrainConfig:
     """epochs after which the schedule step multiplies the rate by gamma, ascending"""
     gamma: float = setting(_GAMMA, at_least=0, below=1)
     """factor of the rate at each of the milestones"""
-    decoder_lr: float = setting(1.0, at_least=0, only="segmentation")
+    decoder_lr: float = setting(1.0, check=_check_factor, only="segmentation")
     """factor of lr for what is not of the network's trunk or backbone (segmentation)"""
     scale_lr: bool = setting(False, only="classification")
     """multiply lr by (images per step over all ranks) / 256; goes with warmup_epochs"""
@@ -265,7 +272,7 @@ class TrainConfig:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
-                f"got {self.warmup_epochs}"
+                f"got {self.warmup_epochs}: --warmup-epochs takes others"
             )
         self._check_schedule()
         if self.calibrate_first and self.pretrained is None:

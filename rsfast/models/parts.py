@@ -29,7 +29,7 @@ _ALL_BUT = "all-but-"
 _FEW = 3  # modules, as the features and the classifier of a MobileNet
 PARTS = {
     "classifier": "the last linear layer or convolution with an output for each class",
-    "backbone": "all but the classifier",
+    "backbone": "all but the classifier; in segmentation the trunk, if the network has one",
     "stem": "all parameters in front of the second convolution",
     "batch-norms": "gamma and beta of all batch norms",
 }
@@ -69,7 +69,7 @@ def decoder_of(model: RSNet) -> set[int]:
 
 def parts_of(model: RSNet) -> list[str]:
     """The parts that a network has, without those within others."""
-    return [*PARTS, *_top_level(model.network), f"{_ALL_BUT}PART"]
+    return list(dict.fromkeys([*PARTS, *_top_level(model.network), f"{_ALL_BUT}PART"]))
 
 
 def frozen_by(model: RSNet, parts: Sequence[str]) -> set[str]:
@@ -120,6 +120,9 @@ def _named(model: RSNet, part: str) -> set[str]:
     if part.startswith(_ALL_BUT):
         return _all(model) - _named(model, part.removeprefix(_ALL_BUT))
     network: Any = model.network
+    trunk = trunk_of(network) if model.task == "segmentation" else None
+    if part == "backbone" and trunk is not None:
+        return _below(model, trunk)
     if part == "backbone":
         return _all(model) - _named(model, "classifier")
     if part == "classifier":

@@ -351,5 +351,10 @@ def create_model(
     # Tests say that rsfast's own convert; to try it out takes seconds at the start of a process.
     known = num_classes if arch in registry.ARCHITECTURES else None
     model = _convert(network, resolutions, bn, backend, arch, known, task)
+    if model.num_classes != num_classes:
+        raise ValueError(
+            f"arch {arch} must make a network with as many outputs as there are classes, "
+            f"{num_classes}, got one with {model.num_classes}"
+        )
     model.bits = bits
     return model
