@@ -145,6 +145,8 @@ def test_evaluation_scores_trained_and_other_resolutions_at_the_images_sizes(
 ) -> None:
     command = [str(whole / "model_best.pt"), *ARCH, *PIL, "--data", str(folder)]
     command += ["--resolutions", "40", "--predictions", "2", "--per-image"]
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "002_of_an_earlier_evaluation.png").touch()
     assert evaluate.main([*command, "--output", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "accuracy.csv")
     assert [row["resolution"] for row in rows] == ["48", "40", "32", "ensemble"]
@@ -234,6 +236,8 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_network_and_scores_of_one
     assert_same_run(outputs[1], outputs[0])
     lines = (outputs[0] / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["world_size"] == 2
+    one, other = (state["rng"] for state in load_dict(outputs[0] / "last.pt")["ranks"])
+    assert not torch.equal(one, other), "ranks drop the same units"
     common = [*ARCH, *PIL, "--per-image"]
     alone = [str(outputs[0] / "last.pt"), *common, "--data", str(tmp_path / "masks")]
     assert evaluate.main([*alone, "--output", str(tmp_path / "one")]) == 0
@@ -245,6 +249,16 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_network_and_scores_of_one
     for row in read_rows(tmp_path / "one" / "accuracy.csv"):
         for name, figure in (("miou", "iou"), ("pixel", "pixel"), ("mean", "mean")):
             assert float(row[figure]) == float(last[f"{name}_{row['resolution']}"])
+
+
+@pytest.mark.slow
+def test_the_built_in_set_is_learnt_at_every_size(tmp_path: Path) -> None:
+    flags = "--arch refinenet18 --epochs 2 --workers 1".split()
+    assert train.main([*flags, "--output", str(tmp_path / "run")]) == 0
+    last = read_rows(tmp_path / "run" / "summary.csv")[-1]
+    constant = 11.1  # bench/results/2026-12-01_segmentation_cpu/builtin/floors.csv
+    for resolution in ("96", "72", "48", "ensemble"):
+        assert float(last[f"miou_{resolution}"]) > 2 * constant
 
 
 def test_the_documented_loop_trains_and_scores(folder: Path) -> None:

@@ -35,7 +35,7 @@ def start(folder: Path, output: Path, *flags: str) -> int:
         (["--flip", "independent"], "flip must be shared or none for segmentation"),
         (
             ["--scale", "2", "1"],
-            r"scale must be a range within 0.1 to 10, such as 0.5 2.0, got \(2.0, 1.0\)",
+            r"scale must be a range within 0.1 to 10.0, such as 0.5 2.0, got \(2.0, 1.0\)",
         ),
         (["--scale", "0.01", "1"], "scale must be a range within 0.1 to 10"),
         (["--decoder-lr", "0"], "decoder_lr must be above 0, got 0.0: --freeze keeps parts"),

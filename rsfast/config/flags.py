@@ -26,7 +26,7 @@ DECODING = ("workers", "hw_decoder_load", "dont_use_mmap", "tolerate_truncated")
 # Flags that mean nothing for a task.
 _OF_OTHERS = {
     "classification": ("ignore_label", "predictions"),
-    "segmentation": ("val_crop", "train_data", "val_data", "val_list", "feature_images"),
+    "segmentation": ("val_crop", "levels", "train_data", "val_data", "val_list", "feature_images"),
 }
 WEIGHTS = ("averaged", "plain")  # of a run with --ema-decay
 

@@ -16,6 +16,7 @@ from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.patterns import check_archives
 from rsfast.data.picking import check_levels
+from rsfast.data.pixel_plan import check_scale
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
@@ -50,11 +51,6 @@ def _check_probability(share: float) -> None:
 def _check_milestones(epochs: tuple[int, ...]) -> None:
     if list(epochs) != sorted({*epochs}) or any(epoch < 1 for epoch in epochs):
         raise ValueError(f"milestones must be epochs from 1, strictly ascending, got {epochs}")
-
-
-def _check_scale(scale: tuple[float, ...]) -> None:
-    if len(scale) != 2 or not 0.1 <= scale[0] <= scale[1] <= 10.0:
-        raise ValueError(f"scale must be a range within 0.1 to 10, such as 0.5 2.0, got {scale}")
 
 
 def _check_factor(factor: float) -> None:
@@ -161,7 +157,7 @@ class TrainConfig:
     lighting: float = setting(0.0, at_least=0, only="classification")
     """standard deviation of AlexNet's colour noise, one draw for all resolutions; the authors'
     quantised program has 0.1"""
-    scale: tuple[float, float] = setting((0.5, 2.0), check=_check_scale, only="segmentation")
+    scale: tuple[float, float] = setting((0.5, 2.0), check=check_scale, only="segmentation")
     """range of the scale of a training image (segmentation): at 2 the window is half as wide and
     high as the image, at 0.5 twice, with what is beyond the image left out of the loss"""
     ignore_label: int = setting(255, at_least=0, below=256, only="segmentation")

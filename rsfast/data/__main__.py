@@ -93,7 +93,7 @@ def _add_masks(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="give a label another number, before any shift; may come again",
+        help="give a stored label another number, which is not shifted; may come again",
     )
     add("--colors", metavar="FILE", help='a line "red green blue name" for each class from 0')
     add("--list", metavar="FILE", help="convert only masks whose stems are in this file")

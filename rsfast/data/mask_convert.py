@@ -58,7 +58,7 @@ def convert_masks(
         source: folder of masks.
         target: folder that they are written to; those of the same names are replaced.
         shift: is added to each label but 255; labels that fall below 0 become 255.
-        mapping: new labels, from 0 to 255, by labels as they are stored; it goes before `shift`.
+        mapping: new labels, from 0 to 255, by labels as they are stored; they are not shifted.
         colors: file with a line `red green blue`, and perhaps a name, for each class from 0.
         listed: file with the stem of a mask in each line; others are passed over.
         stem: end of the stems to convert, and what takes its place; others are passed over.

@@ -23,6 +23,7 @@ __all__ = [
     "PixelTrainPlan",
     "PixelValPlan",
     "border_of",
+    "check_scale",
     "label_sizes",
     "labels_of",
     "most_labels",
@@ -30,7 +31,20 @@ __all__ = [
 ]
 
 _FLIP_MODES = ("shared", "none")
+_SMALLEST, _LARGEST = 0.1, 10.0  # scales; the border of a small one is held with its image
 _DRAWS = 4  # random numbers per image: scale, top, left, flip
+
+
+def check_scale(scale: tuple[float, ...]) -> None:
+    """Refuses what is no range, and windows that would not fit into memory.
+
+    Raises:
+        ValueError: naming the range and the value.
+    """
+    if len(scale) != 2 or not _SMALLEST <= scale[0] <= scale[1] <= _LARGEST:
+        raise ValueError(
+            f"scale must be a range within {_SMALLEST} to {_LARGEST}, such as 0.5 2.0, got {scale}"
+        )
 
 
 def scaled_windows(draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -74,8 +88,7 @@ class PixelTrainPlan(TrainPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ValueError(f"scale must be a range of numbers above 0, got {self.scale}")
+        check_scale(self.scale)
         for name, value, allowed in (
             ("crop", self.crop, ("single",)),
             ("flip", self.flip, _FLIP_MODES),

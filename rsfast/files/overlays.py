@@ -20,6 +20,8 @@ _PANEL_INCHES = 2.6  # width of one picture
 _OPACITY = 0.6  # of a class's colour over the image
 _NOT_COUNTED = (64, 64, 64)
 _MOST_NAMED = 18  # classes of a legend, those with the most pixels
+_LONGEST_NAME = 30  # characters of a legend
+_ENTRY_INCHES, _CHARACTER_INCHES = 0.5, 0.065  # of a legend, at 8 pt
 _TURN = 0.618034  # of the circle of hues, from class to class
 
 
@@ -65,7 +67,9 @@ def draw_overlays(
     entries = _legend([mask[counted], *predictions.values()], colours, class_names)
     if not counted.all():
         entries.append(_entry(_NOT_COUNTED, "not counted"))
-    columns = max(1, min(len(entries), 2 * len(panels)))
+    longest = max(len(str(entry.get_label())) for entry in entries) if entries else 0
+    widest = _ENTRY_INCHES + _CHARACTER_INCHES * longest
+    columns = max(1, min(len(entries), int(_PANEL_INCHES * len(panels) / widest)))
     lines = -(-len(entries) // columns)
     height = _PANEL_INCHES * min(2.0, max(0.4, image.shape[0] / image.shape[1]))
     size = (_PANEL_INCHES * len(panels), height + 0.4 + 0.25 * lines)
@@ -101,4 +105,6 @@ def _legend(
 
 def _entry(colour: Sequence[int], label: str) -> Patch:
     red, green, blue = (value / 255 for value in colour)
-    return Patch(color=(red, green, blue), label=label)
+    shown = label if len(label) <= _LONGEST_NAME else f"{label[: _LONGEST_NAME - 3]}..."
+    # A dollar would begin a formula.
+    return Patch(color=(red, green, blue), label=shown.replace("$", r"\$"))

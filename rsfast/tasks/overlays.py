@@ -35,7 +35,7 @@ def write_predictions(
         ensemble_weights: [R] shares of the resolutions.
         loader: of the images to draw, at the trained resolutions.
         dtype: of autocast; None for float32.
-        folder: to write NNN_<name of the image>.png to; made if absent.
+        folder: to write NNN_<name of the image>.png to; made if absent, and emptied of such.
 
     Returns:
         The pictures.
@@ -44,6 +44,8 @@ def write_predictions(
         OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("[0-9][0-9][0-9]_*.png"):
+        earlier.unlink()
     device = ensemble_weights.device
     names = [*(f"{r} px" for r in model.resolutions), "ensemble"]
     written: list[Path] = []

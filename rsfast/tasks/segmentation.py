@@ -247,7 +247,8 @@ def predicted_classes(
     """The class of each pixel of one image, of each level and of their ensemble.
 
     The logits are resized some classes at a time: 150 classes of a photograph of 12 megapixels
-    would take 7 GB for each level. Of equal logits the lower class is taken, as argmax has it.
+    would take 7 GB for each level. Of equal logits the lower class is taken, and NaN before all
+    others, as argmax has it.
 
     Args:
         levels: R maps [K, h, w].
@@ -270,7 +271,7 @@ def predicted_classes(
         if best is None or found is None:
             best, found = values, classes
         else:
-            better = values > best
+            better = (values > best) | (values.isnan() & ~best.isnan())
             best = torch.where(better, values, best)
             found = torch.where(better, classes + first, found)
     assert found is not None

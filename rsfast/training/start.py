@@ -146,6 +146,8 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
         task=cfg.task,
         backend=cfg.kernels,
     )
+    if rank.index:  # all ranks drew the same weights; each drops units of its own
+        torch.manual_seed(cfg.seed + rank.index)
     model.to(rank.device)
     model.fix_activation_basis(cfg.fix_activation_basis)
     model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)

@@ -116,9 +116,9 @@ def test_seed_epoch_and_step_change_the_windows(pair_root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"scale": (0.0, 1.0)}, r"^scale must be a range of numbers above 0, got \(0.0, 1.0\)$"),
-        ({"scale": (2.0, 1.0)}, r"^scale must be a range of numbers above 0, got \(2.0, 1.0\)$"),
-        ({"scale": (0.5, np.inf)}, r"^scale must be a range of numbers above 0, got "),
+        ({"scale": (0.01, 1.0)}, r"^scale must be a range within 0.1 to 10.0, .* \(0.01, 1.0\)$"),
+        ({"scale": (2.0, 1.0)}, r"^scale must be a range within 0.1 to 10.0, .* \(2.0, 1.0\)$"),
+        ({"scale": (0.5, np.inf)}, r"^scale must be a range within 0.1 to 10.0, .* \(0.5, inf\)$"),
         ({"crop": "multi"}, r"^crop must be one of \('single',\) for segmentation, .*got 'multi'$"),
         ({"flip": "independent"}, r"^flip must be one of \('shared', 'none'\) for segmentation"),
         ({"augment": Augment(mixup=0.2)}, r"^augment must change nothing for segmentation"),
