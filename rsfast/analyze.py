@@ -2,11 +2,12 @@
 
 Each question of the paper gets a CSV file and a picture of it in one folder:
 
-- shares.csv (Table 1): images wrong at one resolution and right at another
+- shares.csv (Table 1): images, or pixels of a segmentation, wrong at one resolution and right at
+  another
 - alpha.csv: shares of the resolutions in the ensemble, epoch by epoch
 - batch_norm.csv (Figure 6): batch-norm parameters by layer and resolution
-- features.csv (Figure 3): distribution of the pooled features, images prepared as in training and
-  as in testing
+- features.csv (Figure 3; classification only): distribution of the pooled features, images prepared
+  as in training and as in testing
 - dense.csv (Figures 1 and 4): accuracy and multiply-adds at many resolutions
 """
 
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from rsfast import figures
-from rsfast.config.flags import add_common_flags, common_settings, parse_resolutions, refuse_unknown
+from rsfast.config.flags import (
+    add_common_flags,
+    common_settings,
+    parse_resolutions,
+    refuse_flags_of_others,
+    refuse_unknown,
+)
 from rsfast.data import Batch, Loader, train_loader, val_loader
 from rsfast.data.builtin import builtin_root
 from rsfast.data.sources import check_sources
-from rsfast.evaluate import Evaluation, Settings, evaluate
 from rsfast.files.folders import make_writable
 from rsfast.files.tables import read_rows, write_rows
 from rsfast.files.unpickle import load_dict
@@ -38,7 +45,10 @@ from rsfast.kernels import choose_backend
 from rsfast.models import RSNet
 from rsfast.models.deploy import pooled_features as features_of
 from rsfast.runtime import distributed
+from rsfast.tasks import task_of
 from rsfast.training import checkpoint
+from rsfast.training.evaluation import Evaluation
+from rsfast.training.scoring import Settings, evaluate
 
 __all__ = [
     "alpha_over_epochs",
@@ -47,10 +57,12 @@ __all__ = [
     "feature_histogram",
     "main",
     "pooled_features",
+    "share_rows",
     "wrong_and_right",
 ]
 
 _BINS = 60
+_FEATURE_IMAGES = 1000
 _QUANTILE = 0.999  # of the features; a few larger ones would squeeze the histogram
 
 
@@ -61,15 +73,23 @@ def wrong_and_right(hits: Mapping[int, NDArray[np.bool_]], method: str) -> list[
         hits: of each resolution, which images were right; [n], or [S, n] of S seeds.
         method: what the rows are of.
     """
+    right = np.stack(list(hits.values())).reshape(len(hits), -1)
+    shares = [100.0 * (~row & right).mean(axis=1) for row in right]
+    return share_rows(torch.from_numpy(np.stack(shares)), list(hits), method)
+
+
+def share_rows(shares: Tensor, resolutions: Sequence[int], method: str) -> list[dict[str, Any]]:
+    """Rows of Table 1.
+
+    Args:
+        shares: [R, R] percentages that are wrong at one resolution (row) and right at another.
+        resolutions: in pixels.
+        method: what the rows are of.
+    """
     return [
-        {
-            "method": method,
-            "wrong_at": wrong,
-            "right_at": right,
-            "share": 100.0 * float(np.mean(~hits[wrong] & hits[right])),
-        }
-        for wrong in hits
-        for right in hits
+        {"method": method, "wrong_at": wrong, "right_at": right, "share": share}
+        for wrong, row in zip(resolutions, shares.tolist(), strict=True)
+        for right, share in zip(resolutions, row, strict=True)
         if wrong != right
     ]
 
@@ -183,7 +203,7 @@ def _features(
 def _dense_rows(found: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     """Rows of every resolution, by where batch norm between the trained ones comes from."""
     return [
-        {"between": between, **dataclasses.asdict(row)}
+        {"between": between, **row.columns()}
         for between, evaluation in found.items()
         for row in evaluation.rows
         if row.resolution != "ensemble"
@@ -214,19 +234,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _analyze(args: argparse.Namespace) -> None:
-    if args.feature_images < 1:
-        raise ValueError(f"feature_images must be at least 1, got {args.feature_images}")
+    feature_images = _FEATURE_IMAGES if args.feature_images is None else args.feature_images
+    if feature_images < 1:
+        raise ValueError(f"feature_images must be at least 1, got {feature_images}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("an analysis runs in one process: start it without torchrun")
     path: Path = args.run / "last.pt" if args.run.is_dir() else args.run
     folder: Path = args.output or path.parent / "analysis"
     rank = distributed.join(args.device)
     model, alpha = checkpoint.load_model(path, arch=args.arch, weights=args.weights)
+    refuse_flags_of_others(args, model.task)
     model.to(rank.device).use_backend(choose_backend(args.kernels, rank.device))
     training = _training_settings(path)
     wanted = [r for text in args.resolutions for r in parse_resolutions(text)]
     settings = Settings(
-        data=_data(args, training),
+        data=_data(args, training, task_of(model).builtin),
         resolutions=tuple(wanted or dense_resolutions(model.resolutions)),
         between="interpolate",
         val_crop=model.val_crop,
@@ -245,31 +267,35 @@ def _analyze(args: argparse.Namespace) -> None:
     write_rows(folder / "dense.csv", _dense_rows(found))
     write_rows(folder / "batch_norm.csv", batch_norm_means(model))
     if len(model.resolutions) > 1:
-        own = found["interpolate"]
-        hits = {
-            int(row.resolution): (places == 1).cpu().numpy()
-            for row, places in zip(own.rows, own.places, strict=True)
-            if row.trained and row.resolution != "ensemble"
-        }
-        write_rows(folder / "shares.csv", wrong_and_right(hits, str(model.arch)))
+        shares = share_rows(found["interpolate"].shares, model.resolutions, str(model.arch))
+        write_rows(folder / "shares.csv", shares)
         if (path.parent / "summary.csv").exists():
             write_rows(folder / "alpha.csv", alpha_over_epochs(path.parent / "summary.csv"))
-    if not training:
+    if model.task != "classification":
+        print(
+            f"features are what a classifier sees, and {path} is of {model.task}: no features.csv"
+        )
+    elif not training:
         print(f"{path} does not say how images were prepared in training: no features.csv")
     elif not any(isinstance(module, nn.Linear) for module in model.modules()):
         print(f"{model.arch} has no linear layer to look in front of: no features.csv")
     else:
-        rows = _features(model, training, settings, args.feature_images, rank.device)
+        rows = _features(model, training, settings, feature_images, rank.device)
         write_rows(folder / "features.csv", rows)
     figures.draw(folder)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
-def _data(args: argparse.Namespace, training: Mapping[str, Any]) -> str | None:
+def _data(
+    args: argparse.Namespace,
+    training: Mapping[str, Any],
+    builtin: Mapping[str, Any] = types.MappingProxyType({}),
+) -> str | None:
     """The folder of the images; fills in the flags about others from the run's settings.
 
     A folder stands for all images, another flag for those that it names, and the rest are the
-    run's. The built-in set is taken where the run was trained on it, or nothing is named at all.
+    run's. The built-in set, that of these arguments, is taken where the run was trained on it, or
+    nothing is named at all.
     """
     was_given = any((args.data, args.train_data, args.val_data, args.val_list))
     if args.data is None:
@@ -283,7 +309,7 @@ def _data(args: argparse.Namespace, training: Mapping[str, Any]) -> str | None:
     has_own = any(training.get(name) for name in ("data", "train_data", "val_data"))
     is_whole = args.data or (args.train_data and args.val_data)
     if not any(named) or (training and not (has_own or is_whole or args.val_list)):
-        args.data = str(builtin_root())
+        args.data = str(builtin_root(**builtin))
     check_sources(args.data, *named[1:], both_splits=bool(training))
     return args.data
 
@@ -311,7 +337,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="R",
         help="of dense.csv: 176, or 64:448:16; by default about twenty around the trained ones",
     )
-    add("--feature-images", type=int, default=1000, help="training images (default 1000)")
+    add("--feature-images", type=int, help=f"training images (default {_FEATURE_IMAGES})")
     add_common_flags(parser)
     add("--output", type=Path, help="folder; RUN/analysis by default")
     args, unknown = parser.parse_known_args(argv)

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from rsfast.deploy.table import pareto
-from rsfast.files.plots import accuracy_against_multiply_adds, new_figure, write
+from rsfast.files.plots import accuracy_against_multiply_adds, main_figure, new_figure, write
 from rsfast.files.tables import read_rows
 
 __all__ = ["draw", "main"]
@@ -36,12 +36,13 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _results(path: Path, results: Rows, comparisons: Rows) -> None:
-    """Left: top-1 of every method against resolution; right: differences with their intervals."""
+    """Left: figures of every method against resolution; right: differences with intervals."""
+    name, label = main_figure(results[0])
     pairs = list(dict.fromkeys(_pair(row) for row in comparisons))
     figure, (left, right) = new_figure(2, (12.0, max(5.0, 0.55 * len(pairs))))
     for number, (method, part) in enumerate(_grouped(results, "method").items()):
         found = {
-            int(resolution): [float(row["top1"]) for row in rows]
+            int(resolution): [float(row[name]) for row in rows]
             for resolution, rows in _grouped(part, "resolution").items()
         }
         means = [statistics.mean(values) for values in found.values()]
@@ -49,7 +50,7 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
         left.errorbar(list(found), means, spreads, label=method, capsize=2, **_style(number))
     left.set_xlabel("tested resolution (px)")
     left.set_xticks(sorted({int(row["resolution"]) for row in results}))
-    left.set_ylabel("top-1 (%), mean and standard deviation")
+    left.set_ylabel(f"{label} (%), mean and standard deviation")
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside lower left",
@@ -68,14 +69,14 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
             right.plot(_ends(row, "seeds"), [y, y], color=color, linewidth=2.5, alpha=0.5)
         right.plot([float(row["mean"])], [y], "o", color=color, markersize=4)
     for point in points:
-        label = point if point == "mean" else f"{point} px"
-        right.plot([], [], "o", color=colors[point], label=label)
+        name = point if point == "mean" else f"{point} px"
+        right.plot([], [], "o", color=colors[point], label=name)
     right.axvline(0.0, color="0.4", linewidth=1)
     reach = max(1.0, *(abs(end) for row in comparisons for end in _ends(row, "images")))
     right.set_xlim(-1.6 * reach, 1.6 * reach)  # intervals over two or three seeds may be wider
     right.set_yticks(range(len(pairs)), [f"{a} against {b}" for a, b in pairs], fontsize=8)
     right.invert_yaxis()
-    right.set_xlabel("points of top-1\n95 % intervals: thick over seeds, thin over images")
+    right.set_xlabel(f"points of {label}\n95 % intervals: thick over seeds, thin over images")
     figure.legend(
         *right.get_legend_handles_labels(),
         loc="outside lower right",
@@ -149,7 +150,7 @@ def _features(path: Path, rows: Rows) -> None:
 
 
 def _shares(path: Path, rows: Rows) -> None:
-    """Table 1: of all images, those wrong at the row's resolution and right at the column's."""
+    """Table 1: images or pixels wrong at the row's resolution and right at the column's."""
     groups = _grouped(rows, "method")
     figure, panels = new_figure(len(groups), (3.4 * len(groups) + 1.2, 3.9))
     highest = max(1.0, *(float(row["share"]) for row in rows))
@@ -170,33 +171,32 @@ def _shares(path: Path, rows: Rows) -> None:
         axes.set_xlabel("right at (px)")
         axes.grid(False)
     panels[0].set_ylabel("wrong at (px)")
-    figure.colorbar(picture, ax=panels, label="share of the images (%)", shrink=0.8)
+    figure.colorbar(picture, ax=panels, label="share of all (%)", shrink=0.8)
     write(figure, path)
 
 
 def _dense(path: Path, rows: Rows) -> None:
-    """Top-1 at many resolutions, by where the batch norm comes from (Figure 4, right)."""
+    """Figures at many resolutions, by where the batch norm comes from (Figure 4, right)."""
+    name, ylabel = main_figure(rows[0])
     figure, (axes,) = new_figure(size=(7.0, 4.2))
     for between, part in _grouped(rows, "between").items():
         part = sorted(part, key=lambda row: int(row["resolution"]))
         resolutions = [int(row["resolution"]) for row in part]
-        top1 = [float(row["top1"]) for row in part]
+        values = [float(row[name]) for row in part]
         line = "--" if between == "nearest" else "-"
         label = f"{between} between trained ones"
-        axes.plot(resolutions, top1, marker=".", linestyle=line, label=label)
-    trained = {
-        int(row["resolution"]): float(row["top1"]) for row in rows if row["trained"] == "True"
-    }
+        axes.plot(resolutions, values, marker=".", linestyle=line, label=label)
+    trained = {int(row["resolution"]): float(row[name]) for row in rows if row["trained"] == "True"}
     axes.plot(list(trained), list(trained.values()), "o", color="black", label="trained", zorder=3)
     axes.set_xlabel("resolution (px)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("top-1 (%)")
+    axes.set_ylabel(f"{ylabel} (%)")
     axes.legend(frameon=False)
     write(figure, path)
 
 
 def _multiply_adds(path: Path, rows: Rows) -> None:
-    """Top-1 against the cost of one image (Figure 1)."""
+    """Accuracy against the cost of one image (Figure 1)."""
     part = [row for row in rows if row["between"] == "interpolate"]
     accuracy_against_multiply_adds(path, part)
 

@@ -20,7 +20,7 @@ from rsfast.engine.optim import set_lr
 from rsfast.files.progress import progress
 from rsfast.runtime import distributed
 from rsfast.runtime.interrupt import STOPPED, Interrupt, Stopped
-from rsfast.tasks.classification import Accuracy
+from rsfast.tasks import Accuracy
 from rsfast.training.folder import claimed
 from rsfast.training.resume import save
 from rsfast.training.run import Progress, Run

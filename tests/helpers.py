@@ -20,6 +20,8 @@ __all__ = [
     "cut",
     "encoded",
     "make_image_folder",
+    "make_pair_folder",
+    "mask_of_cells",
     "smooth_image",
     "environment",
     "torchrun",
@@ -70,6 +72,58 @@ def make_image_folder(
                 height, width = np.rint(size * rng.uniform(0.8, 1.2, 2)).astype(int)
                 image = smooth_image(int(height), int(width), rng)
                 image.save(folder / f"{number:04d}.jpg", quality=90)
+    return root
+
+
+def mask_of_cells(
+    height: int, width: int, rng: np.random.Generator, labels: Sequence[int]
+) -> np.ndarray:
+    """[H, W] uint8, some of these labels in areas of many sizes."""
+    cells = rng.choice(np.array(labels, dtype=np.uint8), (7, 9))
+    image = Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST)
+    return np.array(image)
+
+
+def make_pair_folder(
+    root: str | Path,
+    num_classes: int = 4,
+    train: int = 6,
+    val: int = 4,
+    size: tuple[int, int] = (70, 90),
+    seed: int = 0,
+    ignore_label: int = 255,
+) -> Path:
+    """Writes a data set of segmentation: images, masks beside them, no classes.txt.
+
+    Even images lie in the folder of the split, odd ones in a sub-folder; all are JPEG files, two
+    called .jpg and two .jpeg in turn. Masks have all classes, and some ignored pixels.
+
+    Args:
+        root: folder to fill; made if absent.
+        num_classes: labels are from 0 to num_classes - 1.
+        train, val: images.
+        size: (height, width) in pixels around which the images vary: each side by up to a fifth.
+        seed: of contents and sizes. The same arguments write the same files.
+        ignore_label: of ignored pixels.
+
+    Returns:
+        root.
+    """
+    root = Path(root)
+    rng = np.random.default_rng(seed)
+    labels = [*range(num_classes), ignore_label]
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            inner = "town" if number % 2 else ""
+            images, masks = root / split / inner, root / f"{split}annot" / inner
+            for folder in (images, masks):
+                folder.mkdir(parents=True, exist_ok=True)
+            height, width = (int(side) for side in np.rint(size * rng.uniform(0.8, 1.2, 2)))
+            image = smooth_image(height, width, rng)
+            image.save(images / f"{number:04d}.{('jpg', 'jpeg')[number // 2 % 2]}", quality=90)
+            mask = mask_of_cells(height, width, rng, labels)
+            mask.flat[: len(labels)] = labels
+            Image.fromarray(mask).save(masks / f"{number:04d}.png")
     return root
 
 

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from kernel_helpers import max_error
-from rsfast.kernels import distillation_loss, distillation_loss_reference
+from rsfast.kernels import distillation_loss, distillation_loss_reference, teacher_weights
 
-__all__ = ["DRAWS", "UPSTREAMS", "Inputs", "Results", "assert_as_good_as_pytorch", "run"]
+__all__ = [
+    "DRAWS",
+    "UPSTREAMS",
+    "Inputs",
+    "Results",
+    "assert_as_good_as_pytorch",
+    "loss_of_each_row",
+    "run",
+]
 
 UPSTREAMS = {
     "total": (1.0, 1.0, 1.0),
@@ -47,6 +55,38 @@ def run(
     return Results(*(term.detach() for term in terms), *grads)
 
 
+def loss_of_each_row(
+    logits: Tensor,
+    labels: Tensor,
+    alpha: Tensor,
+    mode: str = "full",
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 1 to 10, row by row: the mean over those whose label is not `ignore_index`."""
+    num_resolutions, _, num_classes = logits.shape
+    table = teacher_weights(mode, num_resolutions)
+    shares = torch.softmax(alpha, dim=0)
+    sums = [logits.new_zeros(()) for _ in range(3)]
+    counted = 0
+    for row, label in enumerate(labels.tolist()):
+        if label == ignore_index:
+            continue
+        counted += 1
+        target = logits.new_full((num_classes,), label_smoothing / num_classes)
+        target[label] += 1 - label_smoothing
+        students = [torch.log_softmax(z[row], dim=0) for z in logits]
+        mean = sum(share * z[row].detach() for share, z in zip(shares, logits, strict=True))
+        ensemble = torch.log_softmax(mean, dim=0)
+        teachers = [log_probs.detach() for log_probs in (ensemble, *students)]
+        sums[0] = sums[0] - sum((target * log_probs).sum() for log_probs in students)
+        sums[1] = sums[1] - (target * ensemble).sum()
+        for log_probs, weights in zip(students, table, strict=True):
+            for weight, teacher in zip(weights, teachers, strict=True):
+                sums[2] = sums[2] + weight * (teacher.exp() * (teacher - log_probs)).sum()
+    return sums[0] / counted, sums[1] / counted, sums[2] / counted
+
+
 def assert_as_good_as_pytorch(
     draws: list[Inputs], upstream: tuple[float, ...] = UPSTREAMS["apart"], **options: Any
 ) -> None:
@@ -61,7 +101,9 @@ def assert_as_good_as_pytorch(
         for name, value, eager_value, want in zip(Results._fields, ours, eager, exact, strict=True):
             assert value.dtype == eager_value.dtype
             assert torch.isfinite(value).all(), name
-            step = rounding_step(name, value.dtype, want, inputs, upstream)
+            ignored = options.get("ignore_index")
+            counted = labels.numel() if ignored is None else (labels != ignored).sum().item()
+            step = rounding_step(name, value.dtype, want, inputs, upstream, counted)
             errors[name] = max(errors[name], max_error(value, want))
             eager_errors[name] = max(eager_errors[name], max_error(eager_value, want))
             steps[name] = max(steps[name], step)
@@ -76,11 +118,11 @@ def rounding_step(
     exact: Tensor,
     inputs: Inputs,
     upstream: tuple[float, ...],
+    counted: int,
 ) -> float:
     """One rounding of the result, and one float32 rounding of what it is a difference of."""
-    num_images = inputs[0].shape[1]
     operands = {
-        "dlogits": max(map(abs, upstream)) / num_images,  # probabilities
+        "dlogits": max(map(abs, upstream)) / counted,  # probabilities
         "dalpha": abs(upstream[1]) * inputs[0].abs().max().item(),  # logits
     }.get(name, 1.0)  # nats
     result = exact.abs().max().item()

@@ -13,6 +13,7 @@ from helpers import make_image_folder
 from rsfast import analyze, create_model, train
 from rsfast.files.tables import read_rows
 from rsfast.pyramid import SwitchableBatchNorm2d
+from rsfast.tasks.classification import Accuracy
 
 
 def test_shares_of_table_1_by_hand() -> None:
@@ -24,6 +25,14 @@ def test_shares_of_table_1_by_hand() -> None:
     ]
     # Their difference is that of the accuracies (spec: Table 1).
     assert rows[1]["share"] - rows[0]["share"] == 100 * (hits[64].mean() - hits[32].mean())
+
+
+def test_shares_of_an_evaluation_are_those_of_its_places_without_the_ensemble() -> None:
+    places = torch.tensor([[1, 1, 1, 2], [1, 3, 2, 1], [1, 1, 1, 1]])
+    shares = Accuracy([(75.0, 100.0), (50.0, 100.0)], (100.0, 100.0), 4, places).shares
+    hits = {64: (places[0] == 1).numpy(), 32: (places[1] == 1).numpy()}
+    assert analyze.share_rows(shares, (64, 32), "net") == analyze.wrong_and_right(hits, "net")
+    assert shares.tolist() == [[0.0, 25.0], [50.0, 0.0]]
 
 
 def test_histogram_is_a_density_and_knows_the_zeros() -> None:

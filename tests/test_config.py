@@ -19,6 +19,7 @@ from rsfast.config import (
     rules_of,
 )
 from rsfast.models import ARCHITECTURES
+from rsfast.models.refinenet import REFINENETS
 from rsfast.models.registry import NETWORKS, QUANTISED
 from rsfast.training.resume import changed_setting, fixed_settings
 from rsfast.training.run import Run
@@ -26,9 +27,15 @@ from rsfast.training.run import Run
 
 def test_every_architecture_has_the_recipe_of_the_paper() -> None:
     quantised = [f"{arch.removesuffix('_lq')}_w2a{bits}" for arch in QUANTISED for bits in (32, 2)]
-    others = ["builtin", "resnet50_finetune", "resnet18_w2a2_authors"]
+    others = [
+        "builtin",
+        "builtin_segmentation",
+        "refinenet101",
+        "resnet50_finetune",
+        "resnet18_w2a2_authors",
+    ]
     assert set(recipe_names()) == {*NETWORKS, *quantised, *others}
-    for arch in ARCHITECTURES:
+    for arch in (*NETWORKS, *QUANTISED):
         cfg = parse_args(["--arch", arch, "--data", "imagenet"])
         mobile = arch == "mobilenetv2"
         assert cfg.arch == arch
@@ -42,6 +49,28 @@ def test_every_architecture_has_the_recipe_of_the_paper() -> None:
         assert (cfg.schedule, cfg.fix_activation_basis) == ("cosine", False)
         expected = (2, 32) if arch in QUANTISED else (None, None)
         assert (cfg.weight_bits, cfg.activation_bits) == expected
+
+
+def test_every_network_of_segmentation_has_one_recipe_and_its_own_built_in_set() -> None:
+    for arch in REFINENETS:
+        cfg = parse_args(["--arch", arch, "--data", "nyud"])
+        assert (cfg.arch, cfg.task) == (arch, "segmentation")
+        assert (cfg.resolutions, cfg.scale) == ((352, 224, 96), (0.5, 2.0))
+        assert (cfg.schedule, cfg.decoder_lr, cfg.ignore_label) == ("poly", 10.0, 255)
+    alone = parse_args(["--arch", "refinenet18"])
+    assert alone.resolutions[0] <= 96
+    assert alone.crop_area == TrainConfig().crop_area, "of the other built-in set"
+    own = parse_args(["--arch", "mine:network", "--task", "segmentation"])
+    assert own.resolutions == alone.resolutions
+
+
+def test_a_run_of_before_there_were_tasks_was_of_classification(tmp_path: Path) -> None:
+    cfg = TrainConfig(arch="resnet18")
+    before = dataclasses.asdict(cfg)
+    del before["task"], before["scale"], before["ignore_label"], before["decoder_lr"]
+    assert changed_setting(before, cfg, fixed_settings()) is None
+    (tmp_path / "config.toml").write_text(cfg.to_toml().replace('task = "classification"\n', ""))
+    assert read_config(tmp_path / "config.toml") == cfg
 
 
 @pytest.mark.parametrize("arch", QUANTISED)

@@ -20,7 +20,7 @@ from rsfast.files.tables import read_columns
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import official
 from rsfast.models.deploy import calibrate
-from rsfast.training import checkpoint
+from rsfast.training import checkpoint, scoring
 
 PIL = ["--loader", "pil", "--workers", "0", "--batch-size", "4"]
 
@@ -165,7 +165,7 @@ def test_levels_can_be_made_otherwise_than_in_training(
         told.append((options["levels"], options["picked_from"]))
         return val_loader(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "val_loader", spy)
+    monkeypatch.setattr(scoring, "val_loader", spy)
     for flags in ([], ["--levels", "nearest"]):
         where = ["--data", str(folder), "--output", str(tmp_path)]
         assert evaluate.main([str(trained), *where, *PIL, *flags]) == 0
@@ -188,13 +188,13 @@ def test_every_loader_is_told_how_to_decode(
 ) -> None:
     told = []
     for name in ("train_loader", "val_loader"):
-        make = getattr(evaluate, name)
+        make = getattr(scoring, name)
 
         def record(*arguments: Any, make: Any = make, **options: Any) -> Loader:
             told.append([options[part] for part in ("workers", "hw_decoder_load", "dont_use_mmap")])
             return make(*arguments, **options)
 
-        monkeypatch.setattr(evaluate, name, record)
+        monkeypatch.setattr(scoring, name, record)
     flags = "--hw-decoder-load 0.25 --dont-use-mmap --resolutions 40 --between calibrate"
     where = ["--data", str(folder), "--output", str(tmp_path)]
     assert evaluate.main([str(trained), *where, *PIL, *flags.split()]) == 0
@@ -224,7 +224,7 @@ def test_an_authors_checkpoint_is_fed_unnormalised_images(
         seen.append(options["normalize"])
         return val_loader(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "val_loader", spy)
+    monkeypatch.setattr(scoring, "val_loader", spy)
     arguments = [str(tmp_path / "checkpoint.pth.tar"), "--data", str(folder), *PIL]
     assert evaluate.main([*arguments, "--trained-resolutions", "48", "32"]) == 0
     assert seen == [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]

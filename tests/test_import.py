@@ -10,6 +10,7 @@ def test_import_is_quick_needs_no_extras_and_does_not_start_cuda() -> None:
     code = """
 import sys
 import rsfast
+import rsfast.data.__main__
 assert "torch" not in sys.modules, "torch is loaded before it is needed"
 import rsfast.models, rsfast.losses, rsfast.engine, rsfast.data, rsfast.optim, rsfast.checkpoint
 import rsfast.kernels, rsfast.train, rsfast.evaluate

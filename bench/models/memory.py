@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from bench.support.hollow import hollow, hollow_batch, hollow_network
 from rsfast.engine import TrainStep
 from rsfast.engine.optim import build_optimizer
-from rsfast.models.registry import ARCHITECTURES
+from rsfast.models.registry import ARCHITECTURES, task_of
 
 __all__ = ["Allocations", "Case", "Memory", "main", "memory_of", "rows_of_doc"]
 
@@ -115,7 +115,7 @@ def memory_of(case: Case, resolutions: Sequence[int] = RESOLUTIONS) -> Memory:
     count = Allocations("cuda")
     with hollow(), torch.autograd.set_multithreading_enabled(False):
         model, loss = hollow_network(case.arch, resolutions, _CLASSES, case.kernels)
-        batch = hollow_batch(resolutions, case.batch, case.precision)
+        batch = hollow_batch(resolutions, case.batch, case.precision, task=model.task)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=case.precision, graph=False)
         lasting = [*model.state_dict().values(), *loss.parameters(), batch.images.rows]
@@ -131,8 +131,8 @@ def memory_of(case: Case, resolutions: Sequence[int] = RESOLUTIONS) -> Memory:
 
 
 def network_rows() -> Iterator[str]:
-    """A line of the first table for each network."""
-    for arch in ARCHITECTURES:
+    """A line of the first table for each classifier."""
+    for arch in (name for name in ARCHITECTURES if task_of(name) == "classification"):
         found = [memory_of(Case(arch, batch)) for batch in _BATCHES]
         image = (found[-1].peak - found[-2].peak) / (_BATCHES[-1] - _BATCHES[-2])
         peaks = " | ".join(f"{memory.peak:.2f}" for memory in found)

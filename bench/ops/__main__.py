@@ -99,9 +99,9 @@ class Session:
     def losses(self) -> None:
         """Forward and backward of the loss."""
         for case in loss.CASES:
-            shape, mixed = case
-            for dtype in loss.DTYPES:
-                runs = loss.make_runs(shape, dtype, mixed)
+            shape, kind = case
+            for dtype in loss.dtypes_of(case):
+                runs = loss.make_runs(shape, dtype, kind)
                 times = self._time(runs, loss.IMPLEMENTATIONS, list)
                 group = f"distillation_loss/{loss.case_name(case)}"
                 moved = loss.moved_bytes(shape, dtype)

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from rsfast import Pyramid, create_model
 from rsfast.data import Batch, Mix
 from rsfast.engine import PRECISIONS
-from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet
+from rsfast.tasks import task_of
 
 __all__ = ["hollow", "hollow_batch", "hollow_network"]
 
@@ -31,11 +31,11 @@ def hollow() -> FakeTensorMode:
 
 def hollow_network(
     arch: str, resolutions: Sequence[int], num_classes: int, backend: str, device: str = "cuda"
-) -> tuple[RSNet, MultiResolutionDistillation]:
-    """Network and loss, to be made within :func:`hollow`."""
+) -> tuple[RSNet, nn.Module]:
+    """Network and loss of its task, to be made within :func:`hollow`."""
     with unset_fake_temporarily(), torch.device("meta"):  # where no weights are drawn
         model = create_model(arch, resolutions, num_classes, backend=backend)
-        loss = MultiResolutionDistillation(len(resolutions), backend=backend)
+        loss = task_of(model).loss(len(resolutions), backend=backend)
     for module in (*model.modules(), *loss.modules()):
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(_hollow(param, device)))
@@ -51,15 +51,20 @@ def hollow_batch(
     device: str = "cuda",
     *,
     mixed: bool = False,
+    task: str = "classification",
 ) -> Batch:
     """Images as `rsfast.train` feeds them on a GPU, to be made within :func:`hollow`."""
     pixels = num_images * sum(r * r for r in resolutions)
     dtype = PRECISIONS[precision] or torch.float32
     rows = torch.empty(pixels, _PADDED_CHANNELS, dtype=dtype, device=device)
-    labels = torch.empty(num_images, dtype=torch.int64, device=device)
+    indices = torch.empty(num_images, dtype=torch.int64, device=device)
+    labels = indices
+    if task == "segmentation":
+        maps = num_images, resolutions[0], resolutions[0]
+        labels = torch.empty(maps, dtype=torch.uint8, device=device)
     images = Pyramid(rows, [(r, r) for r in resolutions], num_images)
     mix = Mix(labels.clone(), torch.empty(num_images, device=device)) if mixed else None
-    return Batch(images, labels, labels, mix)
+    return Batch(images, labels, indices, mix)
 
 
 def _hollow(tensor: Tensor, device: str) -> Tensor:

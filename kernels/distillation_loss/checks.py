@@ -11,6 +11,7 @@ from rsfast.kernels.distillation_loss.reference import DISTILL_MODES
 __all__ = ["check_arguments", "check_for_triton"]
 
 MAX_RESOLUTIONS = 8  # of the Triton kernel: registers
+LABEL_DTYPES = (torch.int64, torch.uint8)
 
 
 def check_arguments(
@@ -21,6 +22,7 @@ def check_arguments(
     label_smoothing: float,
     partner_labels: Tensor | None,
     share: Tensor | None,
+    ignore_index: int | None,
 ) -> None:
     """Refuses what the loss is not defined for; arguments as in :func:`distillation_loss`.
 
@@ -32,13 +34,18 @@ def check_arguments(
             f"logits must be floating point [R, N, K], got {logits.dtype} {tuple(logits.shape)}"
         )
     num_resolutions, num_images, num_classes = logits.shape
-    _check_labels("labels", labels, num_images, num_classes)
+    _check_labels("labels", labels, num_images, num_classes, LABEL_DTYPES, ignore_index)
     if alpha.shape != (num_resolutions,):
         raise ValueError(f"alpha must be [{num_resolutions}], got shape {tuple(alpha.shape)}")
     if mode not in DISTILL_MODES:
         raise ValueError(f"mode must be one of {DISTILL_MODES}, got {mode!r}")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if ignore_index is not None and partner_labels is not None:
+        raise ValueError(
+            "ignore_index must be None where images are mixed: a row of which one label counts and "
+            f"the other does not has no loss, got {ignore_index} and partner_labels"
+        )
     if partner_labels is not None and share is not None:
         _check_labels("partner_labels", partner_labels, num_images, num_classes)
         _check_share(share, num_images)
@@ -54,16 +61,33 @@ def check_arguments(
         )
 
 
-def _check_labels(name: str, labels: Tensor, num_images: int, num_classes: int) -> None:
-    if labels.dtype != torch.int64 or labels.shape != (num_images,):
+def _check_labels(
+    name: str,
+    labels: Tensor,
+    num_images: int,
+    num_classes: int,
+    dtypes: tuple[torch.dtype, ...] = (torch.int64,),
+    ignore_index: int | None = None,
+) -> None:
+    if labels.dtype not in dtypes or labels.shape != (num_images,):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"{name} must be int64 [{num_images}], got {labels.dtype} {tuple(labels.shape)}"
+            f"{name} must be {names} [{num_images}], got {labels.dtype} {tuple(labels.shape)}"
         )
-    if _has_values(labels):
-        low, high = labels.aminmax()
+    # Torch compares bytes with a number's last byte: with -100, label 156 would not count.
+    if ignore_index is not None and labels.dtype == torch.uint8 and not 0 <= ignore_index <= 255:
+        raise ValueError(
+            f"ignore_index must be in [0, 256) for uint8 labels, or None, got {ignore_index}"
+        )
+    if not _has_values(labels):
+        return
+    counted = labels if ignore_index is None else labels[labels != ignore_index]
+    if counted.numel():
+        low, high = counted.aminmax()
         if low < 0 or high >= num_classes:
+            ignored = "" if ignore_index is None else f" or ignore_index ({ignore_index})"
             raise ValueError(
-                f"{name} must be in [0, {num_classes}), got values from {low} to {high}"
+                f"{name} must be in [0, {num_classes}){ignored}, got values from {low} to {high}"
             )
 
 
@@ -102,7 +126,7 @@ def check_for_triton(
             f"logits must be contiguous, not empty, with at most {MAX_RESOLUTIONS} resolutions, "
             f"got shape {tuple(logits.shape)}, strides {logits.stride()}"
         )
-    check_companion("labels", labels, torch.int64, logits.device)
+    check_companion("labels", labels, labels.dtype, logits.device)
     check_companion("alpha", alpha, torch.float32, logits.device)
     if partner_labels is not None and share is not None:
         check_companion("partner_labels", partner_labels, torch.int64, logits.device)

@@ -1,4 +1,6 @@
-"""The Triton kernel of :mod:`rsfast.kernels.distillation_loss.op`, which holds the equations.
+"""A program for each row: the kernel for few rows, and for many classes.
+
+:mod:`rsfast.kernels.distillation_loss.op` holds the equations.
 
 With x_t = z_t - max z_t and S_t = sum exp(x_t), log p_t = x_t - log S_t. As probabilities add up
 to 1, the logarithms leave the sums over K, and with them most of the rounding:
@@ -6,8 +8,8 @@ to 1, the logarithms leave the sums over K, and with them most of the rounding:
     CE(z_s, y)     = log S_s - <target, x_s>      also for a target that is mixed from two labels
     KL(p_t || p_s) = <p_t, x_t - x_s> - log S_t + log S_s
 
-Only that module imports this one, and only once the kernel is asked for: everything else works
-without Triton.
+Only :mod:`rsfast.kernels.distillation_loss.launch` imports this module, and that one only once the
+kernel is asked for: everything else works without Triton.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from torch import Tensor
 from rsfast.kernels.common.launch import on_device_of
 from rsfast.kernels.distillation_loss.tiles import options, tile
 
-__all__ = ["launch"]
+__all__ = ["launch", "softmax_of_scalars"]
 
 
 @triton.jit
-def _softmax_of_scalars(
+def softmax_of_scalars(
     alpha_ptr,  # [R] float32
     R: tl.constexpr,
 ):
@@ -177,10 +179,11 @@ def _emit_block(
 @triton.jit
 def _distillation_loss_kernel(
     logits_ptr,  # [R, N, K] float16, bfloat16 or float32, contiguous; N programs, one per image
-    labels_ptr,  # [N] int64
+    labels_ptr,  # [N] int64 or uint8
     alpha_ptr,  # [R] float32
     partner_labels_ptr,  # [N] int64, None without HAS_MIX
     share_ptr,  # [N] float32, weight of the image's own label; None without HAS_MIX
+    counted_ptr,  # int64, how many labels are not IGNORE_INDEX; None where all count
     upstream_ptr,  # gradients of (ce, ensemble, distill), float32; None if all are 1
     stride_upstream,
     terms_ptr,  # [N, 3] float32, fully overwritten; None without WRITE_TERMS
@@ -197,6 +200,8 @@ def _distillation_loss_kernel(
     FIRST_TEACHER: tl.constexpr,  # teachers of student s: FIRST .. LAST, those below s
     LAST_TEACHER: tl.constexpr,
     HAS_MIX: tl.constexpr,
+    HAS_IGNORE: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,  # label of images that do not count; not used without HAS_IGNORE
     WRITE_TERMS: tl.constexpr,
     WRITE_GRADS: tl.constexpr,
 ):
@@ -204,7 +209,12 @@ def _distillation_loss_kernel(
     num_images = tl.num_programs(0)
     stride_zr = num_images.to(tl.int64) * K
     logits_ptr += image * K
-    label = tl.load(labels_ptr + image)
+    label = tl.load(labels_ptr + image).to(tl.int64)
+    num_counted = num_images
+    if HAS_IGNORE:
+        counts = label != IGNORE_INDEX
+        label = tl.where(counts, label, 0)
+        num_counted = tl.maximum(tl.load(counted_ptr), 1)
     tl.device_assert((label >= 0) & (label < K), "labels must be in [0, K)")
     partner = label
     share = 1.0
@@ -212,14 +222,16 @@ def _distillation_loss_kernel(
         partner = tl.load(partner_labels_ptr + image)
         tl.device_assert((partner >= 0) & (partner < K), "partner_labels must be in [0, K)")
         share = tl.load(share_ptr + image)
-    shares = _softmax_of_scalars(alpha_ptr, R)
+    shares = softmax_of_scalars(alpha_ptr, R)
 
     d_ce = 0.0
     d_ensemble = 0.0
     d_distill = 0.0
     if WRITE_GRADS:
         dlogits_ptr += image * K
-        d_ce = 1.0 / num_images
+        d_ce = 1.0 / num_counted
+        if HAS_IGNORE:
+            d_ce = tl.where(counts, d_ce, 0.0)
         d_ensemble = d_ce
         d_distill = d_ce * teacher_weight
         if upstream_ptr is not None:
@@ -312,10 +324,14 @@ def _distillation_loss_kernel(
         ce = tl.sum(totals[0], 0) + ce_logs
         ensemble = tl.sum(totals[1], 0) + tl.log(sums[0])
         distill = (tl.sum(totals[2], 0) + distill_logs) * teacher_weight
+        if HAS_IGNORE:
+            ce = tl.where(counts, ce, 0.0)
+            ensemble = tl.where(counts, ensemble, 0.0)
+            distill = tl.where(counts, distill, 0.0)
         terms_ptr += image * stride_terms_n
-        tl.store(terms_ptr, ce / num_images)
-        tl.store(terms_ptr + 1, ensemble / num_images)
-        tl.store(terms_ptr + 2, distill / num_images)
+        tl.store(terms_ptr, ce / num_counted)
+        tl.store(terms_ptr + 1, ensemble / num_counted)
+        tl.store(terms_ptr + 2, distill / num_counted)
     if WRITE_GRADS:
         mean_slope = 0.0
         for r in tl.static_range(R):
@@ -334,6 +350,8 @@ def launch(
     *,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
+    counted: Tensor | None = None,
     terms: Tensor | None = None,
     upstream: Tensor | None = None,
     dlogits: Tensor | None = None,
@@ -355,6 +373,7 @@ def launch(
             alpha,
             partner_labels,
             share,
+            counted,
             upstream,
             0 if upstream is None else upstream.stride(0),
             terms,
@@ -371,6 +390,8 @@ def launch(
             FIRST_TEACHER=first_teacher,
             LAST_TEACHER=last_teacher,
             HAS_MIX=partner_labels is not None,
+            HAS_IGNORE=ignore_index is not None,
+            IGNORE_INDEX=ignore_index,
             WRITE_TERMS=terms is not None,
             WRITE_GRADS=dlogits is not None,
             **options(num_warps),

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "DISTILL_MODES",
     "DistillationTerms",
+    "count_rows",
     "distillation_loss_reference",
     "teacher_range",
     "teacher_weights",
@@ -71,10 +72,44 @@ def _teacher_table(mode: str, logits: Tensor) -> Tensor:
     return table.tril_()  # teachers are below their students
 
 
+def count_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """How many labels count, a scalar int64 on their device; None where all do."""
+    return None if ignore_index is None else (labels != ignore_index).sum()
+
+
+class _Counted(NamedTuple):
+    """Which rows count."""
+
+    ignore_index: int
+    rows: Tensor  # [N] 1 where a row counts, 0 elsewhere
+    number: Tensor  # of them, at least 1
+
+
+def _counted(labels: Tensor, ignore_index: int | None, dtype: torch.dtype) -> _Counted | None:
+    number = count_rows(labels, ignore_index)
+    if ignore_index is None or number is None:
+        return None
+    rows = (labels != ignore_index).to(dtype)
+    return _Counted(ignore_index, rows, number.clamp(min=1).to(dtype))
+
+
 def _cross_entropy(
-    logits: Tensor, labels: Tensor, smoothing: float, mix: tuple[Tensor, ...] | None
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    mix: tuple[Tensor, ...] | None,
+    counted: _Counted | None,
 ) -> Tensor:
-    """Mean over the rows of [M, K] logits; `mix` are partner labels and shares, both [M]."""
+    """Mean over the rows of [M, K] logits that count.
+
+    `mix` are partner labels and shares, both [M].
+    """
+    if counted is not None:
+        mean = F.cross_entropy(
+            logits, labels, ignore_index=counted.ignore_index, label_smoothing=smoothing
+        )
+        # The mean over no row is NaN; PyTorch's gradients of ignored rows are 0 even then.
+        return torch.where(counted.rows.any(), mean, 0.0)
     if mix is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     partner_labels, share = mix
@@ -95,19 +130,22 @@ def distillation_loss_reference(
     *,
     partner_labels: Tensor | None = None,
     share: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> DistillationTerms:
     """Plain PyTorch in closed form; arguments as in :func:`distillation_loss`."""
     num_resolutions, num_images, _ = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.long()
+    counted = _counted(labels, ignore_index, logits.dtype)
     log_probs = F.log_softmax(logits, dim=-1)  # [R, N, K]
     mix = None if partner_labels is None or share is None else (partner_labels, share)
     of_levels = None if mix is None else tuple(part.repeat(num_resolutions) for part in mix)
     ce = num_resolutions * _cross_entropy(
-        logits.flatten(0, 1), labels.repeat(num_resolutions), label_smoothing, of_levels
+        logits.flatten(0, 1), labels.repeat(num_resolutions), label_smoothing, of_levels, counted
     )
     weights = torch.softmax(alpha.to(logits.dtype), dim=0)
     ensemble_logits = torch.einsum("r,rnk->nk", weights, logits.detach())
-    ensemble = _cross_entropy(ensemble_logits, labels, label_smoothing, mix)
+    ensemble = _cross_entropy(ensemble_logits, labels, label_smoothing, mix, counted)
 
     if mode == "none":
         return DistillationTerms(ce, ensemble, torch.zeros_like(ce))
@@ -117,6 +155,11 @@ def distillation_loss_reference(
         probs = teachers.exp()  # [R + 1, N, K]
         neg_entropy = (probs * teachers).sum(-1)  # [R + 1, N]
         mixed = torch.einsum("st,tnk->snk", table, probs)  # P_s, [R, N, K]
+        if counted is not None:
+            neg_entropy *= counted.rows
+            mixed *= counted.rows[:, None]
         constant = (table @ neg_entropy).sum()
-    distill = (constant - (mixed * log_probs).sum()) / num_images
+    distill = (constant - (mixed * log_probs).sum()) / (
+        num_images if counted is None else counted.number
+    )
     return DistillationTerms(ce, ensemble, distill)

@@ -3,7 +3,8 @@
 from rsfast.config.command_line import as_flag, parse_args, read_config, recipe_names, shown
 from rsfast.config.older import completed
 from rsfast.config.rules import Rule, rules_of
-from rsfast.config.train_config import TrainConfig, checkpoint_interval, profiled_steps
+from rsfast.config.texts import checkpoint_interval, profiled_steps
+from rsfast.config.train_config import TrainConfig
 
 __all__ = [
     "Rule",

@@ -20,7 +20,7 @@ from rsfast.config.flags import refuse_unknown
 from rsfast.config.older import completed
 from rsfast.config.rules import LARGEST, cut, rules_of
 from rsfast.config.train_config import TrainConfig
-from rsfast.models.registry import recipe_of
+from rsfast.models.registry import recipe_of, task_of
 
 __all__ = ["as_flag", "parse_args", "read_config", "recipe_names", "shown"]
 
@@ -30,7 +30,7 @@ _AUTHORS_KD_TYPES = {"ens_topdown": "full", "ens": "vanilla"}
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with rsfast: of networks, of "builtin", and of fine-tuning."""
+    """Names of the recipes of rsfast: of networks, of the built-in sets, and of fine-tuning."""
     files = resources.files("rsfast.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
@@ -52,8 +52,8 @@ def parse_args(
     """The config of a command line: defaults, recipe of the arch, --config file, then flags.
 
     Networks of other packages and of one's own have no recipe. Without data, the recipe of the
-    built-in set comes after that of the arch: its images are small, and the paper's batch at 224
-    pixels does not fit every machine.
+    built-in set of the task comes after that of the arch: its images are small, and the paper's
+    batch at 224 pixels does not fit every machine.
 
     Exits with status 2 and one sentence on bad input.
 
@@ -74,7 +74,8 @@ def parse_args(
         given = {**from_file, **flags}
         named = {"data", "train_data", "val_data"} & given.keys()
         if not named and given.get("loader") != "synthetic":
-            values |= _read_recipe("builtin")
+            task = given.get("task") or task_of(arch)
+            values |= _read_recipe(f"builtin_{task}" if task == "segmentation" else "builtin")
         values |= given
         if values.get("distill") in _AUTHORS_KD_TYPES:
             values["distill"] = _AUTHORS_KD_TYPES[values["distill"]]

@@ -18,10 +18,16 @@ __all__ = [
     "add_common_flags",
     "common_settings",
     "parse_resolutions",
+    "refuse_flags_of_others",
     "refuse_unknown",
 ]
 
 DECODING = ("workers", "hw_decoder_load", "dont_use_mmap", "tolerate_truncated")
+# Flags that mean nothing for a task.
+_OF_OTHERS = {
+    "classification": ("ignore_label", "predictions"),
+    "segmentation": ("val_crop", "levels", "train_data", "val_data", "val_list", "feature_images"),
+}
 WEIGHTS = ("averaged", "plain")  # of a run with --ema-decay
 
 
@@ -51,6 +57,18 @@ def refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
     """Exits if there are arguments that no flag takes, as of a pattern without quotes."""
     if arguments:
         parser.error(f"unrecognized arguments: {' '.join(arguments)}{quote_hint(arguments)}")
+
+
+def refuse_flags_of_others(args: argparse.Namespace, task: str) -> None:
+    """Refuses flags that mean nothing for what a network is for.
+
+    Raises:
+        ValueError: if one is given.
+    """
+    for name in _OF_OTHERS[task]:
+        if getattr(args, name, None) is not None:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} means nothing for a network of {task}: leave it away")
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +105,6 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def common_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the common flags say for :class:`rsfast.evaluate.Settings`."""
+    """What the common flags say for :class:`rsfast.training.scoring.Settings`."""
     names = ("loader", "batch_size", "precision", "train_data", "val_data", "val_list", *DECODING)
     return {name: getattr(args, name) for name in names}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rsfast.models.registry import check_task
+
 __all__ = ["completed"]
 
 # Where today's default is something else.
@@ -17,4 +19,6 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     A run without averaged weights was trained as with any `ema_warmup`, so as with the default.
     """
     younger = _YOUNGER if settings.get("ema_decay") else {}
+    if "arch" in settings:
+        younger = {"task": check_task(settings["arch"]), **younger}
     return {**younger, **settings}

@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["LARGEST", "OnResume", "Rule", "check", "cut", "is_count", "rules_of", "setting"]
+__all__ = [
+    "LARGEST",
+    "OnResume",
+    "Rule",
+    "check",
+    "check_task_settings",
+    "cut",
+    "is_count",
+    "rules_of",
+    "setting",
+]
 
 LARGEST = 2**31 - 1  # of any count
 OnResume = Literal["never", "at an epoch", "freely"]
@@ -26,6 +36,7 @@ class Rule:
         check: raises ValueError for a value that it must not have.
         on_resume: whether a run's continuation may have another value: "never", "at an epoch" (if
             it goes on from the start of one) or "freely".
+        only: the one task that it is a setting of; it has its default for others.
     """
 
     choices: tuple[str, ...] | None = None
@@ -34,6 +45,7 @@ class Rule:
     below: int | None = None
     check: Callable[[Any], object] | None = None
     on_resume: OnResume = "never"
+    only: str | None = None
 
 
 def setting(
@@ -45,6 +57,7 @@ def setting(
     below: int | None = None,
     check: Callable[[Any], object] | None = None,
     on_resume: OnResume = "never",
+    only: str | None = None,
 ) -> Any:
     """A field of a dataclass with a default and a :class:`Rule`, whose attributes these are.
 
@@ -57,6 +70,7 @@ def setting(
         below=below,
         check=check,
         on_resume=on_resume,
+        only=only,
     )
     return dataclasses.field(default=default, metadata={"rule": rule})
 
@@ -81,6 +95,26 @@ def check(config: Any) -> None:
         value = getattr(config, field.name)
         if value is not None or field.default is not None:
             _check_rule(field.name, value, rules[field.name])
+
+
+def check_task_settings(config: Any, task: str) -> None:
+    """Refuses settings of another task that do not have their default.
+
+    Args:
+        config: a dataclass.
+        task: what it is for.
+
+    Raises:
+        ValueError: naming the setting, the task that it is of, and the value.
+    """
+    rules = rules_of(config)
+    for field in dataclasses.fields(config):
+        only, value = rules[field.name].only, getattr(config, field.name)
+        if only not in (None, task) and value != field.default:
+            raise ValueError(
+                f"{field.name} is a setting of {only}, got {cut(repr(value))} for the task "
+                f"{task}: leave it away"
+            )
 
 
 def _check_rule(name: str, value: Any, rule: Rule) -> None:

@@ -9,74 +9,39 @@ from pathlib import Path
 
 import tomli_w
 
-from rsfast.config.rules import check, cut, is_count, setting
+from rsfast.config.rules import check, check_task_settings, setting
+from rsfast.config.texts import checkpoint_interval, operations_of, profiled_steps
 from rsfast.data.augment import Augment
 from rsfast.data.decoding import TOO_MANY_WORKERS, check_decoder_load
 from rsfast.data.loader import BACKENDS, NORMALIZATIONS
 from rsfast.data.patterns import check_archives
 from rsfast.data.picking import check_levels
+from rsfast.data.pixel_plan import check_scale
 from rsfast.data.plan import CROP_MODES, FLIP_MODES, VAL_CROPS
 from rsfast.data.sources import check_sources
 from rsfast.engine import PRECISIONS
 from rsfast.engine.optim import DECAY_MODES, OPTIMIZERS, SCHEDULES
 from rsfast.files.orientation import EXIF_MODES
 from rsfast.files.pictures import LEVEL_MODES
+from rsfast.files.task_names import TASKS
 from rsfast.kernels import BACKENDS as KERNEL_BACKENDS
 from rsfast.kernels import DISTILL_MODES
 from rsfast.models.lq import FULL_PRECISION
-from rsfast.models.registry import ARCHITECTURES, bits_of, check_arch
+from rsfast.models.registry import (
+    ARCHITECTURES,
+    bits_of,
+    check_arch,
+    check_task,
+    check_zero_init,
+)
 from rsfast.models.rsnet import BN_MODES
 from rsfast.pyramid import check_resolutions
 
-__all__ = ["TrainConfig", "checkpoint_interval", "profiled_steps"]
+__all__ = ["TrainConfig"]
 
 # What the help lists: networks that come with rsfast, and forms that check_arch knows.
 _ARCHS = (*ARCHITECTURES, "torchvision/NAME", "timm/NAME", "MODULE:FUNCTION")
 _GAMMA = 0.1  # of the schedule step
-
-
-def profiled_steps(text: str) -> tuple[int, int]:
-    """The A and B of "A:B".
-
-    Raises:
-        ValueError: if the text is something else.
-    """
-    first, colon, last = text.partition(":")
-    if not (colon and is_count(first) and is_count(last) and int(first) < int(last)):
-        raise ValueError(
-            f"profile must look like 100:110, the second above the first, got {cut(text)!r}"
-        )
-    return int(first), int(last)
-
-
-def checkpoint_interval(text: str | None) -> tuple[int, float]:
-    """The steps and seconds of "500" or "10m"; 0 for what it is not.
-
-    Raises:
-        ValueError: if the text is something else.
-    """
-    if text is None:
-        return 0, 0.0
-    number = text.removesuffix("m")
-    if not is_count(number) or int(number) < 1:
-        raise ValueError(
-            f"checkpoint_every must look like 500 (steps) or 10m (minutes), got {cut(text)!r}"
-        )
-    return (int(number), 0.0) if number == text else (0, 60.0 * int(number))
-
-
-def operations_of(text: str | None) -> tuple[int, int] | None:
-    """The N and M of "N:M", operations of RandAugment and their magnitude.
-
-    Raises:
-        ValueError: if the text is something else, or a number out of range.
-    """
-    if text is None:
-        return None
-    number, colon, magnitude = text.partition(":")
-    if not (colon and is_count(number) and is_count(magnitude)):
-        raise ValueError(f"rand_augment must look like 2:9, got {cut(text)!r}")
-    return Augment(rand_augment=(int(number), int(magnitude))).rand_augment
 
 
 def _check_probability(share: float) -> None:
@@ -86,6 +51,13 @@ def _check_probability(share: float) -> None:
 def _check_milestones(epochs: tuple[int, ...]) -> None:
     if list(epochs) != sorted({*epochs}) or any(epoch < 1 for epoch in epochs):
         raise ValueError(f"milestones must be epochs from 1, strictly ascending, got {epochs}")
+
+
+def _check_factor(factor: float) -> None:
+    if not factor > 0.0:
+        raise ValueError(
+            f"decoder_lr must be above 0, got {factor}: --freeze keeps parts as they are"
+        )
 
 
 def _check_area(area: tuple[float, ...]) -> None:
@@ -100,15 +72,23 @@ class TrainConfig:
     arch: str = setting("resnet50", forms=_ARCHS, check=check_arch)
     """network, and the recipe that the other settings start from; networks of the packages
     torchvision and timm and of a function of yours, called with num_classes, have none"""
+    task: str = setting(None, choices=TASKS)
+    """what the network is for; by default what a network of rsfast is for, and classification for
+    all others"""
     data: str | None = setting(None, on_resume="freely")
     """folder with train/ and val/, which hold one sub-folder per class, tar shards or Parquet
-    files; without it the built-in set is used"""
-    train_data: str | None = setting(None, check=check_archives, on_resume="freely")
+    files (segmentation: images, with their masks in trainannot/ and valannot/); without it the
+    built-in set is used"""
+    train_data: str | None = setting(
+        None, check=check_archives, on_resume="freely", only="classification"
+    )
     """training images in place of data's: a pattern of shards or Parquet files, such as
     "/data/train-{0000..1023}.tar" or "/data/train-*.parquet\""""
-    val_data: str | None = setting(None, check=check_archives, on_resume="freely")
+    val_data: str | None = setting(
+        None, check=check_archives, on_resume="freely", only="classification"
+    )
     """validation images in place of data's, likewise"""
-    val_list: str | None = setting(None, on_resume="freely")
+    val_list: str | None = setting(None, on_resume="freely", only="classification")
     """labels of a data/val without class folders: lines of "file label", or a label per sorted
     file; a label is a class's name, or its number from 0"""
     output: str | None = setting(None, on_resume="freely")
@@ -119,7 +99,8 @@ class TrainConfig:
     batch-norm bank starts as the file's batch norm"""
     continue_from: str | None = None
     """folder of a run that has ended (or a checkpoint of it) to go on from, as a run of its own
-    with more epochs or other settings; arch, bits, resolutions, bn, copies and classes stay"""
+    with more epochs or other settings; arch, task, bits, resolutions, bn, copies and classes
+    stay"""
     calibrate_first: int = setting(0, at_least=0)
     """training batches, of one epoch at most, on which the statistics of pretrained weights are
     estimated anew, resolution by resolution, before the first step"""
@@ -138,41 +119,50 @@ class TrainConfig:
     """of its activations, 1 to 4, or 32 for full precision, the default"""
     fix_activation_basis: bool = False
     """let the largest resolution alone move the levels of quantised activations"""
+    zero_init_residual: bool | None = None
+    """let the last batch norm of each residual block begin at 0, so that blocks begin as
+    identities, or at 1 (ResNets with activations in full precision); by default at 0 in quantised
+    ones, as the authors' do, and at 1 in others"""
     sync_bn: bool = False
     """batch statistics over all ranks, set by set, instead of each rank's own"""
     label_smoothing: float = setting(0.0, at_least=0, below=1)
     """of the cross entropies, in [0, 1)"""
-    crop: str = setting("single", choices=CROP_MODES)
+    crop: str = setting("single", choices=CROP_MODES, only="classification")
     """one random window per image, or one for each of its levels"""
-    copies: int = setting(1, at_least=1)
+    copies: int = setting(1, at_least=1, only="classification")
     """levels of each resolution, which differ in their windows if crop is multi; they share a
     batch-norm bank"""
     flip: str = setting("shared", choices=FLIP_MODES)
     """one random flip per image, one for each of its levels, or none"""
-    levels: str = setting("resize", choices=LEVEL_MODES)
+    levels: str = setting("resize", choices=LEVEL_MODES, only="classification")
     """resize each resolution from the image, or the largest only, and pick the pixels of smaller
     ones from it (nearest), in training and validation, as the authors' quantised program does; goes
     with crop single and flip shared or none"""
-    picked_from: int | None = None
+    picked_from: int | None = setting(None, only="classification")
     """with levels nearest, the resolution that smaller ones are picked from; by default the largest
     trained one"""
-    crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area)
+    crop_area: tuple[float, float] = setting((0.08, 1.0), check=_check_area, only="classification")
     """range of the window's share of the image's area"""
-    mixup: float = setting(0.0, at_least=0)
+    mixup: float = setting(0.0, at_least=0, only="classification")
     """alpha of Beta(alpha, alpha), of which the share of an image in its mixture with another one
     of the batch is drawn; 0 for no mixtures"""
-    cutmix: float = setting(0.0, at_least=0)
+    cutmix: float = setting(0.0, at_least=0, only="classification")
     """alpha of Beta(alpha, alpha), of which the share of an image that a box of another one leaves
     visible is drawn; 0 for no boxes; with mixup, each image gets one of the two"""
-    rand_augment: str | None = setting(None, check=operations_of)
+    rand_augment: str | None = setting(None, check=operations_of, only="classification")
     """operations N and magnitude M (0 to 30) of RandAugment as N:M, such as 2:9; one draw for all
     resolutions; by default none"""
-    random_erasing: float = setting(0.0, check=_check_probability)
+    random_erasing: float = setting(0.0, check=_check_probability, only="classification")
     """probability that a rectangle of an image is erased, the same at all its resolutions"""
-    lighting: float = setting(0.0, at_least=0)
+    lighting: float = setting(0.0, at_least=0, only="classification")
     """standard deviation of AlexNet's colour noise, one draw for all resolutions; the authors'
     quantised program has 0.1"""
-    val_crop: str = setting("center", choices=VAL_CROPS)
+    scale: tuple[float, float] = setting((0.5, 2.0), check=check_scale, only="segmentation")
+    """range of the scale of a training image (segmentation): at 2 the window is half as wide and
+    high as the image, at 0.5 twice, with what is beyond the image left out of the loss"""
+    ignore_label: int = setting(255, at_least=0, below=256, only="segmentation")
+    """value of the masks' pixels that count neither in the loss nor in the scores (segmentation)"""
+    val_crop: str = setting("center", choices=VAL_CROPS, only="classification")
     """resize to r / 0.875 and cut the centre, or resize straight to r"""
     exif: str = setting("ignore", choices=EXIF_MODES)
     """leave images as they are stored, or turn them as their EXIF says"""
@@ -187,12 +177,15 @@ class TrainConfig:
     lr: float = setting(0.1, at_least=0)
     """highest learning rate"""
     schedule: str = setting("cosine", choices=SCHEDULES)
-    """cosine to 0 per step, or steps down after the epochs of milestones"""
+    """cosine to 0 per step, poly: the share of steps that is left to the power of 0.9, per step, or
+    steps down after the epochs of milestones"""
     milestones: tuple[int, ...] = setting((), check=_check_milestones)
     """epochs after which the schedule step multiplies the rate by gamma, ascending"""
     gamma: float = setting(_GAMMA, at_least=0, below=1)
     """factor of the rate at each of the milestones"""
-    scale_lr: bool = False
+    decoder_lr: float = setting(1.0, check=_check_factor, only="segmentation")
+    """factor of lr for what is not of the network's trunk or backbone (segmentation)"""
+    scale_lr: bool = setting(False, only="classification")
     """multiply lr by (images per step over all ranks) / 256; goes with warmup_epochs"""
     warmup_epochs: float = setting(0.0, at_least=0)
     """epochs of linear warm-up"""
@@ -259,9 +252,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "task", check_task(self.arch, self.task))
+        self._check_task()
         named = self.data, self.train_data, self.val_data, self.val_list
         check_sources(*named, both_splits=True)
         bits = bits_of(self.arch, self.weight_bits, self.activation_bits)
+        check_zero_init(self.arch, bits, self.zero_init_residual)
         if self.fix_activation_basis and (bits is None or bits.activation == FULL_PRECISION):
             raise ValueError(
                 "fix_activation_basis is of quantised activations, and there are none: add "
@@ -272,7 +268,7 @@ class TrainConfig:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than the {self.epochs} epochs, "
-                f"got {self.warmup_epochs}"
+                f"got {self.warmup_epochs}: --warmup-epochs takes others"
             )
         self._check_schedule()
         if self.calibrate_first and self.pretrained is None:
@@ -291,6 +287,14 @@ class TrainConfig:
             raise ValueError("restart_epoch needs a run to continue: add --resume auto")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0, got 0")
+
+    def _check_task(self) -> None:
+        check_task_settings(self, self.task)
+        if self.task == "segmentation" and self.flip == "independent":
+            raise ValueError(
+                "flip must be shared or none for segmentation, where all resolutions are compared "
+                "pixel by pixel, got independent"
+            )
 
     def _check_picked_from(self) -> None:
         if self.picked_from is None:

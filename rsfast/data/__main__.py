@@ -17,6 +17,9 @@ from rsfast.data.convert import FORMS, convert, parse_size
 from rsfast.data.damage import DamagedArchivesError
 from rsfast.data.exclusion import exclude
 from rsfast.data.index import printable
+from rsfast.data.mask_convert import convert_masks, parse_pairs
+from rsfast.data.masks import IGNORE_LABEL
+from rsfast.data.pair_check import PairReport, check_pairs, class_table
 from rsfast.data.patterns import ARCHIVE_EXTENSIONS, quote_hint
 from rsfast.data.splits import Split, find_splits
 
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{quote_hint(unknown)}")
     try:
-        return {"check": _check, "exclude": _exclude, "convert": _convert}[args.command](args)
+        return _COMMANDS[args.command](args)
     except (ValueError, ImportError, OSError) as error:
         print(f"rsfast.data: error: {error}", file=sys.stderr)
         return 2
@@ -55,6 +58,13 @@ def _build_parser() -> argparse.ArgumentParser:
             help="folder with train/ and val/, or one split, or a pattern of archives",
         )
     check.add_argument("--list", metavar="FILE", help="write all findings, separated by tabs")
+    check.add_argument(
+        "--ignore-label",
+        type=int,
+        metavar="N",
+        default=IGNORE_LABEL,
+        help="of pixels of masks that do not count (255)",
+    )
     check.add_argument("--workers", type=int, metavar="N", help="processes; one per CPU by default")
     leave_out.add_argument("files", metavar="FILE", nargs="+", help="as seen from here or from DIR")
     leave_out.add_argument("--undo", action="store_true", help="use the files again")
@@ -65,7 +75,47 @@ def _build_parser() -> argparse.ArgumentParser:
             "files, or a folder of tar shards; images are copied as they are",
         )
     )
+    _add_masks(
+        commands.add_parser(
+            "masks", help="write masks of segmentation as class numbers in 8-bit grey PNG"
+        )
+    )
     return parser
+
+
+def _add_masks(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", metavar="SRC", help="folder of masks: grey, palette, 16-bit, or colours")
+    add("target", metavar="DST", help="folder to write them to, such as data/trainannot")
+    add("--shift", type=int, default=0, metavar="N", help="add N; labels below 0 become 255")
+    add(
+        "--map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="give a stored label another number, which is not shifted; may come again",
+    )
+    add("--colors", metavar="FILE", help='a line "red green blue name" for each class from 0')
+    add("--list", metavar="FILE", help="convert only masks whose stems are in this file")
+    add("--stem", metavar="OLD=NEW", help="convert only stems that end in OLD, and end them in NEW")
+
+
+def _masks(args: argparse.Namespace) -> int:
+    old, equals, new = (args.stem or "").partition("=")
+    if args.stem is not None and not (old and equals):
+        raise ValueError(f"--stem must be two ends of names, as in _labels=_image, got {args.stem}")
+    done = convert_masks(
+        args.source,
+        args.target,
+        shift=args.shift,
+        mapping=parse_pairs(args.map),
+        colors=args.colors,
+        listed=args.list,
+        stem=None if args.stem is None else (old, new),
+    )
+    labels = ", ".join(map(str, done.labels))
+    print(f"{args.target}: {done.masks} masks written, with the labels {labels}")
+    return 0
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
@@ -113,9 +163,14 @@ def _check(args: argparse.Namespace) -> int:
     folder = Path(os.path.abspath(args.dir))
     folder = folder if folder.is_dir() else splits[0].root
     reports, is_damaged = dict[Split, Report](), False
+    pairs = dict[str, PairReport]()
     for split in splits:
         try:
-            reports[split] = check_split(split, workers=args.workers)
+            if split.masks is not None:
+                found = check_pairs(split, ignore_label=args.ignore_label, workers=args.workers)
+                reports[split], pairs[split.name] = found.report, found
+            else:
+                reports[split] = check_split(split, workers=args.workers)
         except DamagedArchivesError as error:
             is_damaged = True
             for reason in error.reasons.values():
@@ -129,6 +184,8 @@ def _check(args: argparse.Namespace) -> int:
         rows = ("\t".join(map(printable, finding)) for finding in findings)
         _write(args.list, "".join(f"{row}\n" for row in rows))
     _show(findings)
+    for line in class_table(pairs) if pairs else ():
+        print(line)
     for split, report in reports.items():
         print(_summary(split.name, report))
     bad = [finding.path for finding in findings if finding.kind == "bad"]
@@ -172,6 +229,8 @@ def _exclude(args: argparse.Namespace) -> int:
         print(f"{split.name}: files left out by hand: {count}")
     return 0
 
+
+_COMMANDS = {"check": _check, "exclude": _exclude, "convert": _convert, "masks": _masks}
 
 if __name__ == "__main__":
     sys.exit(main())

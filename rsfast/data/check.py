@@ -33,6 +33,7 @@ from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
 from rsfast.data.index import Archive
 from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
 from rsfast.data.manifest import MANIFEST, changed_shards
+from rsfast.data.pairs import images_below
 from rsfast.data.splits import Split
 from rsfast.data.val_list import flat_images
 from rsfast.files.progress import progress
@@ -122,8 +123,9 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         listing = Listing(
             members.split.place, members.class_names, list(members.paths), [], digest=""
         )
-    elif isinstance(source, Split) and source.is_flat:
-        listing = listing_of(source.root, flat_images(source.root), (source.name,))
+    elif isinstance(source, Split) and (source.is_flat or source.masks):
+        files = images_below(source.root) if source.masks else flat_images(source.root)
+        listing = listing_of(source.root, files, (source.name,))
     else:
         listing = list_split(source.root if isinstance(source, Split) else source)
     key = listing.root if members is None else members.split.key
@@ -152,8 +154,9 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
     seconds = time.perf_counter() - start
     if members is None:
         save_sizes(listing, record.sizes[: task.images])
-        only = listing.class_names[0]  # of a folder without class folders
-        classes = [path.split(os.sep, 1)[0] if os.sep in path else only for path in listing.paths]
+        classes = [path.split(os.sep, 1)[0] for path in listing.paths]
+        if len(listing.class_names) == 1:  # of a folder without class folders, or with one
+            classes = [*listing.class_names] * len(classes)
     else:
         classes = [members.class_names[label] for label in members.contents.labels.tolist()]
     excluded = set(cache.load_excluded(key))

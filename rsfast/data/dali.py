@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rsfast.data.ahead import read_ahead
+from rsfast.data.batch import Rendered
 from rsfast.data.index import check_size, decode, exclude_command, size_now
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.data.reading import ReadingError
@@ -45,7 +46,7 @@ if tuple(map(int, re.findall(r"\d+", dali.__version__)[:2])) < _OLDEST:
         f"{dali.__version__} is installed: {_INSTALL}"
     )
 
-__all__ = ["DaliDecoder", "OneByOne"]
+__all__ = ["DaliDecoder", "Feed", "OneByOne", "as_bytes"]
 
 _PREFETCH = 2  # batches
 # What DALI says when a file is the culprit: that a sample could not be decoded, or a status of
@@ -56,7 +57,7 @@ _READ = re.compile("Error in CPU operator `nvidia.dali.fn.io.file.read`")
 _READ_TRIES = 3  # of a step whose files DALI could not read, and we can
 
 
-class _Feed:
+class Feed:
     """What a pipeline has yet to be told of a plan.
 
     The pipeline refers to it, and it does not refer back: a pipeline that a loop leaves behind ends
@@ -123,7 +124,7 @@ class _Feed:
         if index.archive is not None:
             assert self._encoded is not None
             return next(self._encoded)
-        return [_as_bytes(index.path(i)) for i in images]
+        return [as_bytes(index.path(i)) for i in images]
 
 
 class _UnreadError(RuntimeError):
@@ -134,7 +135,7 @@ class _Running(NamedTuple):
     """A pipeline and what feeds it."""
 
     pipeline: Pipeline
-    feed: _Feed
+    feed: Feed
 
 
 class DaliDecoder:
@@ -149,6 +150,8 @@ class DaliDecoder:
             decode the others.
         dont_use_mmap: read files plainly instead of mapping them into memory.
     """
+
+    _feed = Feed
 
     def __init__(
         self,
@@ -168,12 +171,13 @@ class DaliDecoder:
         # nvImageCodec 0.9, which DALI 2.3 and 2.4 bring, crashes when a GPU decodes regions (its
         # issue 55), and a GPU's own JPEG decoder decodes whole images anyway.
         self._whole_images = self._on_gpu
+        self._beyond: dict[str, Any] = {}  # what a window has that reaches beyond its image
         self._hw_decoder_load = hw_decoder_load
         self._dont_use_mmap = dont_use_mmap
         self._idle: _Running | None = None
 
-    def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
-        """[M, 3] uint8 of each step, on the device."""
+    def rows(self, epoch: int, steps: range) -> Iterator[Tensor | Rendered]:
+        """[M, 3] uint8 of each step, on the device; of segmentation with labels on the CPU."""
         # A loop that is left early never comes to the end of this function: its pipeline holds
         # batches that nobody wants, and the next loop builds another one.
         running, self._idle = self._idle or self._build(), None
@@ -199,10 +203,10 @@ class DaliDecoder:
             # DALI holds the feed in a cycle, and the threads would wait for the garbage collector.
             running.feed.stop()
 
-    def _render(self, pipeline: Pipeline, epoch: int, step: int) -> Tensor:
+    def _render(self, pipeline: Pipeline, epoch: int, step: int) -> Tensor | Rendered:
         stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
         try:
-            *levels, shapes = pipeline.run(stream)
+            *pictures, shapes = pipeline.run(stream)
         except ReadingError:
             raise
         except RuntimeError as error:
@@ -214,10 +218,16 @@ class DaliDecoder:
             self._images(epoch, step), np.asarray(shapes.as_tensor()), strict=True
         ):
             check_size(self._plan.index, position, tuple(size[:2].tolist()))
-        return _packed(levels, self._resolutions, self._device, stream)
+        return self._result(pictures, epoch, step, stream)
+
+    def _result(
+        self, pictures: Sequence, epoch: int, step: int, stream: object
+    ) -> Tensor | Rendered:
+        """What one step yields, of what the graph has put out before the shapes."""
+        return _packed(pictures, self._resolutions, self._device, stream)
 
     def _build(self) -> _Running:
-        feed = _Feed(self._plan, self._workers)
+        feed = self._feed(self._plan, self._workers)
         pipeline = self._define(feed)
         try:
             pipeline.build()
@@ -228,7 +238,7 @@ class DaliDecoder:
             ) from error
         return _Running(pipeline, feed)
 
-    def _define(self, feed: _Feed) -> Pipeline:
+    def _define(self, feed: Feed) -> Pipeline:
         """The graph; nothing of it runs yet, and no GPU is needed."""
         gpu = self._device.index
         if self._on_gpu and gpu is None:
@@ -244,10 +254,14 @@ class DaliDecoder:
             levels, encoded = self._train_graph(feed) if train else self._val_graph(feed)
             turns = self._plan.index.exif == "honour"
             shapes = fn.peek_image_shape(encoded, adjust_orientation=turns)
-            pipeline.set_outputs(*levels, shapes)
+            pipeline.set_outputs(*levels, *self._more_outputs(feed), shapes)
         return pipeline
 
-    def _train_graph(self, feed: _Feed) -> tuple[list, Any]:
+    def _more_outputs(self, feed: Feed) -> Sequence:
+        """Of the graph, besides the pictures of each level."""
+        return ()
+
+    def _train_graph(self, feed: Feed) -> tuple[list, Any]:
         """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
         assert isinstance(self._plan, TrainPlan)
@@ -263,7 +277,7 @@ class DaliDecoder:
         else:
             images = self._decode(encoded)
             regions = [
-                fn.slice(images, start=start, shape=shape, axis_names="HW")
+                fn.slice(images, start=start, shape=shape, axis_names="HW", **self._beyond)
                 for start, shape in zip(starts, shapes, strict=True)
             ]
         if number:
@@ -275,7 +289,7 @@ class DaliDecoder:
         ]
         return levels, encoded
 
-    def _val_graph(self, feed: _Feed) -> tuple[list, Any]:
+    def _val_graph(self, feed: Feed) -> tuple[list, Any]:
         """The pictures of each level, and the files that they are decoded from."""
         count = len(self._resolutions)
         fields = iter(fn.external_source(source=feed.next_val, num_outputs=1 + 4 * count))
@@ -359,8 +373,9 @@ def _take(fields: Iterator, count: int) -> list:
     return [next(fields) for _ in range(count)]
 
 
-def _as_bytes(path: str) -> np.ndarray:
-    return np.frombuffer(os.fsencode(path), dtype=np.uint8)  # names of any bytes
+def as_bytes(path: str) -> np.ndarray:
+    """A path as DALI reads it, whatever bytes its names have."""
+    return np.frombuffer(os.fsencode(path), dtype=np.uint8)
 
 
 def _packed(

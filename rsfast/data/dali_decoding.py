@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
+from nvidia.dali import types
 from nvidia.dali.pipeline import Pipeline
 
 from rsfast.data.index import ImageIndex
 
-__all__ = ["OneByOne", "cause", "decoded", "first_refused"]
+__all__ = ["OneByOne", "cause", "decoded", "decoded_masks", "first_refused"]
 
 
 def decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
@@ -25,6 +27,19 @@ def decoded(encoded, device: str = "cpu", *, start=None, shape=None, **means):
     if start is None:
         return fn.decoders.image(encoded, **how)
     return fn.decoders.image_slice(encoded, axis_names="HW", start=start, shape=shape, **how)
+
+
+def decoded_masks(paths: Callable[[], list[np.ndarray]], dont_use_mmap: bool) -> Any:
+    """[H, W, 1] uint8 on the CPU of files of 8-bit grey.
+
+    Args:
+        paths: gives those of the next batch.
+        dont_use_mmap: read files plainly.
+    """
+    encoded = fn.io.file.read(fn.external_source(source=paths), dont_use_mmap=dont_use_mmap)
+    return fn.decoders.image(
+        encoded, device="cpu", output_type=types.GRAY, adjust_orientation=False
+    )
 
 
 class OneByOne:

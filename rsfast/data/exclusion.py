@@ -9,6 +9,7 @@ from pathlib import Path
 from rsfast.data.cache import load_excluded, save_excluded
 from rsfast.data.dataset import list_members
 from rsfast.data.formats import EXTENSIONS
+from rsfast.data.pairs import images_below
 from rsfast.data.splits import Split, find_splits
 from rsfast.data.val_list import flat_images
 
@@ -57,6 +58,8 @@ def _listed(split: Split) -> set[str] | None:
     """The images of a split; None of class folders, where the file system knows."""
     if split.files:
         return {*list_members(split).paths}
+    if split.masks is not None:
+        return {*images_below(split.root)}
     return {*flat_images(split.root)} if split.is_flat else None
 
 
@@ -69,7 +72,7 @@ def _is_in_class_folder(split: Split, path: str) -> bool:
 def _rule(splits: Sequence[Split], data: str | Path, undo: bool) -> str:
     if undo:
         return "a file that is excluded"
-    if any(split.files or split.is_flat for split in splits):
+    if any(split.files or split.is_flat or split.masks for split in splits):
         return "an image of the data set"
     return f"an image in a class folder of {data}"
 
@@ -77,7 +80,7 @@ def _rule(splits: Sequence[Split], data: str | Path, undo: bool) -> str:
 def _spellings(split: Split, folder: Path, file: str) -> Iterator[str]:
     """What the index may call a file."""
     # Two splits may have class folders of the same name, and files of the same name in them.
-    more = (split.root, split.root.parent) if split.files or split.is_flat else ()
+    more = (split.root, split.root.parent) if split.files or split.is_flat or split.masks else ()
     for base in ("", folder, *more):
         absolute = os.path.abspath(os.path.join(base, file))
         yield os.path.relpath(absolute, split.root)

@@ -42,9 +42,11 @@ __all__ = [
     "listing_of",
     "report_left_out",
     "save_sizes",
+    "sizes_of",
 ]
 
 _LOG = logging.getLogger(__name__)
+_WORKERS = 8  # threads that read headers
 _FORMAT = 1  # of the cache file; raise it when its contents change
 
 
@@ -72,7 +74,7 @@ class Listing:
 def index_folder(
     root: str | Path,
     *,
-    workers: int = 8,
+    workers: int = _WORKERS,
     cache: bool = True,
     strict: bool = False,
     tolerate_truncated: bool = False,
@@ -114,7 +116,7 @@ def index_files(
     labels: np.ndarray,
     class_names: tuple[str, ...],
     *,
-    workers: int = 8,
+    workers: int = _WORKERS,
     cache: bool = True,
     strict: bool = False,
     tolerate_truncated: bool = False,
@@ -137,6 +139,16 @@ def index_files(
         raise ValueError(f"data folder {root} must hold one image that is not bad, found none")
     kept = tuple(path for path, ok in zip(files, good, strict=True) if ok)
     return ImageIndex(root, kept, labels[good], sizes[good], class_names, copies=copies)
+
+
+def sizes_of(root: Path, files: Sequence[str]) -> np.ndarray:
+    """[n, 2] int32 height and width in pixels of images of a folder without class folders.
+
+    They are those of the index; 0 where no decoder can tell.
+    """
+    listing = listing_of(root, files, ())
+    sizes = _load_sizes(listing)
+    return _read_sizes(root, files, _WORKERS) if sizes is None else sizes
 
 
 def listing_of(root: Path, files: Sequence[str], class_names: tuple[str, ...]) -> Listing:

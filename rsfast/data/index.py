@@ -72,6 +72,8 @@ class ImageIndex:
             that are tolerated; None where there are none.
         place: what the commands know the split by, such as a pattern of archives; None for root.
         files: the archives, absolute and sorted.
+        contents: [n] int64, what tells the content of one file from another's; None where it is not
+            looked at, as that of images is not.
     """
 
     root: Path
@@ -85,6 +87,7 @@ class ImageIndex:
     copies: Mapping[str, str] | None = None
     place: Path | None = None
     files: tuple[str, ...] = ()
+    contents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -143,16 +146,19 @@ class ImageIndex:
             labels=self.labels[positions],
             sizes=self.sizes[positions],
             rows=None if self.rows is None else self.rows[positions],
+            contents=None if self.contents is None else self.contents[positions],
         )
 
     @property
     def digest(self) -> str:
-        """A name for the images, in order, for their labels, and for what becomes of their
-        orientation."""
+        """A name for the images, in order, for their labels, what becomes of their orientation,
+        and for what they hold where that is known."""
         digest = hashlib.sha256(os.fsencode("\0".join(self.paths)))  # names of any bytes
         is_flat = any(self.paths[:1]) and not os.path.dirname(self.paths[0])
         if self.archive is not None or is_flat:  # no class folder tells the labels
             digest.update(self.labels.tobytes())
+        if self.contents is not None:
+            digest.update(self.contents.tobytes())
         suffix = "" if self.exif == "ignore" else f":{self.exif}"
         return f"{len(self)}:{digest.hexdigest()[:16]}{suffix}"
 

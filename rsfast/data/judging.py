@@ -14,7 +14,7 @@ from rsfast.data.comparing import compare
 from rsfast.data.formats import EXTENSIONS, FORMAT_OF, is_supported
 from rsfast.files.pictures import as_rgb
 
-__all__ = ["TINY_PX", "UNREAD", "judge_content", "judge_image", "judge_other"]
+__all__ = ["TINY_PX", "UNREAD", "check_png_end", "judge_content", "judge_image", "judge_other"]
 
 TINY_PX = 8  # a shorter side below this is odd
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")  # how files of the used formats begin
@@ -95,15 +95,15 @@ def _oddities(path: str, image: Image.Image) -> list[str]:
 def _check_for_dali(stream: BinaryIO, image_format: str | None) -> None:
     """Raises an error if DALI would refuse a file that Pillow decodes."""
     if image_format == "PNG":
-        _check_png_end(stream)
+        check_png_end(stream)
     elif image_format in ("JPEG", "MPO"):
         _check_jpeg_segments(stream)
     elif image_format == "WEBP":
         _check_webp_chunks(stream)
 
 
-def _check_png_end(stream: BinaryIO) -> None:
-    """Pillow passes over checksums and a missing end; libpng does not."""
+def check_png_end(stream: BinaryIO) -> None:
+    """Raises an error of checksums and of a missing end, which libpng refuses and Pillow not."""
     stream.seek(0)
     with Image.open(stream) as image:
         image.verify()  # up to and including the name of the last chunk

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,52 +12,29 @@ from torch import Tensor
 
 from rsfast import kernels
 from rsfast.data.augment import NOTHING, Augment
-from rsfast.data.cache import Key, cache_root, has_record
-from rsfast.data.dataset import open_split
+from rsfast.data.batch import Batch, Rendered
 from rsfast.data.decoding import Decoding, decoding
-from rsfast.data.index import SPLITS, ImageIndex, check_command
+from rsfast.data.index import SPLITS
+from rsfast.data.masks import IGNORE_LABEL
 from rsfast.data.mixing import Mix, erase, mixed, shift_colours
+from rsfast.data.normalizations import NORMALIZATIONS, normalization
+from rsfast.data.opening import BACKENDS, Opening
 from rsfast.data.picking import Picking, check_levels
 from rsfast.data.pil import PillowDecoder
+from rsfast.data.pixel_plan import PixelTrainPlan, PixelValPlan, border_of, label_sizes
 from rsfast.data.plan import TrainPlan, ValPlan
 from rsfast.data.synthetic import SyntheticDecoder
+from rsfast.files.task_names import TASKS
 from rsfast.pyramid import Pyramid, check_resolutions
 
 __all__ = ["BACKENDS", "NORMALIZATIONS", "Batch", "Loader", "Mix", "train_loader", "val_loader"]
-
-_LOG = logging.getLogger(__name__)
-BACKENDS = ("dali", "pil", "synthetic")
-# mean and standard deviation of RGB values in [0, 1]
-NORMALIZATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Images at all resolutions and their labels.
-
-    Attributes:
-        images: Pyramid of [M, 3] rows, RGB, normalised; float32 unless the loader was told
-            otherwise, and then perhaps with channels of zeros behind the colours.
-        labels: [N] int64 on the device of the images.
-        indices: [N] int64 positions in the data set's index, on the CPU.
-        mix: the labels that the images have besides their own, on their device; None where no
-            image is mixed with another.
-    """
-
-    images: Pyramid
-    labels: Tensor
-    indices: Tensor
-    mix: Mix | None = None
 
 
 class Decoder(Protocol):
     """What a backend must be able to do."""
 
-    def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
-        """[M, 3] uint8 of each step, on the loader's device."""
+    def rows(self, epoch: int, steps: range) -> Iterator[Tensor | Rendered]:
+        """[M, 3] uint8 of each step, on the loader's device; of segmentation with labels."""
 
 
 class Loader:
@@ -128,12 +102,15 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, steps = self.epoch, range(self.first_step, len(self))
         self.first_step = 0
-        for step, rows in zip(
+        for step, rendered in zip(
             steps, self._decoder.rows(epoch, steps) if steps else (), strict=True
         ):
             indices = self.plan.images(epoch, step)
+            if isinstance(rendered, Rendered):
+                rows, labels = rendered
+            else:
+                rows, labels = rendered, torch.from_numpy(self.plan.index.labels[indices])
             rows = self._picking(rows, len(indices))
-            labels = torch.from_numpy(self.plan.index.labels[indices])
             blends = self.plan.blends(epoch, step) if isinstance(self.plan, TrainPlan) else None
             mix = None
             if blends is not None:
@@ -152,17 +129,32 @@ class Loader:
                 shifts = self.plan.colour_shifts(epoch, step)
                 shift_colours(rows, self.resolutions, shifts, self.std)
                 erase(rows, self.resolutions, self.plan.erasures(epoch, step))
+            labels, masks = self._shaped(labels.to(self._device, non_blocking=True), indices)
             yield Batch(
                 images=Pyramid(
                     rows=rows,
                     sizes=tuple((r, r) for r in self.resolutions),
                     num_images=len(indices),
                 ),
-                labels=labels.to(self._device, non_blocking=True),
+                labels=labels,
                 indices=torch.from_numpy(indices),
                 mix=mix,
+                masks=masks,
             )
         self.epoch = epoch + 1
+
+    def _shaped(
+        self, labels: Tensor, indices: np.ndarray
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Labels and masks as a batch has them, of the labels on the device."""
+        if isinstance(self.plan, PixelTrainPlan):
+            return labels.view(len(indices), self.plan.resolution, self.plan.resolution), None
+        if not isinstance(self.plan, PixelValPlan):
+            return labels, None
+        sizes = label_sizes(self.plan, indices)
+        parts = labels.split([height * width for height, width in sizes])
+        masks = (part.view(size) for part, size in zip(parts, sizes, strict=True))
+        return labels[:0], tuple(masks)
 
 
 def train_loader(
@@ -170,6 +162,9 @@ def train_loader(
     resolutions: Sequence[int],
     batch_size: int,
     *,
+    task: str = "classification",
+    scale: tuple[float, float] = (0.5, 2.0),
+    ignore_label: int = IGNORE_LABEL,
     backend: str = "dali",
     copies: int = 1,
     crop: str = "single",
@@ -190,7 +185,7 @@ def train_loader(
     max_steps: int = 0,
     limit: int = 0,
     num_images: int = 1_281_167,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     strict: bool = False,
     tolerate_truncated: bool = False,
 ) -> Loader:
@@ -198,9 +193,16 @@ def train_loader(
 
     Args:
         root: folder with train/ (one sub-folder per class, or archives), or a pattern of archives,
-            as :func:`rsfast.data.open_split` takes them; ignored by "synthetic".
+            as :func:`rsfast.data.open_split` takes them; for segmentation a folder with train/ and
+            trainannot/, as :func:`rsfast.data.open_pairs` does; ignored by "synthetic".
         resolutions: r of each level in pixels, strictly descending.
         batch_size: N per rank; every batch is full.
+        task: "classification", or "segmentation", whose windows are squashed to r x r and may reach
+            beyond the image, where pixels have the mean colour of the normalisation and labels are
+            ignored.
+        scale: range of the scale of windows of segmentation, which is log-uniform: 1 shows the
+            image whole, 2 a half of each side, and 0.5 as much around it as it has itself.
+        ignore_label: of pixels that do not count, from 0 to 255.
         backend: "dali", "pil" or "synthetic" (the same random batch at every step).
         copies: levels of each resolution, one after the other.
         crop: "single" window for all levels, or "multi": an independent one for each.
@@ -223,7 +225,9 @@ def train_loader(
         device: where batches are wanted; on a GPU, DALI decodes there.
         max_steps: end epochs after so many batches; 0 for whole epochs.
         limit: take so many images only, evenly spaced over the data set; 0 for all.
-        num_images, num_classes: size of the synthetic data set.
+        num_images: size of the synthetic data set.
+        num_classes: of the synthetic data set, by default 1000, or 40 of segmentation; of any other
+            of segmentation, as :func:`rsfast.data.open_pairs` takes it.
         strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
 
     Raises:
@@ -232,24 +236,42 @@ def train_loader(
     """
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
-    damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
     check_levels(levels, crop, flip)
+    if _is_segmentation(task):
+        _refuse_picking(levels)
     resolutions = [r for r in check_resolutions(resolutions) for _ in range(copies)]
     picking = Picking(levels, resolutions, picked_from, device)
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
-    plan = TrainPlan(
-        index=_index(root, "train", backend, limit, num_images, num_classes, exif, damage),
-        num_levels=len(picking.resized),
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        crop=crop,
-        flip=flip,
-        crop_area=crop_area,
-        augment=augment,
+    opening = Opening(
+        root=root,
+        split="train",
+        backend=backend,
+        limit=limit,
+        num_images=num_images,
+        num_classes=num_classes,
+        exif=exif,
+        strict=strict,
+        tolerate_truncated=tolerate_truncated,
     )
+    common: dict[str, Any] = {
+        "num_levels": len(picking.resized),
+        "batch_size": batch_size,
+        "rank": rank,
+        "world_size": world_size,
+        "seed": seed,
+        "crop": crop,
+        "flip": flip,
+        "crop_area": crop_area,
+        "augment": augment,
+    }
+    if _is_segmentation(task):
+        index, masks = opening.pairs(ignore_label)
+        border = border_of(normalization(normalize)[0])
+        common |= {"resolution": max(resolutions), "scale": scale, "ignore_label": ignore_label}
+        plan: TrainPlan = PixelTrainPlan(index=index, masks=masks, border=border, **common)
+    else:
+        plan = TrainPlan(index=opening.images(), **common)
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
     return _loader(plan, picking, backend, normalize, means, torch.device(device), max_steps)
 
@@ -259,6 +281,8 @@ def val_loader(
     resolutions: Sequence[int],
     batch_size: int,
     *,
+    task: str = "classification",
+    ignore_label: int = IGNORE_LABEL,
     backend: str = "dali",
     normalize: str | tuple[Sequence[float], Sequence[float]] = "imagenet",
     crop: str = "center",
@@ -274,7 +298,7 @@ def val_loader(
     device: torch.device | str = "cpu",
     limit: int = 0,
     num_images: int = 50_000,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     strict: bool = False,
     tolerate_truncated: bool = False,
     labels: str | None = None,
@@ -283,9 +307,12 @@ def val_loader(
 
     Args:
         root: folder with val/ (one sub-folder per class, or archives), or a pattern of archives, as
-            :func:`rsfast.data.open_split` takes them; ignored by "synthetic".
+            :func:`rsfast.data.open_split` takes them; for segmentation a folder with val/ and
+            valannot/; ignored by "synthetic".
         resolutions: r of each level in pixels, in any order.
         batch_size: N per rank at most.
+        task, ignore_label: as in :func:`train_loader`. Segmentation squashes the whole image to
+            r x r, whatever `crop` says, and leaves masks as they are.
         backend: as in :func:`train_loader`.
         normalize: "imagenet", "none", or (mean, std) of RGB values in [0, 1].
         crop: "center" (shorter side to int(r / 0.875), then r x r) or "none" (straight to r x r).
@@ -293,7 +320,7 @@ def val_loader(
         split: "val", or "train" for training images prepared like these.
         exif, rank, world_size, workers, hw_decoder_load, dont_use_mmap, device, limit: as in
             :func:`train_loader`.
-        num_images, num_classes: size of the synthetic data set.
+        num_images, num_classes: as in :func:`train_loader`.
         strict, tolerate_truncated: as in :func:`rsfast.data.index_folder`.
         labels: list of the labels of a folder without class folders.
 
@@ -303,65 +330,46 @@ def val_loader(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    damage = {"strict": strict, "tolerate_truncated": tolerate_truncated}
+    if _is_segmentation(task):
+        _refuse_picking(levels)
     picking = Picking(levels, resolutions, picked_from, device)
-    plan = ValPlan(
-        index=_index(root, split, backend, limit, num_images, num_classes, exif, damage, labels),
-        resolutions=picking.resized,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        crop=crop,
+    opening = Opening(
+        root=root,
+        split=split,
+        backend=backend,
+        limit=limit,
+        num_images=num_images,
+        num_classes=num_classes,
+        exif=exif,
+        strict=strict,
+        tolerate_truncated=tolerate_truncated,
     )
+    common: dict[str, Any] = {
+        "resolutions": tuple(picking.resized),
+        "batch_size": batch_size,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if _is_segmentation(task):
+        if labels is not None:
+            raise ValueError(f"labels of segmentation are masks and no list, got {labels}")
+        index, masks = opening.pairs(ignore_label)
+        plan: ValPlan = PixelValPlan(index=index, masks=masks, **common)
+    else:
+        plan = ValPlan(index=opening.images(labels), crop=crop, **common)
     means = decoding(workers, hw_decoder_load, dont_use_mmap)
     return _loader(plan, picking, backend, normalize, means, torch.device(device))
 
 
-def _index(
-    root: str | Path | None,
-    split: str,
-    backend: str,
-    limit: int,
-    num_images: int,
-    num_classes: int,
-    exif: str,
-    damage: Mapping[str, bool],
-    labels: str | None = None,
-) -> ImageIndex:
-    if limit < 0:
-        raise ValueError(f"limit must be at least 0, got {limit}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend != "synthetic":
-        if root is None:
-            raise ValueError(f"root must be a folder for the {backend} loader, got None")
-        index = open_split(root, split, labels=labels, exif=exif, **damage)
-        _warn_if_unchecked(index.known_as, index.key)
-        return index.take(_spread(len(index), limit)) if 0 < limit < len(index) else index
-    return ImageIndex(
-        root=Path("synthetic"),
-        paths=("",) * num_images,
-        labels=np.arange(num_images, dtype=np.int64) % num_classes,
-        sizes=np.full((num_images, 2), 256, dtype=np.int32),
-        class_names=tuple(str(label) for label in range(num_classes)),
-    )
+def _is_segmentation(task: str) -> bool:
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {TASKS}, got {task!r}")
+    return task == "segmentation"
 
 
-@cache
-def _warn_if_unchecked(root: Path, key: Key) -> None:
-    """Once per folder; generated images need no check."""
-    if not has_record(key) and not root.is_relative_to(cache_root().absolute()):
-        _LOG.warning(
-            "%s was never checked: a damaged image ends the run, or goes unnoticed where a GPU "
-            "decodes it; to check all images: %s",
-            root,
-            check_command(root),
-        )
-
-
-def _spread(count: int, kept: int) -> np.ndarray:
-    """So many of a data set's positions, evenly spaced, and with them the classes."""
-    return np.linspace(0, count - 1, kept).round().astype(np.int64)
+def _refuse_picking(levels: str) -> None:
+    if levels != "resize":
+        raise ValueError(f"levels must be resize for segmentation, got {levels!r}")
 
 
 def _loader(
@@ -373,17 +381,17 @@ def _loader(
     device: torch.device,
     max_steps: int = 0,
 ) -> Loader:
-    if isinstance(normalize, str):
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize must be one of {list(NORMALIZATIONS)}, got {normalize!r}")
-        normalize = NORMALIZATIONS[normalize]
     decoder: Decoder
     if backend == "synthetic":
         decoder = SyntheticDecoder(plan, picking.resized, device=device)
     elif backend == "pil":
         decoder = PillowDecoder(plan, picking.resized, workers=means.workers, device=device)
+    elif isinstance(plan, PixelTrainPlan | PixelValPlan):
+        from rsfast.data.dali_pixels import DaliPixelDecoder
+
+        decoder = DaliPixelDecoder(plan, picking.resized, device=device, **means._asdict())
     else:
         from rsfast.data.dali import DaliDecoder  # the only optional package
 
         decoder = DaliDecoder(plan, picking.resized, device=device, **means._asdict())
-    return Loader(plan, decoder, picking, normalize, device, max_steps)
+    return Loader(plan, decoder, picking, normalization(normalize), device, max_steps)

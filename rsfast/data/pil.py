@@ -11,8 +11,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rsfast.data.batch import Rendered
 from rsfast.data.index import ImageIndex, decode
+from rsfast.data.masks import decode_mask
 from rsfast.data.pil_operations import operated
+from rsfast.data.pixel_plan import (
+    PixelPlan,
+    PixelTrainPlan,
+    PixelValPlan,
+    labels_of,
+    most_labels,
+)
 from rsfast.data.plan import TrainBatch, TrainPlan, ValBatch, ValPlan
 from rsfast.data.sharing import PREFETCHED, check_shared_memory
 from rsfast.files.pictures import BILINEAR, cut
@@ -59,11 +68,23 @@ def _train_levels(
     for level, r in enumerate(resolutions):
         if crop is None or not batch.shared_window:
             top, left, height, width = batch.windows[level, n].tolist()
-            crop = image.crop((left, top, left + width, top + height))
+            crop = _window(image, (left, top, left + width, top + height), batch.border)
             if batch.operations is not None:
                 crop = operated(crop, batch.operations, n)
         picture = crop.resize((r, r), BILINEAR)
         yield picture.transpose(_FLIP) if batch.flips[level, n] else picture
+
+
+def _window(
+    image: Image.Image, box: tuple[int, int, int, int], border: tuple[int, int, int] | None
+) -> Image.Image:
+    """The part of a picture in a box of left, top, right, bottom, and the border beyond it."""
+    if border is None:
+        return image.crop(box)
+    left, top, right, bottom = box
+    window = Image.new("RGB", (right - left, bottom - top), border)
+    window.paste(image, (-left, -top))
+    return window
 
 
 def _val_levels(
@@ -83,12 +104,21 @@ class _Batches(Dataset):
         self.plan = plan
         self.resolutions = resolutions
 
-    def __getitem__(self, at: tuple[int, int]) -> Tensor | RuntimeError:
+    def __getitem__(self, at: tuple[int, int]) -> Tensor | Rendered | RuntimeError:
         batch = self.plan.batch(*at)
         try:
-            return torch.from_numpy(render(self.plan.index, batch, self.resolutions))
+            rows = torch.from_numpy(render(self.plan.index, batch, self.resolutions))
+            if not isinstance(self.plan, PixelTrainPlan | PixelValPlan):
+                return rows
+            return Rendered(rows, torch.from_numpy(_labels(self.plan, batch)))
         except RuntimeError as error:
             return error
+
+
+def _labels(plan: PixelPlan, batch: TrainBatch | ValBatch) -> np.ndarray:
+    assert plan.masks is not None
+    images = batch.images.tolist()
+    return labels_of(plan, batch, (decode_mask(plan.index, plan.masks, n) for n in images))
 
 
 class PillowDecoder:
@@ -116,10 +146,10 @@ class PillowDecoder:
         self._workers = min(workers, plan.steps)
         self._device = device
         pixels = plan.batch_size * sum(r * r for r in resolutions)
-        check_shared_memory(self._workers, 3 * pixels, plan.steps)
+        check_shared_memory(self._workers, 3 * pixels + most_labels(plan), plan.steps)
 
-    def rows(self, epoch: int, steps: range) -> Iterator[Tensor]:
-        """[M, 3] uint8 of each step, on the device."""
+    def rows(self, epoch: int, steps: range) -> Iterator[Tensor | Rendered]:
+        """[M, 3] uint8 of each step, on the device; of segmentation with labels on the CPU."""
         loader = DataLoader(
             self._batches,
             batch_size=None,
@@ -140,4 +170,7 @@ class PillowDecoder:
         for rows in batches:
             if isinstance(rows, RuntimeError):
                 raise rows
-            yield rows.to(self._device, non_blocking=True)
+            if isinstance(rows, Rendered):
+                yield rows._replace(rows=rows.rows.to(self._device, non_blocking=True))
+            else:
+                yield rows.to(self._device, non_blocking=True)

@@ -46,6 +46,7 @@ class TrainBatch:
         flips: [L, N] bool, horizontal.
         shared_window: all levels have the same window, so one decode and one cut serve them.
         operations: what is done to each window before it is resized; None for nothing.
+        border: RGB of what a window has beyond the image; None where no window reaches there.
     """
 
     images: np.ndarray
@@ -53,6 +54,7 @@ class TrainBatch:
     flips: np.ndarray
     shared_window: bool
     operations: Operations | None = None
+    border: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,11 @@ class TrainPlan:
                 "batch_size must be at least 2 for mixup and cutmix, which mix the images of a "
                 f"batch, got {self.batch_size}"
             )
+
+    @property
+    def digest(self) -> str:
+        """A name for the images and their labels, that of the index."""
+        return self.index.digest
 
     @property
     def steps(self) -> int:
@@ -256,6 +263,11 @@ class ValPlan:
             )
         if self.crop not in VAL_CROPS:
             raise ValueError(f"val crop must be one of {VAL_CROPS}, got {self.crop!r}")
+
+    @property
+    def digest(self) -> str:
+        """A name for the images and their labels, that of the index."""
+        return self.index.digest
 
     @property
     def steps(self) -> int:

@@ -37,7 +37,7 @@ def prefetch(loader: Loader, device: torch.device) -> Iterator[Batch]:
         current = torch.cuda.current_stream(device)
         current.wait_stream(side)
         batch = ahead
-        for tensor in (batch.images.rows, batch.labels, *(batch.mix or ())):
+        for tensor in (batch.images.rows, batch.labels, *(batch.mix or ()), *(batch.masks or ())):
             tensor.record_stream(current)  # made by the side stream, free when the step is done
         yield batch
         ahead = fetch()

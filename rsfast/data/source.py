@@ -56,11 +56,17 @@ class Source:
 
 
 def check_flat(splits: Sequence[Split], val_list: str | Path | None) -> None:
-    """Refuses images alone without a list of labels, and a list without them.
+    """Refuses images alone without a list of labels, a list without them, and images with masks.
 
     Raises:
         ValueError: naming the split or the list.
     """
+    for split in splits:
+        if split.masks is not None:
+            raise ValueError(
+                f"SRC must be a data set of classification, because shards have no masks, got "
+                f"{split.root} beside {split.masks.name}"
+            )
     flat = [split for split in splits if split.is_flat]
     for split in flat:
         if val_list is None or split.name == "train":

@@ -2,7 +2,8 @@
 
 A data set is a folder with `train/` and `val/` (or `validation/`), which hold one sub-folder per
 class, or `*.tar`, or `*.parquet`; or a folder, or its `data/`, in which archives lie whose names
-say what they are of, as Hugging Face's copies have it; or a pattern of archives of one split.
+say what they are of, as Hugging Face's copies have it; or a pattern of archives of one split. With
+`trainannot/` or `valannot/` beside them they hold images of segmentation, and those their masks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rsfast.data.patterns import (
 from rsfast.data.val_list import flat_images
 from rsfast.data.walking import is_folder, is_hidden
 
-__all__ = ["Split", "existing", "find_split", "find_splits", "split_at"]
+__all__ = ["Split", "existing", "find_split", "find_splits", "masks_folder", "split_at"]
 
 _FOLDERS = {"train": ("train",), "val": ("val", "validation")}
 _NAMES = {name for names in _FOLDERS.values() for name in names}
@@ -44,12 +45,14 @@ class Split:
         files: of its archives, absolute and sorted; none where root has class folders.
         place: what the commands know the split by: root, a folder that need not exist, a pattern.
         is_flat: images lie in root itself, and their labels in a list.
+        masks: folder of the masks of the images in root and below; None of classification.
     """
 
     root: Path
     files: tuple[str, ...]
     place: Path
     is_flat: bool = False
+    masks: Path | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +97,8 @@ def find_splits(data: str | Path) -> list[Split]:
     folder = Path(os.path.abspath(data))
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist")
+    if annotated := _annotated(folder):
+        return annotated
     paths = [path for split in SPLITS if (path := existing(folder, split)).is_dir()]
     sure = [path for path in paths if _holds_classes(path)]
     has_others = not {*_folders(folder)} <= {path.name for path in paths}
@@ -109,6 +114,21 @@ def find_splits(data: str | Path) -> list[Split]:
         elif path not in paths and (found := _beside_others(folder, split)):
             splits.append(found)
     return splits or [split_at(folder)]
+
+
+def masks_folder(root: Path) -> Path:
+    """Where the masks of a split's folder are; it need not be there."""
+    return root.with_name(f"{root.name}annot")
+
+
+def _annotated(folder: Path) -> list[Split]:
+    """The splits of a data set of segmentation, or the one that the folder is; none of others."""
+    if folder.name in _NAMES and masks_folder(folder).is_dir():
+        return [Split(folder, (), folder, masks=masks_folder(folder))]
+    paths = [path for split in SPLITS if (path := existing(folder, split)).is_dir()]
+    if not any(masks_folder(path).is_dir() for path in paths):
+        return []
+    return [Split(path, (), path, masks=masks_folder(path)) for path in paths]
 
 
 def existing(folder: Path, split: str) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Folder", "Note", "Walk", "is_folder", "is_hidden", "walk"]
+__all__ = ["Folder", "Note", "Walk", "files_below", "is_folder", "is_hidden", "walk"]
 
 # Left behind by systems of files, of archives and of servers; compared in lower case.
 _SYSTEM = {
@@ -79,6 +79,32 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
+
+
+def files_below(root: Path) -> list[str]:
+    """Paths of the files in a folder and below, relative to it, sorted.
+
+    Hidden ones are passed over, and each folder is visited once, however many links lead to it.
+
+    Raises:
+        ValueError: naming the folder that cannot be read.
+    """
+    files, visited = [], {_identity(os.stat(root))}
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"folder {error.filename} must be readable: {error.strerror}") from error
+
+    for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
+        kept = []
+        for name in sorted(inner):
+            identity = _identity(os.stat(os.path.join(folder, name)))
+            if not is_hidden(name) and identity not in visited:
+                visited.add(identity)
+                kept.append(name)
+        inner[:] = kept
+        where = os.path.relpath(folder, root)
+        files += [os.path.normpath(os.path.join(where, n)) for n in names if not is_hidden(n)]
+    return sorted(files)
 
 
 def walk(root: Path, extensions: Sequence[str]) -> Walk:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "build_optimizer", "groups_of", "lr_at", "set_lr"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Group",
+    "build_optimizer",
+    "groups_of",
+    "lr_at",
+    "set_lr",
+]
 
-SCHEDULES = ("cosine", "step")
+SCHEDULES = ("cosine", "poly", "step")
+_POWER = 0.9  # of the schedule poly
+_FACTOR = "lr_factor"  # of a group whose rate is another one
 DECAY_MODES = ("all", "weights")
 OPTIMIZERS = ("sgd", "apex_sgd")
 
@@ -27,14 +37,15 @@ def lr_at(
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
 ) -> float:
-    """Cosine to zero per step, or constant between milestones, after an optional linear warm-up.
+    """Cosine or power law to zero per step, or steps, after an optional linear warm-up.
 
     Args:
-        step: from 0; the last one is total_steps - 1, so that of a cosine never is exactly 0.
+        step: from 0; the last one is total_steps - 1, so those that fall to 0 never quite do.
         total_steps: T, warm-up included.
         lr: the highest rate.
-        warmup_steps: steps from 0 up to `lr`; the cosine spans the rest. 0 in the paper.
-        schedule: "cosine" (the paper's) or "step".
+        warmup_steps: steps from 0 up to `lr`; cosine and poly span the rest. 0 in the paper.
+        schedule: "cosine" (the paper's); "poly", the share of steps that is left to the power of
+            0.9, as in DeepLab; or "step".
         milestones: first steps of the next lower rate, of the schedule "step"; one within the
             warm-up lowers the rest of it, too.
         gamma: factor of the rate at each of them.
@@ -51,21 +62,23 @@ def lr_at(
     if schedule == "step":
         return lr
     done = (step - warmup_steps) / (total_steps - warmup_steps)
+    if schedule == "poly":
+        return lr * (1.0 - done) ** _POWER
     return 0.5 * lr * (1.0 + math.cos(math.pi * done))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of all groups; a tensor rate keeps its place in memory.
+    """Sets the rate of all groups, times their factor; a tensor rate keeps its place in memory.
 
     Rounded to float32, as a captured step has it: PyTorch's fused SGD would compute with the
     float64 of an eager one.
     """
-    lr = _as_float32(lr)
     for group in optimizer.param_groups:
+        rate = _as_float32(lr * group.get(_FACTOR, 1.0))
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def build_optimizer(
@@ -77,6 +90,8 @@ def build_optimizer(
     weight_decay: float = 1e-4,
     nesterov: bool = False,
     decay: str = "all",
+    decoder: Set[int] = frozenset(),
+    decoder_lr: float = 1.0,
     kind: str = "sgd",
 ) -> torch.optim.Optimizer:
     """SGD over what is to be trained, alpha too; leaves banks that took no part untouched.
@@ -94,6 +109,8 @@ def build_optimizer(
         nesterov: momentum of that kind.
         decay: "all" parameters (the paper's runs: biases, batch norm and alpha too), or only the
             "weights" of convolutions and classifier.
+        decoder: the `id` of each parameter whose rate is
+        decoder_lr: times that of the others.
         kind: "sgd" of PyTorch, fused, or "apex_sgd", NVIDIA Apex's.
 
     Raises:
@@ -103,12 +120,14 @@ def build_optimizer(
     if decay not in DECAY_MODES:
         raise ValueError(f"decay must be one of {DECAY_MODES}, got {decay!r}")
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-    decayed, free = groups_of(model, loss, decay, frozen)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {
+            "params": group.params,
+            "weight_decay": weight_decay if group.decayed else 0.0,
+            **({_FACTOR: decoder_lr, "lr": _as_float32(lr * decoder_lr)} if group.decoder else {}),
+        }
+        for group in groups_of(model, loss, decay, frozen, decoder)
     ]
-    groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {"lr": _as_float32(lr), "momentum": momentum, "nesterov": nesterov}
     optimizer: torch.optim.Optimizer
     if kind == "apex_sgd":
@@ -126,23 +145,41 @@ def build_optimizer(
     return optimizer
 
 
+class Group(NamedTuple):
+    """Parameters that an optimiser treats alike.
+
+    Attributes:
+        params: at least one.
+        decayed: whether they have weight decay.
+        decoder: whether they have the decoder's rate.
+    """
+
+    params: list[nn.Parameter]
+    decayed: bool
+    decoder: bool
+
+
 def groups_of(
-    model: nn.Module, loss: nn.Module, decay: str, frozen: Set[int]
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters with weight decay and those without, in the optimiser's order.
+    model: nn.Module,
+    loss: nn.Module,
+    decay: str,
+    frozen: Set[int],
+    decoder: Set[int] = frozenset(),
+) -> list[Group]:
+    """The groups in the optimiser's order: with weight decay, without, then the decoder's.
 
     Args:
-        model, loss, decay: of :func:`build_optimizer`.
-        frozen: the `id` of each parameter that is in neither.
+        model, loss, decay, decoder: of :func:`build_optimizer`.
+        frozen: the `id` of each parameter that is in none.
     """
     norms = {id(p) for norm in _banked(model) for p in norm.parameters()}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups = [Group([], decayed, of) for of in (False, True) for decayed in (True, False)]
     for param in (*model.parameters(), *loss.parameters()):
         if id(param) not in frozen:
             plain = param.dim() < 2 or id(param) in norms
-            (free if decay == "weights" and plain else decayed).append(param)
-    return decayed, free
+            free = decay == "weights" and plain
+            groups[2 * (id(param) in decoder) + free].params.append(param)
+    return [group for group in groups if group.params]
 
 
 def _as_float32(value: float) -> float:

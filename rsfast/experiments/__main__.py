@@ -10,20 +10,29 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rsfast.config import TrainConfig, parse_args
-from rsfast.data import default_workers, open_split
+from rsfast.data import default_workers
 from rsfast.data.builtin import builtin_root
+from rsfast.experiments.measures import MEASURES
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
 from rsfast.experiments.runs import Job, Jobs, test_folder
-from rsfast.experiments.sets import FIG9_CROP_AREA, QUANTISED_SETS, SETS, ExperimentSet, make_set
+from rsfast.experiments.sets import (
+    FIG9_CROP_AREA,
+    QUANTISED_SETS,
+    SETS,
+    ExperimentSet,
+    make_set,
+    papers_network,
+)
 from rsfast.files.folders import make_writable
+from rsfast.files.plots import main_figure
 from rsfast.files.tables import read_rows
 from rsfast.runtime.interrupt import STOPPED
+from rsfast.tasks import task_of
 
 __all__ = ["main"]
 
@@ -64,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    network = papers_network(args.sets)
+    if network and not {"--arch", "--config"} & _flags(rest):
+        rest = ["--arch", network, *rest]
     base = parse_args(rest, "rsfast.experiments", "Settings of all rows")
     seeds = range(args.seeds)
     try:
@@ -71,6 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs > 1 and base.workers is None and args.launch == _PYTHON:
             base = dataclasses.replace(base, workers=max(1, default_workers() // args.jobs))
         which = [make_set(name, base.resolutions, base.arch) for name in dict.fromkeys(args.sets)]
+        for part in which:
+            if part.task != base.task:
+                raise ValueError(
+                    f"{part.name} is of {part.task}, and {base.arch} of {base.task}: name an "
+                    f"--arch of {part.task}, and no sets of another task"
+                )
         make_writable(args.output)
         jobs = _jobs(which, base, seeds, args.output, _data_set(base))
         code, done = _run(Jobs(args.launch, args.jobs), jobs)
@@ -93,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(base: TrainConfig, args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Refuses settings that do not go with a set, and a report of fewer seeds than there is."""
     usual = TrainConfig()
-    flags = {text.split("=")[0] for text in rest}
+    flags = _flags(rest)
     for name, reason in _NOT_HERE.items():
         given = {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"} & flags
         if given or getattr(base, name, None) != getattr(usual, name, None):
@@ -125,6 +143,10 @@ def _check(base: TrainConfig, args: argparse.Namespace, rest: Sequence[str]) -> 
         raise ValueError(
             f"jobs must be 1 with a launcher of its own, got {args.jobs}: each job gets one GPU"
         )
+
+
+def _flags(arguments: Sequence[str]) -> set[str]:
+    return {text.split("=")[0] for text in arguments}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,22 +182,15 @@ def _positive(text: str) -> int:
 
 
 def _data_set(base: TrainConfig) -> dict[str, str]:
-    """Names for the images of both splits, in the words of a run's log.
+    """Names for what is read of both splits, in the words of a run's log.
 
     Raises:
         ValueError: if they cannot be found.
     """
-    root = base.data or (builtin_root() if base.is_builtin else "")
-    as_trained: dict[str, Any] = {
-        "strict": base.strict,
-        "tolerate_truncated": base.tolerate_truncated,
-        "exif": base.exif,
-    }
-    splits = {
-        "train": open_split(base.train_data or root, "train", **as_trained),
-        "val": open_split(base.val_data or root, "val", labels=base.val_list, **as_trained),
-    }
-    return {f"{split}_set": index.digest for split, index in splits.items()}
+    task = task_of(base)
+    root = base.data or (builtin_root(**task.builtin) if base.is_builtin else "")
+    places = {"train": base.train_data or root, "val": base.val_data or root}
+    return {f"{split}_set": task.digest_of(base, data, split) for split, data in places.items()}
 
 
 def _jobs(
@@ -208,7 +223,7 @@ def _run(runner: Jobs, jobs: Sequence[Job]) -> tuple[int, set[str]]:
         codes.add(outcome.code)
         if outcome.code == 0:
             done.add(job.name)
-            text = f"{_top1(job)}  {outcome.reason}"
+            text = f"{_figures(job)}  {outcome.reason}"
         else:
             text = outcome.reason if outcome.code == STOPPED else f"failed: {outcome.reason}"
         print(f"[{number}/{len(jobs)}] {job.name}: {text}".rstrip(), flush=True)
@@ -218,9 +233,10 @@ def _run(runner: Jobs, jobs: Sequence[Job]) -> tuple[int, set[str]]:
     return (1 if codes - {0} else 0), done
 
 
-def _top1(job: Job) -> str:
+def _figures(job: Job) -> str:
+    name, label = main_figure(MEASURES[job.cfg.task].figures)
     rows = read_rows(test_folder(job.folder, next(iter(job.tested))) / "accuracy.csv")
-    return "top-1 " + "  ".join(f"{row['resolution']}: {float(row['top1']):.1f}" for row in rows)
+    return f"{label} " + "  ".join(f"{row['resolution']}: {float(row[name]):.1f}" for row in rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import statistics
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -17,34 +17,37 @@ import numpy as np
 
 from rsfast import figures
 from rsfast.analyze import wrong_and_right
-from rsfast.config import shown
-from rsfast.experiments.compare import Difference, paired_difference, spread
-from rsfast.experiments.results import column_name, read_hits
+from rsfast.config import TrainConfig, shown
+from rsfast.config.rules import rules_of
+from rsfast.experiments.compare import Difference, spread
+from rsfast.experiments.measures import MEASURES, Measure
+from rsfast.experiments.results import column_name
 from rsfast.experiments.sets import Comparison, ExperimentSet, Method
+from rsfast.files.plots import main_figure
 from rsfast.files.tables import read_rows, write_rows
 
 __all__ = ["reading", "write_report"]
 
 MEAN = "mean"  # over the resolutions
-_PAPERS_LARGEST = "I-224"
-_PAPERS_RESOLUTIONS = (224, 192, 160, 128, 96)
 _SHOWN_SETTINGS = (
-    *("arch", "epochs", "lr", "warmup_epochs", "weight_decay", "crop_area"),
+    *("arch", "epochs", "lr", "decoder_lr", "warmup_epochs", "weight_decay", "crop_area", "scale"),
     *("val_crop", "normalize", "precision"),
 )
+_SETTINGS_OF_ROWS = ("resolutions", "distill", "bn", "crop", "copies")
 
-Paper = dict[str, list[float]]  # method -> top-1 by resolution
+Paper = dict[str, dict[str, list[float]]]  # figure -> method -> by resolution
 
 
 def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> None:
     """Writes comparisons.csv, README.md and the figures of a folder that holds the raw files."""
     about = json.loads((folder / "run.json").read_text())
+    measure = MEASURES[which.task]
     arch, paper = _paper(which, about["settings"]["arch"])
-    hits = read_hits(folder)
+    images = measure.read(folder / "per_image.csv")
 
-    def hits_of(method: Method, resolution: int) -> Any:
+    def images_of(method: Method, resolution: int) -> Any:
         cell = method.cells[resolution]
-        return np.stack([hits[column_name(cell, seed, resolution)] for seed in seeds])
+        return np.stack([images[column_name(cell, seed, resolution)] for seed in seeds])
 
     methods = {method.name: method for method in which.methods}
     rows = []
@@ -52,8 +55,8 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
         ours, theirs = methods[pair.ours], methods[pair.theirs]
         common = [r for r, cell in ours.cells.items() if theirs.cells.get(r, cell) != cell]
         for name, part in [*((str(r), [r]) for r in common), (MEAN, common)]:
-            difference = paired_difference(
-                [hits_of(ours, r) for r in part], [hits_of(theirs, r) for r in part]
+            difference = measure.difference(
+                [images_of(ours, r) for r in part], [images_of(theirs, r) for r in part]
             )
             levels = [list(ours.cells).index(r) for r in part]
             expected = _paper_difference(paper, which, pair, levels)
@@ -70,22 +73,21 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
     write_rows(folder / "comparisons.csv", rows)
     shares = []
     for method in which.methods:
-        if len(method.cells) > 2:
-            right = {r: hits_of(method, r) for r in method.cells}
+        if measure.has_shares and len(method.cells) > 2:
+            right = {r: images_of(method, r) for r in method.cells}
             shares += wrong_and_right(right, method.name)
     if shares:
         write_rows(folder / "shares.csv", shares)
     figures.draw(folder)
+    main = measure.figures[measure.main]
     text = [
         f"# {which.name}: {which.about}\n",
         _description(about),
         _training_table(which),
-        "## Top-1\n",
-        _accuracy_table(which, read_rows(folder / "results.csv")),
-        _paper_table(paper, arch),
-        "![Top-1 and differences](results.png)\n",
+        *_figures(which, read_rows(folder / "results.csv"), paper, arch),
+        f"![{main} and differences](results.png)\n",
         "## Differences\n",
-        _ABOUT_DIFFERENCES,
+        _about_differences(measure),
         _difference_table(rows, len(which.methods[0].cells)),
         "## Training time\n",
         _about_times(about),
@@ -100,24 +102,42 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
 
 
 _ABOUT_DIFFERENCES = """\
-In points of top-1, on the same seeds and images, with two 95 % intervals. That over the seeds
+In points of {figure}, on the same seeds and images, with two 95 % intervals. That over the seeds
 (paired t-test, with its p) says whether other seeds would show the same; it is empty for one seed,
-and where all seeds differ by the same. That over the images says whether other validation images
-would, with these networks. A difference is "decided" if neither interval holds zero. It is
-"reproduced" if it is decided and has the sign of the paper's, which is of the same methods on
-ImageNet, the largest resolution beside the largest and so on; without a paper's figure it is
-"higher" or "lower". Where a method is the same network as the other one, there is no row, and the
-mean is over the rest.
+and where all seeds differ by the same. That over the images ({over_images}) says whether other
+validation images would, with these networks. A difference is "decided" if neither interval holds
+zero. It is "reproduced" if it is decided and has the sign of the paper's, which is of the same
+methods on {data}, the largest resolution beside the largest and so on; without a paper's figure it
+is "higher" or "lower". Where a method is the same network as the other one, there is no row, and
+the mean is over the rest.
 
 Figures are of the last epoch; no network was chosen by its validation accuracy.
 """
+
+
+def _about_differences(measure: Measure) -> str:
+    name = main_figure(measure.figures)[1]
+    return _ABOUT_DIFFERENCES.format(
+        figure=name, over_images=measure.over_images, data=measure.papers_data
+    )
+
+
+def _figures(
+    which: ExperimentSet, rows: Sequence[dict[str, str]], paper: Paper, arch: str
+) -> list[str]:
+    """The tables of each figure, each beside the paper's."""
+    measure, text = MEASURES[which.task], []
+    for figure, heading in measure.figures.items():
+        text += [f"## {heading}\n", _accuracy_table(which, rows, figure)]
+        text.append(_paper_table(measure, paper.get(figure, {}), arch))
+    return text
 
 
 def _paper(which: ExperimentSet, archs: str | Sequence[str]) -> tuple[str, Paper]:
     """The architecture, and its rows in the paper; of several that the one which has some."""
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
     tables: dict[str, Paper] = tomllib.loads(text).get(which.name, {})
-    if len(which.methods[0].cells) == len(_PAPERS_RESOLUTIONS):
+    if len(which.methods[0].cells) == len(MEASURES[which.task].papers_resolutions):
         for arch in [archs] if isinstance(archs, str) else archs:
             if arch in tables:
                 return arch, tables[arch]
@@ -127,9 +147,11 @@ def _paper(which: ExperimentSet, archs: str | Sequence[str]) -> tuple[str, Paper
 def _paper_difference(
     paper: Paper, which: ExperimentSet, pair: Comparison, levels: Sequence[int]
 ) -> float | None:
+    measure = MEASURES[which.task]
     largest = f"I-{next(iter(which.methods[0].cells))}"
-    names = (_PAPERS_LARGEST if name == largest else name for name in (pair.ours, pair.theirs))
-    ours, theirs = (paper.get(name) for name in names)
+    papers = f"I-{measure.papers_resolutions[0]}"
+    names = (papers if name == largest else name for name in (pair.ours, pair.theirs))
+    ours, theirs = (paper.get(measure.main, {}).get(name) for name in names)
     if ours is None or theirs is None:
         return None
     return round(statistics.mean(ours[level] - theirs[level] for level in levels), 2)
@@ -145,7 +167,8 @@ def reading(difference: Difference, paper: float | None) -> str:
 
 
 def _description(about: dict[str, Any]) -> str:
-    settings = ", ".join(f"{name} {shown(about['settings'][name])}" for name in _SHOWN_SETTINGS)
+    names = _of_task(_SHOWN_SETTINGS, about["settings"].get("task", "classification"))
+    settings = ", ".join(f"{name} {shown(about['settings'][name])}" for name in names)
     environment = about["environment"]
     threads = f"a CPU, threads of a process: {environment.get('cpu_threads')}"
     machine = environment.get("gpu", threads)
@@ -159,14 +182,20 @@ def _description(about: dict[str, Any]) -> str:
     )
 
 
-def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str:
+def _of_task(settings: Sequence[str], task: str) -> list[str]:
+    """Those of a training that mean something for the task."""
+    rules = rules_of(TrainConfig)
+    return [name for name in settings if rules[name].only in (None, task)]
+
+
+def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]], figure: str) -> str:
     """Methods by resolutions: mean and standard deviation over the seeds, in percent."""
     resolutions = sorted({r for method in which.methods for r in method.cells}, reverse=True)
     lines = [_line("method", *resolutions, MEAN), _rule(len(resolutions) + 2)]
     for method in which.methods:
         found = {
             r: [
-                float(row["top1"])
+                float(row[figure])
                 for row in rows
                 if row["method"] == method.name and row["resolution"] == str(r)
             ]
@@ -180,12 +209,13 @@ def _accuracy_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def _paper_table(paper: Paper, arch: str) -> str:
-    if not paper:
+def _paper_table(measure: Measure, rows: Mapping[str, Sequence[float]], arch: str) -> str:
+    if not rows:
         return ""
-    header = _line("method", *_PAPERS_RESOLUTIONS, MEAN)
-    lines = [f"The paper's ({arch}, ImageNet):\n", header, _rule(len(_PAPERS_RESOLUTIONS) + 2)]
-    for name, values in paper.items():
+    header = _line("method", *measure.papers_resolutions, MEAN)
+    title = f"The paper's ({arch}, {measure.papers_data}):\n"
+    lines = [title, header, _rule(len(measure.papers_resolutions) + 2)]
+    for name, values in rows.items():
         lines.append(_line(name, *values, f"{statistics.mean(values):.1f}"))
     return "\n".join(lines) + "\n"
 
@@ -229,11 +259,11 @@ def _pair(row: dict[str, Any]) -> tuple[str, str]:
 
 def _training_table(which: ExperimentSet) -> str:
     """What each network is, besides what all have in common."""
-    names = ["network", "resolutions", "distill", "bn", "crop", "copies"]
+    names = ["network", *_of_task(_SETTINGS_OF_ROWS, which.task)]
     settings_of = [training.settings for training in which.trainings]
     for name in dict.fromkeys(name for settings in settings_of for name in settings):
         values = {str(settings[name]) for settings in settings_of if name in settings}
-        if name not in names and len(values) > 1:
+        if name not in (*names, *_SETTINGS_OF_ROWS) and len(values) > 1:
             names.append(name)
     lines = [_line(*names), _rule(len(names))]
     for training in which.trainings:

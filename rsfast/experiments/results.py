@@ -1,8 +1,9 @@
 """What the runs of a set have found: raw files that travel without the runs.
 
-A report folder gets per_image.csv (the place of each validation image's class among all, from 1,
-for every network and resolution), results.csv (top-1 and top-5 of each), times.csv (training time
-of each run) and run.json (settings and environment).
+A report folder gets per_image.csv (for every network and resolution: of each validation image the
+place of its class among all, from 1; of segmentation the pixels of each class and those that are
+right), results.csv (the figures of each), times.csv (training time of each run) and run.json
+(settings and environment).
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from rsfast.experiments.measures import MEASURES
 from rsfast.experiments.runs import run_folder_of, test_folder
 from rsfast.experiments.sets import Cell, ExperimentSet
-from rsfast.files.tables import read_columns, read_log, read_rows, write_rows
+from rsfast.files.tables import read_log, read_rows, write_rows
 
-__all__ = ["collect", "column_name", "read_hits"]
+__all__ = ["collect", "column_name"]
 
 _OF_A_ROW = {"resolutions", "distill", "bn", "crop", "copies", "seed"}
 _OF_A_MACHINE = {
@@ -77,20 +76,15 @@ def collect(
     runs = [run_folder_of(output, t.name, seed) for t in which.trainings for seed in seeds]
     starts = [_start_of(run) for run in runs]
     _check_alike(runs, starts)
-    read_places, read_costs = functools.cache(read_columns), functools.cache(read_rows)
-    columns: dict[str, list[Any]] = {}
+    read_costs = functools.cache(read_rows)
+    images = MEASURES[which.task].images()
     rows = []
     for method in which.methods:
         for resolution, cell in method.cells.items():
             for seed in seeds:
                 run = run_folder_of(output, cell.training.name, seed)
                 test = test_folder(run, cell.between)
-                images = read_places(test / "per_image.csv")
-                for name in ("image", "label"):
-                    if columns.setdefault(name, images[name]) != images[name]:
-                        raise ValueError(f"{test} is of other images than {runs[0]}")
-                places = images[str(resolution)]
-                columns[column_name(cell, seed, resolution)] = places
+                name = column_name(cell, seed, resolution)
                 costs = {row["resolution"]: row for row in read_costs(test / "accuracy.csv")}
                 rows.append(
                     {
@@ -98,15 +92,12 @@ def collect(
                         "training": cell.training.name,
                         "resolution": resolution,
                         "seed": seed,
-                        "top1": _share(places, 1),
-                        "top5": _share(places, 5),
+                        **images.add(name, test, resolution),
                         "multiply_adds": costs[str(resolution)]["multiply_adds"],
                         "parameters": costs[str(resolution)]["parameters"],
                     }
                 )
-    names = list(columns)
-    lines = zip(*columns.values(), strict=True)
-    write_rows(folder / "per_image.csv", (dict(zip(names, line, strict=True)) for line in lines))
+    write_rows(folder / "per_image.csv", images.rows())
     write_rows(folder / "results.csv", rows)
     write_rows(folder / "times.csv", _times(which, seeds, output))
     about = {
@@ -132,10 +123,6 @@ def _check_alike(runs: Sequence[Path], starts: Sequence[dict[str, Any]]) -> None
                     f"all runs of a set must be alike, but {run} has {name} = {value!r} and "
                     f"{runs[0]} has {first!r}: repeat one of them in another --output"
                 )
-
-
-def _share(places: Sequence[str], best: int) -> float:
-    return 100.0 * sum(int(place) <= best for place in places) / len(places)
 
 
 def _times(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[dict[str, Any]]:
@@ -197,13 +184,3 @@ def _start_of(run: Path) -> dict[str, Any]:
 
 def _log(run: Path) -> list[dict[str, Any]]:
     return [line for _, line in read_log(run / "log.jsonl")]
-
-
-def read_hits(folder: Path) -> dict[str, NDArray[np.bool_]]:
-    """[n] for each column of a report's per_image.csv: which images were right."""
-    columns = read_columns(folder / "per_image.csv")
-    return {
-        name: np.array([place == "1" for place in column])
-        for name, column in columns.items()
-        if name not in ("image", "label")
-    }

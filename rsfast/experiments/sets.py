@@ -25,6 +25,7 @@ __all__ = [
     "Method",
     "Training",
     "make_set",
+    "papers_network",
 ]
 
 INETS, RS_NET, PARALLEL = "I-Nets", "RS-Net", "parallel"
@@ -87,12 +88,14 @@ class ExperimentSet:
         about: what the paper shows there.
         methods: rows of the table.
         comparisons: of two of them.
+        task: of the networks.
     """
 
     name: str
     about: str
     methods: Sequence[Method]
     comparisons: Sequence[Comparison]
+    task: str = "classification"
 
     @property
     def trainings(self) -> list[Training]:
@@ -122,8 +125,10 @@ def _rs_net(resolutions: Sequence[int]) -> Training:
 
 def _of_bits(arch: str, weight: int, activation: int) -> tuple[str, dict[str, Any]]:
     """What the paper calls these bits, and the settings of a network with them."""
-    # Any other than 2/2 would refuse the base's.
-    settings: dict[str, Any] = {} if activation == 2 else {"fix_activation_basis": False}
+    # Where the base has what these bits would refuse.
+    settings: dict[str, Any] = (
+        {"zero_init_residual": None} if activation == 2 else {"fix_activation_basis": False}
+    )
     if weight == FULL_PRECISION:
         settings |= {"arch": LQ_RESNETS[arch], "weight_bits": None, "activation_bits": None}
     else:
@@ -240,6 +245,12 @@ def _table6(resolutions: Sequence[int]) -> ExperimentSet:
     return ExperimentSet("table6", about, methods, comparisons)
 
 
+def _table7(resolutions: Sequence[int]) -> ExperimentSet:
+    about = "segmentation: one network for all resolutions against one for each"
+    methods = [_inets(resolutions), _everywhere(RS_NET, _rs_net(resolutions), resolutions)]
+    return ExperimentSet("table7", about, methods, [Comparison(RS_NET, INETS)], "segmentation")
+
+
 def _fig4(resolutions: Sequence[int]) -> ExperimentSet:
     private, shared = "parallel, private BN", "parallel, shared BN"
     interpolated, nearest = "RS-Net, interpolated BN", "RS-Net, nearest BN"
@@ -283,6 +294,7 @@ _MAKERS: dict[str, Callable[[Sequence[int]], ExperimentSet]] = {
     "table2": _table2,
     "table5": _table5,
     "table6": _table6,
+    "table7": _table7,
     "fig4": _fig4,
     "fig5": _fig5,
     "fig9": _fig9,
@@ -293,7 +305,15 @@ _QUANTISED: dict[str, Callable[[Sequence[int], str], ExperimentSet]] = {
     "bits": _bits,
 }
 QUANTISED_SETS = tuple(_QUANTISED)
+# Of networks of another task than classification, and the network that the paper takes for them.
+_PAPERS_NETWORKS = {"table7": "refinenet101"}
 SETS = (*_MAKERS, *QUANTISED_SETS)
+
+
+def papers_network(names: Sequence[str]) -> str | None:
+    """The network that all these sets are of, where that is not the default of a training."""
+    (found, *others) = {_PAPERS_NETWORKS.get(name) for name in names}
+    return None if others else found
 
 
 def make_set(name: str, resolutions: Sequence[int], arch: str = "") -> ExperimentSet:

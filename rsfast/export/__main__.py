@@ -167,6 +167,7 @@ def _export(args: argparse.Namespace, folder: Path) -> Callable[[], None]:
     graph.import_onnx()
     accuracy = package.read_accuracy(args.accuracy) if args.accuracy else None
     model, alpha = load_model(args.checkpoint, args.trained_resolutions, args.arch, args.weights)
+    graph.refuse_other_tasks(model)
     if args.int8 and (bits := reference.activation_bits(model)):
         raise ValueError(
             f"--int8 is for activations in full precision, those of {args.checkpoint} have "

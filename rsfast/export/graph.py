@@ -25,7 +25,15 @@ from rsfast.models import RSNet
 from rsfast.pyramid import SwitchableBatchNorm2d
 from rsfast.pyramid.convert import replace_norms, to_single, with_plain_modules
 
-__all__ = ["INPUT", "OUTPUT", "FromShape", "import_onnx", "sizes_of", "to_onnx"]
+__all__ = [
+    "INPUT",
+    "OUTPUT",
+    "FromShape",
+    "import_onnx",
+    "refuse_other_tasks",
+    "sizes_of",
+    "to_onnx",
+]
 
 INPUT, OUTPUT = "images", "logits"
 BATCH, SIZE = "batch", "size"  # symbolic dimensions
@@ -195,6 +203,19 @@ def import_onnx() -> ModuleType:
     return onnx
 
 
+def refuse_other_tasks(model: RSNet) -> None:
+    """Before any work.
+
+    Raises:
+        ValueError: if the network's logits are maps.
+    """
+    if model.task != "classification":
+        raise ValueError(
+            f"export writes networks of classification only, and {model.arch} is of {model.task}: "
+            f"RSNet.at(resolution) is a plain PyTorch network to be served"
+        )
+
+
 def to_onnx(model: RSNet, preprocess: bool = False) -> Any:
     """The graph of :class:`FromShape` as an `onnx.ModelProto`.
 
@@ -205,9 +226,11 @@ def to_onnx(model: RSNet, preprocess: bool = False) -> Any:
         preprocess: see :class:`FromShape`.
 
     Raises:
-        ValueError: in one sentence, if PyTorch cannot export the network for every size.
+        ValueError: in one sentence, if PyTorch cannot export the network for every size, or it is
+            of another task than classification.
         ImportError: if a package of the extra `export` is absent.
     """
+    refuse_other_tasks(model)
     import_onnx()
     from onnx_ir.passes.common import DeduplicateInitializersPass
 

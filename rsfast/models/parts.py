@@ -14,13 +14,22 @@ from torch import nn
 from rsfast.models.rsnet import RSNet
 from rsfast.pyramid import SwitchableBatchNorm2d
 
-__all__ = ["PARTS", "classifier_of", "freeze", "frozen_by", "parts_of"]
+__all__ = [
+    "PARTS",
+    "classifier_of",
+    "decoder_of",
+    "freeze",
+    "frozen_by",
+    "parts_of",
+    "trunk_of",
+]
 
+_TRUNKS = ("trunk", "backbone")
 _ALL_BUT = "all-but-"
 _FEW = 3  # modules, as the features and the classifier of a MobileNet
 PARTS = {
     "classifier": "the last linear layer or convolution with an output for each class",
-    "backbone": "all but the classifier",
+    "backbone": "all but the classifier; in segmentation the trunk, if the network has one",
     "stem": "all parameters in front of the second convolution",
     "batch-norms": "gamma and beta of all batch norms",
 }
@@ -36,9 +45,31 @@ def classifier_of(network: nn.Module, num_classes: int) -> str | None:
     return found[-1] if found else None
 
 
+def trunk_of(network: nn.Module) -> str | None:
+    """The path of the classification network that a segmentation network is built on; or None."""
+    names = [name for name, _ in network.named_children()]
+    return next((name for name in _TRUNKS if name in names), None)
+
+
+def decoder_of(model: RSNet) -> set[int]:
+    """The `id` of each parameter of a segmentation network that is not of its trunk.
+
+    Raises:
+        ValueError: if the network has no module of that name.
+    """
+    trunk = trunk_of(model.network)
+    if trunk is None:
+        raise ValueError(
+            f"decoder_lr is of what is not in the module {' or '.join(_TRUNKS)} of a network, and "
+            f"{model.arch or type(model.network).__name__} has none: leave it away"
+        )
+    inside = {id(param) for param in model.network.get_submodule(trunk).parameters()}
+    return {id(param) for param in model.network.parameters()} - inside
+
+
 def parts_of(model: RSNet) -> list[str]:
     """The parts that a network has, without those within others."""
-    return [*PARTS, *_top_level(model.network), f"{_ALL_BUT}PART"]
+    return list(dict.fromkeys([*PARTS, *_top_level(model.network), f"{_ALL_BUT}PART"]))
 
 
 def frozen_by(model: RSNet, parts: Sequence[str]) -> set[str]:
@@ -89,6 +120,9 @@ def _named(model: RSNet, part: str) -> set[str]:
     if part.startswith(_ALL_BUT):
         return _all(model) - _named(model, part.removeprefix(_ALL_BUT))
     network: Any = model.network
+    trunk = trunk_of(network) if model.task == "segmentation" else None
+    if part == "backbone" and trunk is not None:
+        return _below(model, trunk)
     if part == "backbone":
         return _all(model) - _named(model, "classifier")
     if part == "classifier":

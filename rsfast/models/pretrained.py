@@ -4,6 +4,9 @@ Batch norms: the single one of a torchvision or timm file is copied into every b
 banks (of rsfast, or of the authors' code) fills the bank of each resolution as that file's network
 would serve it: with its bank of that resolution where it has one, else with gamma, beta, mean and
 variance interpolated linearly between the two neighbours, and outside its range with the nearest.
+
+A segmentation network takes the file of a classification network into its trunk, and keeps its own
+decoder.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rsfast.models.lq import check_state
-from rsfast.models.parts import classifier_of
+from rsfast.models.parts import classifier_of, trunk_of
 from rsfast.models.rsnet import RSNet
 from rsfast.models.weight_file import Normalization, WeightFile, read_weights
 from rsfast.models.weight_names import looks_like, other_names, without_prefixes
@@ -44,7 +47,7 @@ class Loaded:
         sha256: of the file, in hex.
         source: what wrote the file: "rsfast", "the authors' code", or "another program".
         banks: how the batch-norm banks were filled, a sentence.
-        classifier: what became of the classifier, a sentence.
+        classifier: what became of the classifier, or of the decoder, a sentence.
         warnings: sentences on what may not fit together.
     """
 
@@ -80,7 +83,7 @@ def load_pretrained(
 
     Returns:
         What was done, also in the log "rsfast". A classifier of another class count is left as
-        it is in the model.
+        it is in the model, and so is the decoder where the file is of the trunk.
 
     Raises:
         ValueError: naming the first few tensors that are missing, unexpected, of another shape or
@@ -89,7 +92,15 @@ def load_pretrained(
     file = read_weights(Path(path), resolutions, len(model.resolutions), model.resolutions)
     target = _Target(model)
     tensors = _without_auxiliaries(model, max(_readings(file.tensors), key=target.matches))
-    taken, classes = _without_other_classifier(target, tensors)
+    taken: set[str]
+    classes: int | None
+    trunk = target.in_trunk(file.tensors)
+    if target.matches(trunk) > target.matches(tensors):
+        tensors, taken, classes = trunk, target.decoder, 0
+        head = f"the decoder and its classifier of {model.num_classes} start afresh"
+    else:
+        taken, classes = _without_other_classifier(target, tensors)
+        head = _about_classifier(target, classes)
     values = dict(target.fit(file, tensors, taken))
     for name, value in values.items():
         target.tensors[name].copy_(value)
@@ -100,7 +111,7 @@ def load_pretrained(
         sha256=file.sha256,
         source=file.source,
         banks=_about_banks(model, file.resolutions if target.has_banks(tensors) else None),
-        classifier=_about_classifier(target, classes),
+        classifier=head,
         warnings=tuple(_warnings(model, file, classes, normalization)),
     )
     _LOG.info("pretrained %s, by %s, sha256 %s", path, file.source, file.sha256)
@@ -129,11 +140,39 @@ class _Target:
         self.tensors: dict[str, Tensor] = model.network.state_dict()  # shares memory
         self.classifier = classifier_of(model.network, model.num_classes)
         modules = model.network.named_modules(remove_duplicate=False)
+        trunk = trunk_of(model.network) if model.task == "segmentation" else None
+        self._trunk = None if trunk is None else f"{trunk}."
         self._norms = {n for n, m in modules if isinstance(m, SwitchableBatchNorm2d)}
 
     def matches(self, tensors: dict[str, Tensor]) -> int:
         """How many tensors have a place here."""
         return sum(name in tensors and self._fits(name, tensors[name]) for name in self.tensors)
+
+    @property
+    def decoder(self) -> set[str]:
+        """Names of what is not of the trunk."""
+        return {name for name in self.tensors if not name.startswith(self._trunk or "")}
+
+    def in_trunk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors by their names in the trunk, without its classifier; {} without one."""
+        if self._trunk is None:
+            return {}
+        readings = (
+            {f"{self._trunk}{name}": tensor for name, tensor in state.items()}
+            for state in _readings(tensors)
+        )
+        return self._without_linear(max(readings, key=self.matches))
+
+    def _without_linear(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without linear layers that the network does not have."""
+        layers = {name.rpartition(".")[0] for name in tensors.keys() - self.tensors.keys()}
+        linear = {
+            layer
+            for layer in layers
+            if getattr(tensors.get(f"{layer}.weight"), "ndim", 0) == 2
+            and f"{layer}.running_mean" not in tensors  # banks of a batch norm have two axes, too
+        }
+        return {n: tensor for n, tensor in tensors.items() if n.rpartition(".")[0] not in linear}
 
     def has_banks(self, tensors: dict[str, Tensor]) -> bool:
         shared = self.tensors.keys() & tensors.keys()
@@ -228,7 +267,8 @@ class _Target:
         if file.arch not in (None, self.model.arch):
             return f"; the file says that it is of {file.arch}"
         if guess is not None and guess != self.model.arch:
-            return f"; its keys look like --arch {guess}"
+            named = f"a {guess}" if self._trunk else f"--arch {guess}"
+            return f"; its keys look like {named}"
         return ""
 
 

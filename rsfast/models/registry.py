@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rsfast.files.task_names import TASKS
 from rsfast.models.lq import FULL_PRECISION, Bits, check_bits
 from rsfast.models.mobilenetv2 import MobileNetV2
-from rsfast.models.resnet import DEPTHS, resnet
+from rsfast.models.refinenet import REFINENETS, refinenet
+from rsfast.models.resnet import DEPTHS, init_residual, resnet
 from rsfast.models.resnet_lq import LQ_RESNETS, resnet_lq
 
 __all__ = [
@@ -23,8 +25,11 @@ __all__ = [
     "bits_of",
     "build",
     "check_arch",
+    "check_task",
+    "check_zero_init",
     "is_own",
     "recipe_of",
+    "task_of",
 ]
 
 
@@ -71,7 +76,7 @@ NETWORKS: dict[str, Network] = {
 }
 # Quantised networks, and the recipe of each; the authors' checkpoints of them are not read.
 QUANTISED = {name: f"{plain}_w2a32" for name, plain in LQ_RESNETS.items()}
-ARCHITECTURES = (*NETWORKS, *QUANTISED)
+ARCHITECTURES = (*NETWORKS, *QUANTISED, *REFINENETS)
 _OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -98,7 +103,29 @@ def recipe_of(arch: str) -> str | None:
     """The file in rsfast/recipes with the settings it is trained with; None if there is none."""
     if arch in NETWORKS:
         return NETWORKS[arch].recipe
-    return QUANTISED.get(arch)
+    return "refinenet101" if arch in REFINENETS else QUANTISED.get(arch)
+
+
+def task_of(arch: str) -> str | None:
+    """What a network that comes with rsfast computes, one of TASKS; None for all others."""
+    if arch in REFINENETS:
+        return "segmentation"
+    return "classification" if arch in ARCHITECTURES else None
+
+
+def check_task(arch: str, task: str | None = None) -> str:
+    """What a network is for: `task`, or by default what its architecture is for.
+
+    Raises:
+        ValueError: if there is no such task, or it is not the architecture's.
+    """
+    own = task_of(arch)
+    if task is None:
+        return own or "classification"
+    if task not in TASKS or own not in (None, task):
+        wanted = f"{own}, which {arch} is for" if own else f"one of {TASKS}"
+        raise ValueError(f"task must be {wanted}, got {task!r}")
+    return task
 
 
 def bits_of(
@@ -126,20 +153,52 @@ def bits_of(
     return Bits(weight, activation)
 
 
-def build(arch: str, num_classes: int, bits: Bits | None = None) -> nn.Module:
+def check_zero_init(arch: str, bits: Bits | None, zero_init_residual: bool | None) -> None:
+    """Refuses to choose the start of residual blocks that end in no batch norm, or are not ours.
+
+    Raises:
+        ValueError: naming the network.
+    """
+    ours = arch in DEPTHS or arch in REFINENETS or arch in QUANTISED
+    quantised = bits is not None and bits.activation != FULL_PRECISION
+    if zero_init_residual is not None and (not ours or quantised):
+        shown = f"{arch} with activations of {bits.activation} bits" if bits and ours else arch
+        raise ValueError(
+            f"zero_init_residual is of rsfast's ResNets with activations in full precision, got "
+            f"{zero_init_residual} for {shown}"
+        )
+
+
+def build(
+    arch: str,
+    num_classes: int,
+    bits: Bits | None = None,
+    zero_init_residual: bool | None = None,
+) -> nn.Module:
     """A plain network, randomly initialised, for one resolution at a time.
 
     Args:
         arch: see :func:`rsfast.create_model`.
         num_classes: K.
         bits: of a quantised network.
+        zero_init_residual: see :func:`rsfast.create_model`.
 
     Raises:
         ValueError: if the name is unknown, or what it names returns no network.
         ImportError: if its package is absent.
     """
-    if check_arch(arch) in NETWORKS:
+    check_zero_init(check_arch(arch), bits, zero_init_residual)
+    network = _network(arch, num_classes, bits)
+    if zero_init_residual is not None:
+        init_residual(network, 0.0 if zero_init_residual else 1.0)
+    return network
+
+
+def _network(arch: str, num_classes: int, bits: Bits | None) -> nn.Module:
+    if arch in NETWORKS:
         return NETWORKS[arch].build(num_classes)
+    if arch in REFINENETS:
+        return refinenet(arch, num_classes)
     if bits is not None:
         return resnet_lq(arch, num_classes, bits)
     package, slash, name = arch.partition("/")

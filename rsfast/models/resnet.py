@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet"]
+__all__ = ["BasicBlock", "Bottleneck", "ResNet", "init_residual", "resnet"]
 
 
 class BasicBlock(nn.Module):
@@ -111,6 +111,14 @@ def resnet(name: str, num_classes: int) -> ResNet:
     """A network of `DEPTHS`."""
     block, depths, groups, base = DEPTHS[name]
     return ResNet(block, depths, num_classes, groups, base)
+
+
+def init_residual(network: nn.Module, gamma: float) -> None:
+    """Sets gamma of the last batch norm of each residual block; at 0 blocks begin as identities."""
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            nn.init.constant_(last.weight, gamma)
 
 
 # Block, blocks of each stage, groups and their base width.

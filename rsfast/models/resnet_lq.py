@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rsfast.models.lq import FULL_PRECISION, Bits, LQActivation, LQConv2d
-from rsfast.models.resnet import DEPTHS, BasicBlock, Bottleneck, resnet
+from rsfast.models.resnet import DEPTHS, Bottleneck, init_residual, resnet
 
 __all__ = ["LQ_RESNETS", "PreActBlock", "PreActResNet", "resnet_lq"]
 
@@ -35,9 +35,7 @@ def _post_activation(name: str, num_classes: int, bits: int) -> nn.Module:
             for child, conv in list(owner.named_children()):
                 if isinstance(conv, nn.Conv2d):
                     setattr(owner, child, _quantised(conv, bits))
-        assert isinstance(block, BasicBlock | Bottleneck)
-        last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-        nn.init.zeros_(last.weight)
+    init_residual(network, 0.0)
     return network
 
 

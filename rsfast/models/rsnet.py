@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rsfast import kernels
+from rsfast.files.task_names import TASKS
 from rsfast.models import lq, registry
 from rsfast.pyramid import Pyramid, SwitchableBatchNorm2d, check_resolutions
 from rsfast.pyramid.content import Content
@@ -34,6 +35,7 @@ class RSNet(nn.Module):
         num_classes: K.
         bn: "private" or "shared" (one bank for all).
         arch: the name that :func:`create_model` knows it by; None if there is none.
+        task: "classification", or "segmentation" for a network whose logits are maps.
         bits: of weights and activations of a quantised network; None in full precision.
         input_mean, input_std: the normalisation of the input that the weights expect, on values
             in [0, 1], RGB. Loaders apply it; the network does not.
@@ -43,6 +45,7 @@ class RSNet(nn.Module):
             larger one.
         picked_from: that one, in pixels; None for the largest of `resolutions`.
         class_names: names of the classes if known.
+        ignore_label: of pixels that do not count (segmentation).
         backend: what computes batch norm and pooling, "torch", "triton" or "cuda".
     """
 
@@ -53,6 +56,7 @@ class RSNet(nn.Module):
         num_classes: int,
         bn: str = "private",
         arch: str | None = None,
+        task: str = "classification",
     ) -> None:
         super().__init__()
         self.network = network
@@ -60,6 +64,7 @@ class RSNet(nn.Module):
         self.num_classes = num_classes
         self.bn = bn
         self.arch = arch
+        self.task = task
         self.bits: lq.Bits | None = None
         self.input_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
         self.input_std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -68,9 +73,10 @@ class RSNet(nn.Module):
         self.levels = "resize"
         self.picked_from: int | None = None
         self.class_names: tuple[str, ...] | None = None
+        self.ignore_label = 255
         self.backend = "torch"
 
-    def forward(self, images: Pyramid | Sequence[Tensor]) -> Tensor:
+    def forward(self, images: Pyramid | Sequence[Tensor]) -> Any:
         """Logits of every level.
 
         Args:
@@ -79,7 +85,7 @@ class RSNet(nn.Module):
                 resolution, in descending order; levels of one resolution share its bank.
 
         Returns:
-            [L, N, K], level by level.
+            [L, N, K], level by level; for segmentation a Pyramid of levels [N, K, h, w].
 
         Raises:
             ValueError: if a level has a resolution that was not trained, or a bank is out of range.
@@ -96,11 +102,14 @@ class RSNet(nn.Module):
         if self.backend == "torch" and x.device.type == "cpu":
             x = x.by_level()
         logits = self.network(x)
+        if self.task == "segmentation":
+            if not isinstance(logits, Pyramid):
+                raise ValueError(_unlike("[N, K, h, w]", logits))
+            return logits
         if isinstance(logits, Pyramid) and logits.is_pooled:
             logits = logits.rows
         if not isinstance(logits, Tensor) or logits.dim() != 2:
-            shown = getattr(logits, "shape", type(logits).__name__)
-            raise ValueError(f"network must return logits [N, K] for images, got {shown}")
+            raise ValueError(_unlike("[N, K]", logits))
         return logits.unflatten(0, (images.num_levels, images.num_images))
 
     def use_backend(self, backend: str) -> RSNet:
@@ -141,7 +150,7 @@ class RSNet(nn.Module):
                 the two neighbours, or "nearest". Outside the trained range both take the nearest.
 
         Returns:
-            [N, 3, r, r] -> [N, K], on the network's device.
+            [N, 3, r, r] -> [N, K], or [N, K, h, w] for segmentation, on the network's device.
         """
         mixture = bn_mixture(self.resolutions, resolution, between)
         return to_single(self.network, ((0, 1.0),) if self.bn == "shared" else mixture).eval()
@@ -179,6 +188,8 @@ class RSNet(nn.Module):
             "num_classes": self.num_classes,
             "bn": self.bn,
         }
+        if self.task != "classification":
+            settings["task"] = self.task
         if self.bits is not None:
             settings |= {"weight_bits": self.bits.weight, "activation_bits": self.bits.activation}
         return settings
@@ -205,8 +216,20 @@ class RSNet(nn.Module):
         return tuple(indices) if self.bn == "private" else (0,) * len(indices)
 
 
+def _unlike(wanted: str, logits: Any) -> str:
+    shown = getattr(logits, "shape", type(logits).__name__)
+    maps = isinstance(logits, Pyramid) and wanted == "[N, K]"
+    hint = '; maps are of task="segmentation"' if maps else ""
+    return f"network must return logits {wanted} for images, got {shown}{hint}"
+
+
 def convert(
-    module: nn.Module, resolutions: Sequence[int], bn: str = "private", backend: str = "torch"
+    module: nn.Module,
+    resolutions: Sequence[int],
+    bn: str = "private",
+    backend: str = "torch",
+    *,
+    task: str = "classification",
 ) -> RSNet:
     """Makes any CNN with batch norm a resolution switchable network.
 
@@ -216,16 +239,19 @@ def convert(
     images without content before it is returned.
 
     Args:
-        module: images [N, 3, r, r] -> logits [N, K].
+        module: images [N, 3, r, r] -> logits [N, K], or [N, K, h, w] for segmentation.
         resolutions: in pixels, strictly descending.
         bn: "private" (one bank per resolution) or "shared" (one bank for all, the paper's
             ablation).
         backend: see :meth:`RSNet.use_backend`.
+        task: "classification", or "segmentation".
 
     Raises:
         ValueError: in one sentence with the module's name, if the network cannot be converted.
     """
-    return _convert(module, resolutions, bn, backend)
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {TASKS}, got {task!r}")
+    return _convert(module, resolutions, bn, backend, task=task)
 
 
 def _convert(
@@ -235,6 +261,7 @@ def _convert(
     backend: str,
     arch: str | None = None,
     num_classes: int | None = None,
+    task: str = "classification",
 ) -> RSNet:
     """Tries the network out unless it is known how many classes it has."""
     resolutions = check_resolutions(resolutions)
@@ -244,13 +271,13 @@ def _convert(
     num_banks = len(resolutions) if bn == "private" else 1
     if num_classes is None:
         # On a copy first: a network that is refused stays as it was.
-        trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn)
+        trial = RSNet(to_switchable(_hollow(module), num_banks), resolutions, 0, bn, task=task)
         num_classes = _try_out(trial)
     network = to_switchable(module, num_banks)
     for param in network.parameters():
         if param.dim() == 4:  # as convolutions of channels-last pixels read it
             param.data = param.data.contiguous(memory_format=torch.channels_last)
-    return RSNet(network, resolutions, num_classes, bn, arch).use_backend(backend)
+    return RSNet(network, resolutions, num_classes, bn, arch, task).use_backend(backend)
 
 
 def _hollow(module: nn.Module) -> nn.Module:
@@ -268,7 +295,8 @@ def _try_out(model: RSNet) -> int:
     images = [torch.empty(2, _COLOURS, r, r, dtype=dtype, device="meta") for r in model.resolutions]
     try:
         with torch.no_grad():
-            return model.train()(images).shape[-1]
+            logits = model.train()(images)
+            return logits.num_channels if isinstance(logits, Pyramid) else logits.shape[-1]
     except Exception as error:
         place = place_in_network(error.__traceback__)
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
@@ -285,6 +313,8 @@ def create_model(
     *,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    zero_init_residual: bool | None = None,
+    task: str | None = None,
     backend: str = "torch",
 ) -> RSNet:
     """Builds a randomly initialised RS-Net.
@@ -292,6 +322,7 @@ def create_model(
     Args:
         arch: resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d,
             resnext101_32x8d, mobilenetv2; resnet18_lq, resnet50_lq, which are quantised (LQ-Nets);
+            refinenet18, refinenet50, refinenet101, refinenet152, for segmentation;
             torchvision/NAME or timm/NAME where those are installed; or MODULE:FUNCTION, which is
             called with `num_classes`.
         resolutions: in pixels, strictly descending.
@@ -301,6 +332,11 @@ def create_model(
         weight_bits: of a quantised network, 1 to 4, by default 2.
         activation_bits: of a quantised network, 1 to 4 (pre-activation blocks), or 32, the default,
             for activations in full precision (post-activation blocks).
+        zero_init_residual: whether gamma of the last batch norm of each residual block begins at 0,
+            so that blocks begin as identities, or at 1, for ResNets and RefineNets with activations
+            in full precision; None, the default, for 0 in quantised ones and 1 in all others.
+        task: "classification" or "segmentation"; by default what the architecture is for, and
+            "classification" for networks that are not rsfast's.
         backend: see :meth:`RSNet.use_backend`; not part of what a checkpoint holds.
 
     Raises:
@@ -309,10 +345,16 @@ def create_model(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    task = registry.check_task(arch, task)
     bits = registry.bits_of(arch, weight_bits, activation_bits)
-    network = registry.build(arch, num_classes, bits)
+    network = registry.build(arch, num_classes, bits, zero_init_residual)
     # Tests say that rsfast's own convert; to try it out takes seconds at the start of a process.
     known = num_classes if arch in registry.ARCHITECTURES else None
-    model = _convert(network, resolutions, bn, backend, arch, known)
+    model = _convert(network, resolutions, bn, backend, arch, known, task)
+    if model.num_classes != num_classes:
+        raise ValueError(
+            f"arch {arch} must make a network with as many outputs as there are classes, "
+            f"{num_classes}, got one with {model.num_classes}"
+        )
     model.bits = bits
     return model

@@ -6,7 +6,7 @@ come to): another task has the same two in a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsfast.data import Batch
+from rsfast.data import Batch, ImageIndex
 from rsfast.files import plots
 from rsfast.runtime.distributed import sum_over_ranks
 
-__all__ = ["Accuracy", "Scores", "TopK", "draw_epochs", "label_places"]
+__all__ = ["Accuracy", "Scores", "TopK", "draw_epochs", "image_rows", "label_places"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,27 @@ class Accuracy:
 
     Attributes:
         levels: (top-1, top-5) at each resolution, largest first.
-        ensemble: (top-1, top-5) of the alpha-weighted logits.
+        ensemble: (top-1, top-5) of the alpha-weighted logits; None if they were not asked for.
         num_images: images counted, over all ranks.
         places: [R + 1, n] the place of each image's label at each resolution and in the ensemble,
             from 1; n = 0 unless it was asked for.
     """
 
     levels: list[tuple[float, float]]
-    ensemble: tuple[float, float]
+    ensemble: tuple[float, float] | None
     num_images: int
     places: Tensor = field(compare=False, repr=False)
+
+    @property
+    def images(self) -> Tensor:
+        """What is known of each image: the places of the labels, by row."""
+        return self.places
+
+    @property
+    def shares(self) -> Tensor:
+        """[R, R] percentages of the images: wrong at one level (row), right at another (column)."""
+        right = self.places[: len(self.levels)] == 1
+        return 100 * (~right[:, None] & right[None]).double().mean(-1)
 
     @property
     def score(self) -> tuple[float, float]:
@@ -49,40 +60,58 @@ class Accuracy:
 
     def columns(self, resolutions: Sequence[int]) -> dict[str, float]:
         """Of a row of summary.csv."""
-        names = [*map(str, resolutions), "ensemble"]
+        found = dict(zip(map(str, resolutions), self.levels, strict=True))
+        if self.ensemble is not None:
+            found["ensemble"] = self.ensemble
         columns: dict[str, float] = {}
-        for name, (top1, top5) in zip(names, [*self.levels, self.ensemble], strict=True):
+        for name, (top1, top5) in found.items():
             columns |= {f"top1_{name}": top1, f"top5_{name}": top5}
         return columns
 
     def line(self, resolutions: Sequence[int]) -> str:
         """As it is printed after an epoch."""
         levels = zip(resolutions, self.levels, strict=True)
-        top1 = "  ".join(f"{r}: {values[0]:.1f}" for r, values in levels)
-        return f"top-1 {top1}  ensemble: {self.ensemble[0]:.1f}"
+        text = "top-1 " + "  ".join(f"{r}: {values[0]:.1f}" for r, values in levels)
+        return text if self.ensemble is None else f"{text}  ensemble: {self.ensemble[0]:.1f}"
 
 
 class Scores:
     """Counts what the levels of a network and their ensemble get right.
 
     Args:
-        ensemble_weights: [R] shares of the resolutions.
+        num_levels: R.
+        device: of the counts.
+        ensemble_weights: [R] shares of the resolutions; None for no ensemble.
         num_images: of the data set, if what is known of each image is wanted.
     """
 
-    def __init__(self, ensemble_weights: Tensor, num_images: int = 0) -> None:
+    def __init__(
+        self,
+        num_levels: int,
+        device: torch.device,
+        ensemble_weights: Tensor | None = None,
+        num_images: int = 0,
+    ) -> None:
         self._weights = ensemble_weights
-        self._counts = TopK(len(ensemble_weights) + 1, ensemble_weights.device, num_images)
+        self._counts = TopK(num_levels + (ensemble_weights is not None), device, num_images)
 
-    def add(self, logits: Tensor, batch: Batch) -> None:
-        """Counts one batch of [R, N, K] logits; no synchronisation."""
-        logits = logits.float()
-        mixed = torch.einsum("r,rnk->nk", self._weights, logits)
-        self._counts.add(torch.cat([logits, mixed[None]]), batch.labels, batch.indices)
+    def add(self, logits: Tensor | Sequence[Tensor], batch: Batch) -> None:
+        """Counts one batch; no synchronisation.
+
+        Args:
+            logits: [R, N, K], or R of [N, K].
+            batch: of a validation loader.
+        """
+        logits = (logits if isinstance(logits, Tensor) else torch.stack(list(logits))).float()
+        if self._weights is not None:
+            mixed = torch.einsum("r,rnk->nk", self._weights, logits)
+            logits = torch.cat([logits, mixed[None]])
+        self._counts.add(logits, batch.labels, batch.indices)
 
     def read(self) -> Accuracy:
         """Over all ranks."""
-        (*levels, ensemble), seen = self._counts.read()
+        levels, seen = self._counts.read()
+        ensemble = None if self._weights is None else levels.pop()
         return Accuracy(levels, ensemble, seen, self._counts.places())
 
 
@@ -150,6 +179,21 @@ def label_places(logits: Tensor, labels: Tensor) -> Tensor:
     classes = torch.arange(logits.shape[-1], device=logits.device)
     beaten = (logits < own) | ((logits == own) & (classes > labels))
     return logits.shape[-1] - beaten.sum(-1)
+
+
+def image_rows(
+    index: ImageIndex, resolutions: Sequence[int | str], places: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Rows of per_image.csv: an image's path, label, and the place of its label at each resolution.
+
+    Args:
+        index: the n images.
+        resolutions: in pixels, or "ensemble".
+        places: [len(resolutions), n].
+    """
+    names = ["image", "label", *map(str, resolutions)]
+    columns = [index.paths, index.labels.tolist(), *places.tolist()]
+    return (dict(zip(names, line, strict=True)) for line in zip(*columns, strict=True))
 
 
 def draw_epochs(

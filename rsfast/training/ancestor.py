@@ -7,6 +7,7 @@ of the ancestor: with `epochs` = 200 after 120, its first rate is that of epoch 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from rsfast.config import rules_of
 from rsfast.engine.optim import groups_of
-from rsfast.models.parts import frozen_by
+from rsfast.models.parts import decoder_of, frozen_by
 from rsfast.runtime.distributed import agree, read_on_first
 from rsfast.training import checkpoint
 from rsfast.training.resume import changed_setting, restore_rank
@@ -25,7 +26,7 @@ __all__ = ["FIXED", "continue_from"]
 
 _LOG = logging.getLogger("rsfast")
 # Without these an ancestor's weights, or the ensemble's, have no place; nor without its classes.
-FIXED = ("arch", "weight_bits", "activation_bits", "resolutions", "bn", "copies")
+FIXED = ("arch", "task", "weight_bits", "activation_bits", "resolutions", "bn", "copies")
 _IMAGES = "name its images by --data DIR or --config RUN/config.toml; "
 
 
@@ -108,13 +109,14 @@ def _check(run: Run, path: Path, content: dict[str, Any]) -> None:
 
 
 def _take_momentum(run: Run, content: dict[str, Any]) -> None:
-    """Parameter by parameter: `decay` and `freeze` say which place each has in an optimiser."""
+    """By parameter: `decay`, `freeze` and `decoder_lr` say which place each has in an optimiser."""
     before = content["config"]
     names = frozen_by(run.model, before.get("freeze") or ())
     frozen = {id(p) for name, p in run.model.network.named_parameters() if name in names}
-    decayed, free = groups_of(run.model, run.loss, before["decay"], frozen)
+    decoder = decoder_of(run.model) if before.get("decoder_lr", 1.0) != 1.0 else set()
+    groups = groups_of(run.model, run.loss, before["decay"], frozen, decoder)
     state = content["optimizer"]["state"]
-    for place, param in enumerate([*decayed, *free]):
+    for place, param in enumerate(itertools.chain(*(group.params for group in groups))):
         theirs = state.get(place, {}).get("momentum_buffer")
         if theirs is None or not param.requires_grad or not run.cfg.momentum:
             continue

@@ -58,6 +58,7 @@ _LOG = logging.getLogger("rsfast")
 _INPUT_FIELDS = (
     *("input_mean", "input_std", "val_crop", "exif", "levels", "picked_from", "class_names"),
 )
+_OF_TASK = {"segmentation": ("ignore_label",)}  # and those of one task
 # What older checkpoints lack means this.
 _YOUNGER: dict[str, Any] = {"exif": "ignore", "levels": "resize", "picked_from": None}
 
@@ -184,7 +185,7 @@ def model_payload(model: RSNet) -> dict[str, Any]:
     return {
         "settings": _settings(model),
         "model": model.state_dict(),
-        **{name: getattr(model, name) for name in _INPUT_FIELDS},
+        **_input_of(model),
     }
 
 
@@ -208,13 +209,21 @@ def write_weights(
     """As :func:`save_weights`, with another state dict and `more` in the metadata."""
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
-    about = {**_settings(model), **{name: getattr(model, name) for name in _INPUT_FIELDS}, **more}
+    about = {**_settings(model), **_input_of(model), **more}
     tensors = {**state, "ensemble.alpha": alpha.detach()}
     # A convolution's channels-last strides are not kept: the file holds values in row-major order.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     text = json.dumps(about)
     metadata = {"format": "pt", "rsfast": text, "sha256": weights_digest(text, tensors)}
     write_whole(path, [to_safetensors(tensors, metadata)])
+
+
+def _input_of(model: RSNet) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in _input_fields(model.task)}
+
+
+def _input_fields(task: str) -> tuple[str, ...]:
+    return _INPUT_FIELDS + _OF_TASK.get(task, ())
 
 
 def _settings(model: RSNet) -> dict[str, Any]:
@@ -267,14 +276,16 @@ def load_model(
         alpha = official.alpha_of(content)
         return model, torch.ones(len(model.resolutions)) if alpha is None else alpha
     content = {**_YOUNGER, **content}
-    missing = {"settings", "model", "loss", *_INPUT_FIELDS} - set(content)
+    settings = content.get("settings")
+    fields = _input_fields(settings.get("task", "") if isinstance(settings, dict) else "")
+    missing = {"settings", "model", "loss", *fields} - set(content)
     if missing:
         raise ValueError(
             f"checkpoint {path} is neither of rsfast nor of the authors' code: "
             f"it has no {sorted(missing)[0]!r}"
         )
     _check_state(path, content, data)
-    about = {**_dict_of(content["settings"]), **{name: content[name] for name in _INPUT_FIELDS}}
+    about = {**_dict_of(content["settings"]), **{name: content[name] for name in fields}}
     model = _rebuild(path, about, _chosen(path, content, weights), arch)
     return model, scores_of_resolutions(content["loss"]["alpha"], len(model.resolutions))
 
@@ -331,14 +342,15 @@ def _rebuild(
     packed: bool = False,
 ) -> RSNet:
     """A network in eval mode of its settings, input fields and weights."""
-    if missing := {"arch", "resolutions", "num_classes", *_INPUT_FIELDS} - set(about):
+    fields = _input_fields(about.get("task", ""))
+    if missing := {"arch", "resolutions", "num_classes", *fields} - set(about):
         raise ValueError(f"checkpoint {path} has settings without {sorted(missing)[0]!r}")
     _check_arch(path, about["arch"], arch)
     state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     if older.is_old(state):
         state = older.renamed(state, about["arch"])
     try:
-        model = create_model(**{k: v for k, v in about.items() if k not in _INPUT_FIELDS})
+        model = create_model(**{k: v for k, v in about.items() if k not in fields})
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} has settings of no network: {error}") from error
     try:
@@ -347,7 +359,7 @@ def _rebuild(
         raise ValueError(
             f"checkpoint {path} does not fit the {model.arch} it says it is: {error}"
         ) from error
-    for name in _INPUT_FIELDS:
+    for name in fields:
         value = about[name]
         setattr(model, name, tuple(value) if isinstance(value, list) else value)
     return model.eval()

@@ -269,7 +269,8 @@ def _other_batches(run: Run, content: dict[str, Any]) -> str | None:
         processes = len(content["ranks"])
         return f"it was trained by {processes} processes, this run has {run.rank.world_size}"
     if content["data_set"] != run.data_set:
-        return f"it was trained on other images than those of {run.cfg.images}"
+        what = "images or masks" if run.cfg.task == "segmentation" else "images"
+        return f"it was trained on other {what} than those of {run.cfg.images}"
     return None
 
 

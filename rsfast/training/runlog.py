@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rsfast.files.seal import write_whole
 from rsfast.files.tables import as_csv, read_log, read_rows
-from rsfast.tasks.classification import draw_epochs
 
 __all__ = ["RunLog"]
 
@@ -29,13 +28,20 @@ class RunLog:
         epochs_done: so many whole epochs are kept from an earlier start.
         steps_done: and so many steps, since the beginning of the run; None if the epoch under way
             starts again, perhaps with steps of another size.
+        draw_epochs: draws accuracy.png, of the summary's rows, the resolutions and the folder.
     """
 
     def __init__(
-        self, folder: Path, resolutions: Sequence[int], epochs_done: int, steps_done: int | None
+        self,
+        folder: Path,
+        resolutions: Sequence[int],
+        epochs_done: int,
+        steps_done: int | None,
+        draw_epochs: Callable[[Sequence[Mapping[str, Any]], Sequence[int], Path], None],
     ) -> None:
         self._folder = folder
         self._resolutions = resolutions
+        self._draw_epochs = draw_epochs
         summary = folder / "summary.csv"
         rows = read_rows(summary) if summary.exists() else []
         self._rows: list[dict[str, Any]] = [r for r in rows if int(r["epoch"]) <= epochs_done]
@@ -70,7 +76,7 @@ class RunLog:
         self._board.flush()
         self._rows.append(row)
         write_whole(self._folder / "summary.csv", [as_csv(self._rows).encode()])
-        draw_epochs(self._rows, self._resolutions, self._folder)
+        self._draw_epochs(self._rows, self._resolutions, self._folder)
 
     def close(self) -> None:
         """Flushes and closes the files."""

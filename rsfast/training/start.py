@@ -22,12 +22,12 @@ from rsfast.engine import PRECISIONS, TrainStep
 from rsfast.engine.ema import AveragedModel
 from rsfast.engine.optim import build_optimizer
 from rsfast.kernels import MAX_LEVELS, choose_backend
-from rsfast.losses import MultiResolutionDistillation
 from rsfast.models import RSNet, create_model
-from rsfast.models.parts import freeze
+from rsfast.models.parts import decoder_of, freeze
 from rsfast.runtime import environment
 from rsfast.runtime.distributed import Rank, agree, first_rank_first, same_everywhere
 from rsfast.runtime.nvtx import ProfileWindow, enable_ranges, name_layers
+from rsfast.tasks import settings_of, task_of
 from rsfast.training import checkpoint
 from rsfast.training.ancestor import continue_from
 from rsfast.training.origin import start_from_weights
@@ -61,13 +61,9 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
     model = _network(cfg, rank, loaders[0])
     origin = {} if resume_from else start_from_weights(cfg, rank, model, loaders[0])
     freeze(model, cfg.freeze or ())
-    loss = MultiResolutionDistillation(
-        len(cfg.resolutions),
-        cfg.distill,
-        cfg.label_smoothing,
-        copies=cfg.copies,
-        backend=cfg.kernels,
-    )
+    task = task_of(cfg)
+    of_task = settings_of(cfg, task.loss_settings)
+    loss = task.loss(len(cfg.resolutions), cfg.distill, backend=cfg.kernels, **of_task)
     loss.to(rank.device)
     optimizer = build_optimizer(
         model,
@@ -77,6 +73,8 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         weight_decay=cfg.weight_decay,
         nesterov=cfg.nesterov,
         decay=cfg.decay,
+        decoder=decoder_of(model) if cfg.decoder_lr != 1.0 else frozenset(),
+        decoder_lr=cfg.decoder_lr,
         kind=cfg.optimizer,
     )
     profile = _profile(cfg, model, rank)  # first: the step asks whether it has names to give
@@ -92,7 +90,7 @@ def build(cfg: TrainConfig, rank: Rank) -> Run:
         step=TrainStep(model, loss, optimizer, precision=cfg.precision or "fp32", graph=cfg.graph),
         ema=AveragedModel(model, cfg.ema_decay, cfg.ema_warmup) if cfg.ema_decay else None,
         facts=environment.describe(rank.device) if rank.is_main else {},
-        data_set={"train": loaders[0].plan.index.digest, "val": loaders[1].plan.index.digest},
+        data_set={"train": loaders[0].plan.digest, "val": loaders[1].plan.digest},
         profile=profile,
         origin=origin,
     )
@@ -144,15 +142,20 @@ def _network(cfg: TrainConfig, rank: Rank, loader: Loader) -> RSNet:
         cfg.bn,
         weight_bits=cfg.weight_bits,
         activation_bits=cfg.activation_bits,
+        zero_init_residual=cfg.zero_init_residual,
+        task=cfg.task,
         backend=cfg.kernels,
     )
+    if rank.index:  # all ranks drew the same weights; each drops units of its own
+        torch.manual_seed(cfg.seed + rank.index)
     model.to(rank.device)
     model.fix_activation_basis(cfg.fix_activation_basis)
     model.sync_batch_norm(cfg.sync_bn and rank.world_size > 1)
     check_map_sizes(model, cfg.batch_size, rank.world_size if cfg.sync_bn else 1)
     model.input_mean, model.input_std = loader.mean, loader.std
     model.val_crop, model.class_names = cfg.val_crop, loader.class_names
-    model.exif, model.levels, model.picked_from = cfg.exif, cfg.levels, cfg.picked_from
+    model.exif, model.ignore_label = cfg.exif, cfg.ignore_label
+    model.levels, model.picked_from = cfg.levels, cfg.picked_from
     return model
 
 
@@ -181,24 +184,21 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
         "tolerate_truncated": cfg.tolerate_truncated,
         "device": rank.device,
     }
+    task = task_of(cfg)
     with first_rank_first(rank):
         root = cfg.data
         if cfg.is_builtin:
-            root = str(builtin_root())
+            root = str(builtin_root(**task.builtin))
             if rank.is_main:
                 _LOG.info("no --data given: using the built-in generated set in %s", root)
         training = train_loader(
             cfg.train_data or root,
             cfg.resolutions,
             cfg.batch_size,
-            copies=cfg.copies,
-            crop=cfg.crop,
-            flip=cfg.flip,
             normalize=cfg.normalize,
             seed=cfg.seed,
-            crop_area=(cfg.crop_area[0], cfg.crop_area[1]),
-            augment=cfg.augment,
             max_steps=cfg.steps_per_epoch,
+            **settings_of(cfg, task.train_settings),
             **common,
         )
         validation = val_loader(
@@ -206,10 +206,9 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             cfg.resolutions,
             cfg.batch_size,
             normalize=cfg.normalize,
-            crop=cfg.val_crop,
             # Random labels teach nothing: one batch shows that validation runs.
             num_images=cfg.batch_size * rank.world_size,
-            labels=cfg.val_list,
+            **settings_of(cfg, task.val_settings),
             **common,
         )
     if training.class_names != validation.class_names and cfg.loader != "synthetic":
@@ -218,7 +217,8 @@ def _loaders(cfg: TrainConfig, rank: Rank) -> tuple[Loader, Loader]:
             f"train/ and val/ of {cfg.images} must have the same classes, in the same "
             f"order, but {len(odd)} are in one only: {odd[:3]}"
         )
-    warn_of_numbers(cfg.train_data or root, training.class_names)
+    if cfg.task == "classification":
+        warn_of_numbers(cfg.train_data or root, training.class_names)
     if rank.is_main:
         _say_what_is_odd(cfg, training, validation)
     return training, validation
@@ -259,7 +259,8 @@ def _open_folder(run: Run) -> None:
     checkpoint.clean(run.folder)
     _check_space(run)
     steps = None if run.at.restarted else run.steps_done
-    run.log = RunLog(run.folder, run.cfg.resolutions, run.at.epoch, steps)
+    draw_epochs = task_of(run.cfg).draw_epochs
+    run.log = RunLog(run.folder, run.cfg.resolutions, run.at.epoch, steps, draw_epochs)
     norms = sum(p.numel() for norm in run.model.batch_norms() for p in norm.parameters())
     facts = {
         **run.facts,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rsfast.data import Batch
 from rsfast.models import RSNet
-from rsfast.tasks.classification import Accuracy, Scores
+from rsfast.tasks import task_of
 
 __all__ = ["validate", "validate_all"]
 
@@ -20,7 +21,7 @@ def validate(
     batches: Iterable[Batch],
     dtype: torch.dtype | None = None,
     num_images: int = 0,
-) -> Accuracy:
+) -> Any:
     """:func:`validate_all` of one network."""
     return validate_all([model], ensemble_weights, batches, dtype, num_images)[0]
 
@@ -32,7 +33,7 @@ def validate_all(
     batches: Iterable[Batch],
     dtype: torch.dtype | None = None,
     num_images: int = 0,
-) -> list[Accuracy]:
+) -> list[Any]:
     """Runs networks over a validation loader, every level in one forward.
 
     Args:
@@ -41,14 +42,21 @@ def validate_all(
         batches: pyramids of all trained resolutions.
         dtype: of autocast; None for float32.
         num_images: of the data set, if what is known of each image is wanted.
+
+    Returns:
+        The `Accuracy` of each network, in its task's file.
     """
-    scores = [Scores(ensemble_weights, num_images) for _ in models]
+    device = ensemble_weights.device
+    scores = [
+        task_of(model).scores_of(model, len(ensemble_weights), device, ensemble_weights, num_images)
+        for model in models
+    ]
     training = [model.training for model in models]
     for model in models:
         model.eval()
     for batch in batches:
         for model, score in zip(models, scores, strict=True):
-            with torch.autocast(ensemble_weights.device.type, dtype, enabled=dtype is not None):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = model(batch.images)
             score.add(logits, batch)
     for model, was in zip(models, training, strict=True):

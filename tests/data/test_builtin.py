@@ -125,10 +125,10 @@ def test_an_interrupted_generation_is_never_used(
 ) -> None:
     write_image = builtin._write_image
 
-    def interrupt_at_image_30(path: Path, seed: int, split: str, index: int) -> None:
+    def interrupt_at_image_30(root: Path, seed: int, split: str, index: int) -> None:
         if index == 30:
             raise KeyboardInterrupt
-        write_image(path, seed, split, index)
+        write_image(root, seed, split, index)
 
     monkeypatch.setattr(builtin, "_write_image", interrupt_at_image_30)
     with pytest.raises(KeyboardInterrupt):

@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def outputs_of(loader: Loader) -> list[str]:
     """Makes the graph, for a device that need not exist; where each of its levels lies."""
-    pipeline = loader._decoder._define(dali._Feed(loader.plan))
+    pipeline = loader._decoder._define(dali.Feed(loader.plan))
     *levels, shapes = pipeline._graph_out
     assert shapes.device == "cpu"
     return [level.device for level in levels]
@@ -87,7 +87,7 @@ def test_the_graph_is_for_the_gpu_that_is_asked_for_or_the_current_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     loader = loader_of(image_root, "train", device=device)
-    assert loader._decoder._define(dali._Feed(loader.plan)).device_id == gpu
+    assert loader._decoder._define(dali.Feed(loader.plan)).device_id == gpu
 
 
 def test_a_cpu_decodes_the_region_of_a_single_crop(image_root: Path, calls: Calls) -> None:

@@ -265,7 +265,7 @@ def test_two_ranks_share_the_operations_of_one(backend: str, image_root: Path) -
 def test_the_graph_of_a_gpu_can_be_made(crop: str, image_root: Path) -> None:
     dali = pytest.importorskip("rsfast.data.dali", reason="the dali loader needs NVIDIA DALI")
     loader = loader_of(image_root, "dali", device="cuda:0", crop=crop)
-    pipeline: Any = loader._decoder._define(dali._Feed(loader.plan))
+    pipeline: Any = loader._decoder._define(dali.Feed(loader.plan))
     assert [output.device for output in pipeline._graph_out] == [
         *["gpu"] * len(RESOLUTIONS),
         "cpu",  # the sizes of the files

@@ -81,7 +81,7 @@ def test_the_size_of_what_is_resized_is_bounded(
 def test_the_size_of_what_dali_resizes_is_bounded(tmp_path: Path) -> None:
     dali = pytest.importorskip("rsfast.data.dali", reason="the dali loader needs NVIDIA DALI")
     loader = validation(folder_of(tmp_path, *THIN, (30, 400)), "dali")
-    feed = dali._Feed(loader.plan)
+    feed = dali.Feed(loader.plan)
     feed.start(0, range(1))
     count = len(RESOLUTIONS)
     fields = feed.next_val()[1:]

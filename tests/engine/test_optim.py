@@ -12,6 +12,7 @@ import torch
 from rsfast import create_model
 from rsfast.engine.optim import build_optimizer, lr_at, set_lr
 from rsfast.losses import MultiResolutionDistillation
+from rsfast.models.parts import decoder_of
 
 RESOLUTIONS = (64, 48, 32)
 
@@ -51,6 +52,15 @@ def test_a_rate_in_steps_is_warmed_up_to_what_the_milestones_say() -> None:
     assert rates[10:20] == pytest.approx([0.01 * step / 20 for step in range(10, 20)])
     assert rates[20:40] == pytest.approx([0.01] * 20)
     assert rates[40:] == pytest.approx([0.001] * 60)
+
+
+def test_a_power_law_falls_to_zero_after_the_warm_up() -> None:
+    rates = [lr_at(step, 100, 0.1, warmup_steps=20, schedule="poly") for step in range(100)]
+    assert rates[:20] == pytest.approx([0.1 * step / 20 for step in range(20)])
+    assert rates[20] == 0.1
+    assert rates[60] == pytest.approx(0.1 * 0.5**0.9)
+    assert rates[99] == pytest.approx(0.1 * (1 / 80) ** 0.9)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
 
 
 def test_an_unknown_schedule_is_named() -> None:
@@ -169,3 +179,41 @@ def test_bad_decay_mode_is_named() -> None:
             lr=0.1,
             decay="biases",
         )
+
+
+def make_maps() -> tuple[torch.nn.Module, MultiResolutionDistillation, set[int]]:
+    torch.manual_seed(0)
+    model = create_model("refinenet18", (32,), 2)
+    return model, MultiResolutionDistillation(1), decoder_of(model)
+
+
+def test_a_decoder_has_a_rate_of_its_own_also_where_the_rate_is_a_tensor() -> None:
+    model, loss, decoder = make_maps()
+    optimizer = build_optimizer(
+        model, loss, lr=0.1, decay="weights", decoder=decoder, decoder_lr=10.0
+    )
+    inside = [all(id(p) in decoder for p in group["params"]) for group in optimizer.param_groups]
+    assert inside == [False, False, True, True]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0, 1e-4, 0.0]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.1, 0.1, 1.0, 1.0])
+    held = [torch.tensor(0.0) for _ in rates]
+    for group, rate in zip(optimizer.param_groups, held, strict=True):
+        group["lr"] = rate
+    set_lr(optimizer, 0.02)
+    assert all(
+        group["lr"] is rate for group, rate in zip(optimizer.param_groups, held, strict=True)
+    )
+    assert [rate.item() for rate in held] == pytest.approx([0.02, 0.02, 0.2, 0.2])
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert count == len([*model.parameters(), *loss.parameters()]), "each is in one group"
+
+
+def test_a_state_that_is_loaded_keeps_the_factor() -> None:
+    model, loss, decoder = make_maps()
+    settings = {"lr": 0.1, "decoder": decoder, "decoder_lr": 10.0}
+    state = build_optimizer(model, loss, **settings).state_dict()
+    other = build_optimizer(model, loss, **settings)
+    other.load_state_dict(state)
+    set_lr(other, 0.03)
+    assert [group["lr"] for group in other.param_groups] == pytest.approx([0.03, 0.3])

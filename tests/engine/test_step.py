@@ -14,7 +14,7 @@ from rsfast.engine.guard import _are_finite
 from rsfast.engine.optim import build_optimizer
 from rsfast.engine.snapshot import Snapshot
 from rsfast.engine.step import _CapturedStep
-from rsfast.losses import LossTerms, MultiResolutionDistillation
+from rsfast.losses import LossTerms, MultiResolutionDistillation, PixelDistillation
 
 RESOLUTIONS = (64, 32)
 
@@ -184,6 +184,55 @@ def test_a_batch_that_does_not_fit_is_named_with_one_that_does(
     )
     assert all(param.grad is None for param in model.parameters())
     step(make_batch(3, mixed=mixed))
+
+
+def make_maps(num_images: int) -> Batch:
+    torch.manual_seed(1)
+    images = [torch.randn(num_images, 3, r, r) for r in RESOLUTIONS]
+    labels = torch.randint(0, 4, (num_images, RESOLUTIONS[0], RESOLUTIONS[0])).byte()
+    labels[:, :9] = 255
+    return Batch(Pyramid.pack(images), labels, torch.arange(num_images))
+
+
+def make_step_of_maps() -> tuple[RSNet, TrainStep]:
+    torch.manual_seed(0)
+    model = create_model("mask_helpers:network", RESOLUTIONS, 4, task="segmentation").train()
+    loss = PixelDistillation(2)
+    optimizer = build_optimizer(model, loss, lr=0.05)
+    return model, TrainStep(model, loss, optimizer, precision="fp32")
+
+
+def test_a_step_of_segmentation_trains_and_names_a_batch_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, step = make_step_of_maps()
+    losses = [step(make_maps(4)).ce.item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+    forward = model.forward
+
+    def full_above_three_images(images: Pyramid) -> Pyramid:
+        if images.num_images > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(model, "forward", full_above_three_images)
+    with pytest.raises(torch.OutOfMemoryError, match="batch_size 8 does not fit .*: 2 does"):
+        step(make_maps(8))
+
+
+def test_a_step_of_segmentation_that_is_not_finite_is_left_out() -> None:
+    model, step = make_step_of_maps()
+    step(make_maps(4))
+    before = state_of(model, step)
+    batch = make_maps(4)
+    batch.images.rows[5, 0] = float("nan")
+    step(batch)
+    weights = dict(model.named_parameters())
+    for name, param in weights.items():
+        assert bool(torch.isfinite(param).all()), name
+    for ours, exact in zip(state_of(model, step), before, strict=True):
+        assert torch.equal(ours, exact)
+    assert step.guard.read() == (1, 1)
 
 
 def test_leaving_a_capture_does_not_hide_that_memory_ran_out() -> None:

@@ -6,8 +6,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from rsfast.experiments.compare import paired_difference, spread
+from rsfast.experiments import compare
+from rsfast.experiments.compare import (
+    bootstrapped_difference,
+    figures_of_counts,
+    paired_difference,
+    spread,
+)
+from rsfast.tasks.segmentation import class_counts, figures_of
 
 
 def test_spread_by_hand() -> None:
@@ -77,3 +85,93 @@ def test_intervals_hold_nineteen_times_of_twenty() -> None:
         over_images += found.images_low <= fixed <= found.images_high
     assert 0.92 <= over_seeds / 400 <= 0.98
     assert over_images / 400 >= 0.93
+
+
+def test_figures_of_counts_are_those_of_the_confusion_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randint(0, 50, (4, 6, 6), generator=generator)
+    matrices[1, 2] = 0  # a class that is only predicted
+    matrices[2, :, 3] = matrices[2, 3] = 0  # and one that is not there
+    found = figures_of_counts(class_counts(matrices).numpy())
+    expected = [figures_of(matrix) for matrix in matrices]
+    assert pytest.approx(np.array(expected)) == found.T
+    assert figures_of_counts(np.zeros((2, 3), dtype=int)).tolist() == [0.0, 0.0, 0.0]
+
+
+def counts_of(rng: np.random.Generator, skill: np.ndarray, images: int) -> np.ndarray:
+    """[S, n, 2, 3] of two classes; `skill` is the share of the pixels that are right, by seed."""
+    pixels = rng.integers(20, 200, (images, 2))
+    right = rng.binomial(pixels, skill[:, None, None])
+    taken = right + (pixels - right)[..., ::-1]
+    return np.stack([np.broadcast_to(pixels, right.shape), taken, right], axis=-1)
+
+
+def test_a_bootstrap_is_that_of_images_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    levels = [
+        [counts_of(np.random.default_rng(r), np.array(skill), 7) for r in (1, 2)]
+        for skill in ([0.8, 0.9], [0.7, 0.8])
+    ]
+    monkeypatch.setattr(compare, "_RESAMPLES", 5)
+    found = bootstrapped_difference(*levels)
+
+    def difference(chosen: np.ndarray, seed: int) -> float:
+        ious = [
+            np.mean([figures_of_counts(part[seed, chosen].sum(0))[2] for part in method])
+            for method in levels
+        ]
+        return float(ious[0] - ious[1])
+
+    by_seed = [difference(np.arange(7), seed) for seed in (0, 1)]
+    assert found.mean == pytest.approx(np.mean(by_seed))
+    assert found.seeds == 2
+    assert (found.seeds_low + found.seeds_high) / 2 == pytest.approx(found.mean)
+    assert found.seeds_high - found.mean == pytest.approx(
+        12.706 * abs(by_seed[0] - by_seed[1]) / 2, rel=1e-4
+    )
+    drawn = rng.integers(7, size=(5, 7))
+    points = [np.mean([difference(chosen, seed) for seed in (0, 1)]) for chosen in drawn]
+    assert found.images_low == pytest.approx(np.quantile(points, 0.025))
+    assert found.images_high == pytest.approx(np.quantile(points, 0.975))
+
+
+def test_a_bootstrap_is_the_same_however_many_resamples_are_held_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = (counts_of(rng, np.array([share]), 10) for share in (0.8, 0.7))
+    whole = bootstrapped_difference([ours], [theirs])
+    assert math.isnan(whole.p)
+    assert whole.images_low < whole.mean < whole.images_high
+    monkeypatch.setattr(compare, "_MOST_WEIGHTS", 70)
+    parts = bootstrapped_difference([ours], [theirs])
+    assert (parts.mean, parts.images_low, parts.images_high) == pytest.approx(
+        (whole.mean, whole.images_low, whole.images_high)
+    )
+
+
+def test_bootstrapped_intervals_hold_nineteen_times_of_twenty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compare, "_RESAMPLES", 400)
+    rng = np.random.default_rng(0)
+
+    def pair(images: int) -> tuple[np.ndarray, np.ndarray]:
+        # Images of very different sizes, on which both methods are the better or worse together.
+        pixels = rng.geometric(0.01, (images, 1)) * np.array([4, 1])
+        hard = rng.random((images, 1))
+        shares = (np.clip(hard + shift, 0, 1) for shift in (0.05, 0.0))
+        methods = []
+        for share in shares:
+            right = rng.binomial(pixels, share)
+            taken = right + (pixels - right)[:, ::-1]
+            methods.append(np.stack([pixels, taken, right], axis=-1)[None])
+        return methods[0], methods[1]
+
+    large = [figures_of_counts(part[0].sum(0))[2] for part in pair(400_000)]
+    truth = large[0] - large[1]
+    held = 0
+    for _ in range(300):
+        found = bootstrapped_difference(*([part] for part in pair(60)))
+        held += found.images_low <= truth <= found.images_high
+    assert 0.90 <= held / 300 <= 0.98

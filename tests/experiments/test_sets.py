@@ -10,11 +10,21 @@ from pathlib import Path
 import pytest
 
 from rsfast.config import TrainConfig, parse_args
+from rsfast.experiments.measures import MEASURES
 from rsfast.experiments.runs import Job
-from rsfast.experiments.sets import QUANTISED_SETS, SETS, ExperimentSet, make_set
+from rsfast.experiments.sets import (
+    QUANTISED_SETS,
+    SETS,
+    ExperimentSet,
+    make_set,
+    papers_network,
+)
+from rsfast.models.registry import check_task
 
 PAPERS = (224, 192, 160, 128, 96)
 LQ = "resnet18_lq"
+# What networks with activations of so many bits refuse: its name, and what all rows have instead.
+REFUSED = {32: ("fix_activation_basis", False), 2: ("zero_init_residual", None)}
 
 
 def settings_of(which: ExperimentSet, training: str) -> dict[str, object]:
@@ -25,7 +35,7 @@ def settings_of(which: ExperimentSet, training: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("name", "trainings"),
     [
-        *(("table2", 7), ("table3", 12), ("table5", 4), ("table6", 12)),
+        *(("table2", 7), ("table3", 12), ("table5", 4), ("table6", 12), ("table7", 6)),
         *(("fig4", 3), ("fig5", 15), ("fig9", 15), ("bits", 18)),
     ],
 )
@@ -50,7 +60,10 @@ def test_comparisons_are_of_methods_that_share_resolutions(
 @pytest.mark.parametrize("name", SETS)
 def test_all_settings_make_a_valid_training(name: str) -> None:
     base = TrainConfig(arch=LQ, weight_bits=2, activation_bits=32, batch_size=8)
+    if network := papers_network([name]):
+        base = TrainConfig(arch=network)
     which = make_set(name, PAPERS, base.arch)
+    assert which.task == base.task
     for training in which.trainings:
         Job.of(base, training, 0, {}, output=resources.files("rsfast"))  # type: ignore[arg-type]
 
@@ -79,9 +92,8 @@ def test_table_3_is_table_2_with_the_bits_of_its_rows(arch: str) -> None:
         for name in ("rs_net", "inet_96"):
             found = settings_of(which, f"{name}_w2a{bits}")
             expected = {"arch": arch, "weight_bits": 2, "activation_bits": bits}
-            assert found.pop("fix_activation_basis", "the base's") == (
-                False if bits == 32 else "the base's"
-            )
+            refused, instead = REFUSED[bits]
+            assert found.pop(refused, "the base's") == instead
             assert found == {**settings_of(plain, name), **expected}
     pairs = [(pair.ours, pair.theirs) for pair in which.comparisons]
     assert pairs == [("2/32 RS-Net", "2/32 I-Nets"), ("2/2 RS-Net", "2/2 I-Nets")]
@@ -99,13 +111,17 @@ def test_the_ladder_of_bits_goes_from_full_precision_down_and_shares_table_3s_tr
     assert pairs >= {("32/32 I-Nets", "2/32 I-Nets"), ("32/32 RS-Net", "32/32 I-Nets")}
 
 
-def test_only_activations_of_2_bits_take_the_base_s_choice_of_who_moves_their_basis() -> None:
-    base = TrainConfig(arch=LQ, activation_bits=2, fix_activation_basis=True)
+def test_each_row_of_bits_takes_of_the_base_s_choices_those_that_its_networks_have() -> None:
+    fixed = TrainConfig(arch=LQ, activation_bits=2, fix_activation_basis=True)
+    begun = TrainConfig(arch=LQ, zero_init_residual=False)
     which = make_set("bits", (64, 48), LQ)
     output = resources.files("rsfast")
     for training in which.trainings:
-        cfg = Job.of(base, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
-        assert cfg.fix_activation_basis == training.name.endswith("_w2a2")
+        narrow = training.name.endswith("_w2a2")
+        cfg = Job.of(fixed, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
+        assert cfg.fix_activation_basis == narrow
+        cfg = Job.of(begun, training, 0, {}, output=output).cfg  # type: ignore[arg-type]
+        assert cfg.zero_init_residual is (None if narrow else False)
 
 
 @pytest.mark.parametrize("name", ["table2", "table3", "fig5"])
@@ -171,15 +187,33 @@ def test_one_resolution_is_nothing_to_compare() -> None:
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_the_papers_rows_of_bits_are_those_of_its_tables(arch: str) -> None:
     paper = tomllib.loads((resources.files("rsfast.experiments") / "paper.toml").read_text())
-    full = paper["table2"][arch]
+    full = paper["table2"][arch]["top1"]
     expected = {f"32/32 {name}": full[name] for name in ("I-Nets", "RS-Net")}
-    assert paper["bits"][f"{arch}_lq"] == {**expected, **paper["table3"][f"{arch}_lq"]}
+    theirs = paper["table3"][f"{arch}_lq"]["top1"]
+    assert paper["bits"][f"{arch}_lq"]["top1"] == {**expected, **theirs}
 
 
-def test_the_papers_rows_are_methods_with_five_figures() -> None:
+def test_the_papers_rows_are_methods_with_a_figure_for_each_resolution() -> None:
     text = (resources.files("rsfast.experiments") / "paper.toml").read_text()
     for name, archs in tomllib.loads(text).items():
-        for arch, rows in archs.items():
-            methods = {method.name for method in make_set(name, PAPERS, arch).methods}
-            assert set(rows) == methods
-            assert all(len(row) == 5 for row in rows.values())
+        for arch, figures in archs.items():
+            measure = MEASURES[check_task(arch)]
+            which = make_set(name, measure.papers_resolutions, arch)
+            assert which.task == check_task(arch)
+            assert set(figures) == set(measure.figures)
+            for rows in figures.values():
+                assert set(rows) == {method.name for method in which.methods}
+                assert all(len(row) == len(measure.papers_resolutions) for row in rows.values())
+
+
+def test_table_7_is_of_the_network_of_the_paper_and_of_no_other_task() -> None:
+    which = make_set("table7", (352, 224, 96))
+    assert [training.name for training in which.trainings] == [
+        *("inet_352", "inet_224", "inet_96", "rs_net")
+    ]
+    plain = make_set("table2", (352, 224, 96))
+    for name in ("rs_net", "inet_96"):
+        assert settings_of(which, name) == settings_of(plain, name)
+    assert papers_network(["table7"]) == "refinenet101"
+    assert papers_network(["table2"]) is None
+    assert papers_network(["table2", "table7"]) is None

@@ -14,9 +14,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,9 +25,9 @@ from rsfast.kernels.bn_act_max_pool import backward as max_pool_backward
 from rsfast.kernels.bn_act_max_pool import forward as max_pool_forward
 from rsfast.kernels.bn_act_max_pool import tiles as max_pool_tiles
 from rsfast.kernels.common.launch import OPTIONS
-from rsfast.kernels.common.tiles import TILE_ELEMENTS
 from rsfast.kernels.common.tiles import tile as bn_tile
 from rsfast.kernels.distillation_loss import forward as loss
+from rsfast.kernels.distillation_loss import many_rows as loss_rows
 from rsfast.kernels.distillation_loss import tiles as loss_tiles
 from rsfast.kernels.distillation_loss.op import teacher_range
 from rsfast.kernels.global_avg_pool import backward as pool_backward
@@ -42,23 +41,19 @@ from rsfast.kernels.normalize import forward as pixels
 from rsfast.kernels.subsample import backward as subsample_backward
 from rsfast.kernels.subsample import forward as subsample_forward
 from rsfast.kernels.subsample import tiles as subsample_tiles
-from rsfast.kernels.switchable_bn_act import backward as bn_backward
-from rsfast.kernels.switchable_bn_act import forward as bn_forward
-from rsfast.kernels.switchable_bn_act import tiles as bn_tiles
 
-NUM_LEVELS = 5
-TORCH_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TESTS = str(Path(__file__).parents[1])
+if _TESTS not in sys.path:  # pytest has put it there; a command, or bench, has not
+    sys.path.insert(0, _TESTS)
 
-
-class Case(NamedTuple):
-    """One kernel to compile: types of its run-time arguments, and its constants."""
-
-    name: str
-    kernel: Any
-    types: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    programs: int | None = None  # that are to fit on a multiprocessor
+import register_table  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    NUM_LEVELS,
+    TORCH_TYPES,
+    Case,
+    bn_types,
+    switchable_bn_act,
+)
 
 
 def distillation_loss() -> Iterator[Case]:
@@ -66,40 +61,76 @@ def distillation_loss() -> Iterator[Case]:
     passes = [(True, False), (False, True), (True, True)]  # writes terms, gradients
     # Every tile: few and many rows, one block of each size and the loop over several.
     sizes = [(5, 1000), *itertools.product((4, 8), (10, 200, 500, 1000, 2000, 32768)), (1, 1)]
-    for (resolutions, classes), (mode, dtype), (terms, grads), mix in itertools.product(
-        sizes, modes, passes, (False, True)
+    for (resolutions, classes), (mode, dtype), written, more in itertools.product(
+        sizes, modes, passes, ("", " mix", " ignore")
     ):
         special = mode != "full" or dtype == "fp16"
-        if special and (mix or (resolutions, classes) != (5, 1000)):
+        if special and (more or (resolutions, classes) != (5, 1000)):
+            continue
+        tiles = ((4, 2000), (8, 1000), (8, 32768))
+        if more == " ignore" and (dtype == "fp32" or (resolutions, classes) not in tiles):
             continue
         block_k, num_warps = loss_tiles.tile(resolutions, classes)
-        first, last, _ = teacher_range(mode, resolutions)
-        types = {"logits_ptr": "*" + dtype, "labels_ptr": "*i64", "alpha_ptr": "*fp32"}
-        types |= dict.fromkeys(["stride_upstream", "stride_terms_n", "stride_dalpha_n"], "i32")
-        types |= dict.fromkeys(["hit_target", "miss_target", "teacher_weight"], "fp32")
-        if mix:
+        types, constants = _of_loss(resolutions, classes, mode, dtype, written, more == " ignore")
+        types |= {"stride_terms_n": "i32", "stride_dalpha_n": "i32"}
+        if more == " mix":
             types |= {"partner_labels_ptr": "*i64", "share_ptr": "*fp32"}
-        if terms:
-            types |= {"terms_ptr": "*fp32"}
-        if grads:
-            types |= {"upstream_ptr": "*fp32", "dlogits_ptr": "*" + dtype, "dalpha_ptr": "*fp32"}
+        terms, grads = written
         yield Case(
-            f"R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}"
-            + (" mix" if mix else ""),
+            f"R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}{more}",
             loss._distillation_loss_kernel,
             types,
-            {
-                "R": resolutions,
-                "K": classes,
-                "BLOCK_K": block_k,
-                "FIRST_TEACHER": first,
-                "LAST_TEACHER": last,
-                "HAS_MIX": mix,
-                "WRITE_TERMS": terms,
-                "WRITE_GRADS": grads,
-            },
+            {**constants, "BLOCK_K": block_k, "HAS_MIX": more == " mix"},
             loss_tiles.options(num_warps),
         )
+    yield from _distillation_loss_of_pixels(passes)
+
+
+def _distillation_loss_of_pixels(passes: Sequence[tuple[bool, bool]]) -> Iterator[Case]:
+    # Few and many levels, rows that begin at multiples of 16 bytes and others; 40 classes are those
+    # of NYUDv2.
+    sizes = [(3, 2), (3, 11), (3, 40), (3, 65), (3, 150), (8, 11), (8, 40), (8, 65), (1, 1)]
+    kinds = [("fp32", "full", True), ("fp32", "full", False), ("bf16", "full", True)]
+    kinds += [("fp32", mode, True) for mode in DISTILL_MODES if mode != "full"]
+    for (resolutions, classes), (dtype, mode, ignore), written in itertools.product(
+        sizes, kinds, passes
+    ):
+        plain = (dtype, mode, ignore) == ("fp32", "full", True)
+        if not plain and (
+            (resolutions, classes) != (3, 40) or (mode != "full" and not all(written))
+        ):
+            continue
+        block_m, block_k = loss_tiles.row_tile(resolutions, classes)
+        types, constants = _of_loss(resolutions, classes, mode, dtype, written, ignore)
+        types |= dict.fromkeys(["stride_terms_p", "stride_dalpha_p", "num_rows"], "i32")
+        terms, grads = written
+        yield Case(
+            f"pixels R={resolutions} K={classes} {mode} {dtype} terms={terms} grads={grads}"
+            + (" ignore" if ignore else ""),
+            loss_rows._distillation_loss_rows_kernel,
+            types,
+            {**constants, "BLOCK_M": block_m, "BLOCK_K": block_k},
+            loss_tiles.row_options(),
+            loss_tiles.ROW_PROGRAMS,
+        )
+
+
+def _of_loss(
+    resolutions: int, classes: int, mode: str, dtype: str, written: tuple[bool, bool], ignore: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Types and constants that both kernels of the loss have."""
+    terms, grads = written
+    first, last, _ = teacher_range(mode, resolutions)
+    types = {"logits_ptr": "*" + dtype, "alpha_ptr": "*fp32", "stride_upstream": "i32"}
+    types |= dict.fromkeys(["hit_target", "miss_target", "teacher_weight"], "fp32")
+    types |= {"labels_ptr": "*u8", "counted_ptr": "*i64"} if ignore else {"labels_ptr": "*i64"}
+    if terms:
+        types |= {"terms_ptr": "*fp32"}
+    if grads:
+        types |= {"upstream_ptr": "*fp32", "dlogits_ptr": "*" + dtype, "dalpha_ptr": "*fp32"}
+    constants = {"R": resolutions, "K": classes, "FIRST_TEACHER": first, "LAST_TEACHER": last}
+    constants |= {"HAS_IGNORE": ignore, "IGNORE_INDEX": 255 if ignore else None}
+    return types, {**constants, "WRITE_TERMS": terms, "WRITE_GRADS": grads}
 
 
 def global_avg_pool() -> Iterator[Case]:
@@ -134,7 +165,7 @@ def lq_activation() -> Iterator[Case]:
 
 
 def _lq_activation_fwd(channels: int, dtype: str, bits: int) -> Iterator[Case]:
-    common = _bn_types(channels, NUM_LEVELS, lq_tiles.tile_elements(bits))
+    common = bn_types(channels, NUM_LEVELS, lq_tiles.tile_elements(bits))
     types = {"x_ptr": "*" + dtype, "basis_ptr": "*fp32", "y_ptr": "*" + dtype, **common.levels}
     kernel = lq_forward._lq_activation_fwd_kernel
     launch = lq_forward.OPTIONS[bits], lq_tiles.NUM_PROGRAMS[bits]
@@ -148,7 +179,7 @@ def _lq_activation_fwd(channels: int, dtype: str, bits: int) -> Iterator[Case]:
 
 
 def _lq_activation_bwd(channels: int, dtype: str) -> Case:
-    common, kernel = _bn_types(channels, 1), lq_backward._lq_activation_bwd_kernel
+    common, kernel = bn_types(channels, 1), lq_backward._lq_activation_bwd_kernel
     types = {"dy_ptr": "*" + dtype, "mask_ptr": "*u8", "dx_ptr": "*" + dtype, **common.levels}
     launch = lq_backward.OPTIONS, lq_backward.PROGRAMS
     return Case(f"{kernel.__name__} C={channels} {dtype}", kernel, types, common.tile, *launch)
@@ -237,133 +268,6 @@ def bn_act_max_pool() -> Iterator[Case]:
             yield Case(name, backward, {**types, **more}, {**constants, **writes}, *launch)
 
 
-class Variant(NamedTuple):
-    """What the batch-norm kernels are specialised for, besides C and the type of the rows."""
-
-    activation: str | None
-    residual: bool
-    batch_statistics: bool
-    backward: bool = True  # False: evaluation without gradients, which keeps no mask
-
-
-ALL_VARIANTS = [
-    *(
-        Variant(activation, residual, batch)
-        for activation in (None, "relu", "relu6", "silu", "hardswish")
-        for residual in (False, True)
-        for batch in (True, False)
-    ),
-    Variant("relu", True, False, backward=False),
-]
-CUTTING = ("relu", "relu6")
-SMOOTH_VARIANTS = [Variant("silu", False, True), Variant("silu", True, True)]
-SMOOTH_VARIANTS += [Variant("hardswish", False, True), Variant("hardswish", True, True)]
-MAIN_VARIANTS = [Variant("relu", False, True), Variant("relu", True, True)]
-
-
-def switchable_bn_act() -> Iterator[Case]:
-    yield from _switchable_bn_act(64, "bf16", NUM_LEVELS, ALL_VARIANTS)
-    yield from _switchable_bn_act(64, "bf16", 1, MAIN_VARIANTS)
-    # Every tile width, with and without channels to mask, and the other types.
-    for channels in (3, 65, 96, 2047, 2048):
-        yield from _switchable_bn_act(channels, "bf16", NUM_LEVELS, MAIN_VARIANTS)
-    for channels, dtype in ((64, "fp16"), (64, "fp32"), (2048, "fp32")):
-        yield from _switchable_bn_act(channels, dtype, NUM_LEVELS, MAIN_VARIANTS)
-    for channels, dtype in ((96, "bf16"), (2047, "bf16"), (64, "fp32")):
-        yield from _of_variants(channels, dtype, NUM_LEVELS, SMOOTH_VARIANTS)
-
-
-def _switchable_bn_act(
-    channels: int, dtype: str, num_levels: int, variants: Sequence[Variant]
-) -> Iterator[Case]:
-    batches = sorted({variant.batch_statistics for variant in variants})
-    yield from _statistics_and_finalize(channels, dtype, num_levels, batches)
-    yield from _of_variants(channels, dtype, num_levels, variants)
-
-
-class BnTypes(NamedTuple):
-    """What kernels of batch norm have in common for C channels and L levels."""
-
-    sizes: dict[str, int]
-    levels: dict[str, Any]
-    tile: dict[str, int]
-
-
-def _bn_types(channels: int, num_levels: int, elements: int = TILE_ELEMENTS) -> BnTypes:
-    levels = {"level_rows": ("i32",) * num_levels, "banks": ("i32",) * num_levels}
-    block_m, block_c = bn_tile(channels, elements)
-    sizes = {"L": num_levels, "C": channels}
-    tile = {**sizes, "BLOCK_M": block_m, "BLOCK_C": block_c}
-    return BnTypes(sizes, levels | {"share_rows": "i32"}, tile)
-
-
-def _pointers(*names: str) -> dict[str, str]:
-    return dict.fromkeys(names, "*fp32")
-
-
-def _statistics_and_finalize(
-    channels: int, dtype: str, num_levels: int, batches: Sequence[bool]
-) -> Iterator[Case]:
-    elements = bn_forward.statistics_elements(TORCH_TYPES[dtype])
-    common = _bn_types(channels, num_levels, elements)
-    rows, label = "*" + dtype, f"L={num_levels} C={channels} {dtype}"
-    final = {**common.sizes, **bn_tiles.finalize_tile(channels)}
-    types = {"x_ptr": rows, "partial_ptr": "*fp32", **common.levels}
-    kernel = bn_forward._bn_statistics_kernel
-    options, programs = bn_forward.OPTIONS, bn_tiles.FORWARD_PROGRAMS
-    yield Case(f"{kernel.__name__} {label}", kernel, types, common.tile, options, programs)
-    types |= _pointers("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr")
-    types |= {"num_batches_ptr": "*i64", "stride_partial": "i32", "momentum": "fp32"}
-    options, kernel = bn_tiles.FINALIZE_OPTIONS, bn_forward._bn_finalize_kernel
-    constants = {**common.tile, **final}
-    yield Case(f"{kernel.__name__} {label}", kernel, types, constants, options)
-    types = {"partial_ptr": "*fp32", **common.levels, "stride_partial": "i32", "eps": "fp32"}
-    types |= _pointers("var_ptr", "sums_ptr", "dgamma_ptr", "dbeta_ptr")
-    kernel = bn_backward._bn_bwd_finalize_kernel
-    for batch in batches:
-        constants = {**final, "BATCH_STATISTICS": batch}
-        yield Case(f"{kernel.__name__} {label} {batch=}", kernel, types, constants, options)
-
-
-def _of_variants(
-    channels: int, dtype: str, num_levels: int, variants: Sequence[Variant]
-) -> Iterator[Case]:
-    common = _bn_types(channels, num_levels)
-    rows = "*" + dtype
-    for variant in variants:
-        activation, residual, batch, backward = variant
-        label = f"L={num_levels} C={channels} {dtype} {activation} {residual=} {batch=}"
-        label += "" if backward else " no gradient"
-
-        def case(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> Case:
-            forward = kernel is bn_forward._bn_apply_kernel
-            options = bn_forward.OPTIONS if forward else bn_backward.OPTIONS
-            programs = bn_tiles.FORWARD_PROGRAMS if forward else bn_tiles.BACKWARD_PROGRAMS
-            name = f"{kernel.__name__} {label}"  # noqa: B023
-            return Case(name, kernel, types, constants, options, programs)
-
-        has_mask = residual and activation in CUTTING and backward
-        keeps_residual = residual and activation not in (None, *CUTTING)
-        types = _pointers("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
-        types |= {"eps": "fp32", **common.levels, "x_ptr": rows}
-        types |= {"mask_ptr": "*u8"} if has_mask else {}
-        constants = {**common.tile, "BATCH_STATISTICS": batch, "ACTIVATION": activation}
-        more = {"residual_ptr": rows} if residual else {}
-        yield case(
-            bn_forward._bn_apply_kernel,
-            {**types, "y_ptr": rows, **more},
-            {**constants, "HAS_RESIDUAL": residual, "WRITE_MASK": has_mask},
-        )
-        if not backward:
-            continue
-        constants |= {"HAS_RESIDUAL": keeps_residual, "HAS_MASK": has_mask}
-        types |= {"dy_ptr": rows, **({"residual_ptr": rows} if keeps_residual else {})}
-        yield case(bn_backward._bn_bwd_reduce_kernel, {**types, "partial_ptr": "*fp32"}, constants)
-        types |= {"sums_ptr": "*fp32", "dx_ptr": rows}
-        types |= {"dresidual_ptr": rows} if has_mask or keeps_residual else {}
-        yield case(bn_backward._bn_bwd_apply_kernel, types, constants)
-
-
 OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "bn_act_max_pool": bn_act_max_pool,
     "distillation_loss": distillation_loss,
@@ -403,9 +307,6 @@ def main(operation: str, capability: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        import register_table
-
         register_table.main(OPERATIONS, sys.argv[1:])
     else:
         main(*sys.argv[1:])

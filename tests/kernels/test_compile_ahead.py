@@ -15,13 +15,14 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import triton
 
+import kernel_cases
 import register_table
 from bench.models.instructions import programs_that_fit
 from register_table import all_keys, compile_for_real, find_or_compile, read_table
 
 NUM_CASES = {
     "bn_act_max_pool": 26,
-    "distillation_loss": 183,
+    "distillation_loss": 229,
     "global_avg_pool": 20,
     "lq_activation": 70,
     "normalize": 6,
@@ -86,8 +87,8 @@ def test_kernels_compile_without_spills(operation: str, keys: dict[tuple[str, in
         assert differing == {}, WRITE
 
 
-def test_all_programs_of_a_launch_of_batch_norm_fit_at_a_time(ahead: ModuleType) -> None:
-    for operation in ("switchable_bn_act", "bn_act_max_pool"):
+def test_all_programs_of_one_wave_fit_at_a_time(ahead: ModuleType) -> None:
+    for operation in ("switchable_bn_act", "bn_act_max_pool", "distillation_loss"):
         table = read_table(operation)
         streaming = [case for case in ahead.OPERATIONS[operation]() if case.programs]
         assert len(streaming) >= 26
@@ -121,7 +122,7 @@ def test_a_key_follows_source_types_constants_options_and_gpu(ahead: ModuleType)
         {"types": case.types | {"x_ptr": "*fp16"}},
         {"constants": case.constants | {"C": 7}},
         {"options": case.options | {"num_warps": 2}},
-        {"kernel": ahead.bn_forward._bn_apply_kernel},
+        {"kernel": kernel_cases.bn_forward._bn_apply_kernel},
     ]
     keys = [
         register_table.key_of(other, 90) for other in (case, *(case._replace(**c) for c in changes))
@@ -131,13 +132,13 @@ def test_a_key_follows_source_types_constants_options_and_gpu(ahead: ModuleType)
 
 
 def test_a_key_follows_the_functions_that_a_kernel_calls(
-    ahead: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel = ahead.bn_forward._bn_apply_kernel.fn
+    kernel = kernel_cases.bn_forward._bn_apply_kernel.fn
     source = register_table._source.__wrapped__
     before = source(kernel)
     assert "def\nactivate" in before
     assert "def\n_sigmoid" in before  # which that calls
     assert "the statistics read those last" not in before.replace("\n", " ")  # a comment
-    monkeypatch.setitem(kernel.__globals__, "activate", ahead.bn_tiles.keeps_gradient)
+    monkeypatch.setitem(kernel.__globals__, "activate", kernel_cases.bn_tiles.keeps_gradient)
     assert source(kernel) != before

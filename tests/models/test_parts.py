@@ -48,6 +48,14 @@ def test_named_parts_mean_the_same_in_every_network(
     assert frozen_by(model, ["all-but-batch-norms"]) == names_of(model) - norms
 
 
+def test_the_backbone_of_segmentation_is_the_trunk_so_that_the_decoder_is_trained() -> None:
+    model = create_model("refinenet18", (64, 32), 3)
+    trunk = {n for n in names_of(model) if n.startswith("trunk.")}
+    assert frozen_by(model, ["backbone"]) == frozen_by(model, ["trunk"]) == trunk
+    known = parts_of(model)
+    assert len(known) == len(set(known))
+
+
 def test_paths_of_modules_are_parts() -> None:
     model = create_model("resnet18", RESOLUTIONS, 3)
     assert frozen_by(model, ["layer1"]) == {n for n in names_of(model) if n.startswith("layer1.")}

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rsfast import RSNet, create_model
+from rsfast.config import parse_args
 from rsfast.losses import MultiResolutionDistillation
 from rsfast.models.lq import LQActivation, LQConv2d
 from rsfast.models.registry import build
-from rsfast.models.resnet import DEPTHS, Bottleneck
+from rsfast.models.resnet import DEPTHS, BasicBlock, Bottleneck
 from rsfast.models.resnet_lq import Bits, PreActBlock
+from rsfast.pyramid.batchnorm import SwitchableBatchNorm2d
 
 PAPERS = (224, 192, 160, 128, 96)
 WIDTHS = [("resnet18_lq", 32), ("resnet18_lq", 2), ("resnet50_lq", 32), ("resnet50_lq", 2)]
@@ -151,6 +153,34 @@ def test_branches_begin_at_nothing_in_post_activation_only(arch: str, activation
     assert zero == {
         f"layer{n + 1}.{k}.{last}" for n, depth in enumerate(depths) for k in range(depth)
     }
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50_lq", "refinenet18"])
+def test_the_start_of_residual_blocks_may_be_chosen(arch: str, zero: bool) -> None:
+    model = create_model(arch, (64, 32), 3, zero_init_residual=zero)
+    for name, module in model.named_modules():
+        if isinstance(module, SwitchableBatchNorm2d):
+            block = model.get_submodule(name.rpartition(".")[0])
+            last = {BasicBlock: "bn2", Bottleneck: "bn3"}.get(type(block))  # type: ignore[call-overload]
+            expected = 0 if zero and name.endswith(f".{last}") else 1
+            assert torch.equal(module.weight, torch.full_like(module.weight, expected)), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ("--arch resnet18_lq --activation-bits 2", "resnet18_lq with activations of 2 bits"),
+        ("--arch mobilenetv2", "mobilenetv2"),
+        ("--arch torchvision/resnet18", "torchvision/resnet18"),
+    ],
+)
+def test_the_start_of_other_blocks_cannot_be_chosen(
+    flags: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_args([*flags.split(), "--no-zero-init-residual"])
+    assert f"activations in full precision, got False for {shown} (" in capsys.readouterr().err
 
 
 def randomised(arch: str, activation_bits: int, resolutions: tuple[int, ...]) -> RSNet:

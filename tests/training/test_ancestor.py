@@ -196,8 +196,8 @@ def test_what_an_ancestor_has_no_place_for_is_refused(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
-    bits = {"weight_bits", "activation_bits"}
-    assert set(FIXED) == {"arch", "resolutions", "bn", "copies", *bits}
+    go_with_arch = {"weight_bits", "activation_bits", "task"}
+    assert set(FIXED) == {"arch", "resolutions", "bn", "copies", *go_with_arch}
 
 
 def test_weights_to_begin_with_are_the_ancestors_or_refused(

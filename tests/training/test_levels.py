@@ -12,7 +12,7 @@ from rsfast import analyze, evaluate, train
 from rsfast.deploy.manifest import Manifest
 from rsfast.export.__main__ import main as export
 from rsfast.files.tables import read_rows
-from rsfast.training import checkpoint, start
+from rsfast.training import checkpoint, scoring, start
 
 PIL = ["--loader", "pil", "--workers", "0"]
 ARCH = ["--arch", "tiny:network"]
@@ -80,7 +80,7 @@ def spied(patch: pytest.MonkeyPatch, module: Any) -> list[tuple[str, int | None]
 def test_a_single_resolution_is_picked_from_a_larger_one_wherever_it_is_used(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = {module: spied(monkeypatch, module) for module in (start, evaluate, analyze)}
+    told = {module: spied(monkeypatch, module) for module in (start, scoring, analyze)}
     run = tmp_path / "run"
     flags = "--resolutions 20 --batch-size 4 --epochs 1 --lr 0.01 --levels nearest"
     flags += f" --picked-from 48 --data {data} --output {run}"

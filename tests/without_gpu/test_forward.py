@@ -35,13 +35,18 @@ def test_forward_and_loss_stay_on_the_gpu_in_their_types(
 ) -> None:
     dtype = PRECISIONS[precision]
     with hollow():
-        model, loss = hollow_network(arch, RESOLUTIONS, 1000, backend)
-        batch = hollow_batch(RESOLUTIONS, 8, precision)
-        loss(torch.empty(2, 8, 1000, device="cuda"), batch.labels)  # makes its constants
-        with HostWaits() as watch, torch.autocast("cuda", dtype, enabled=dtype is not None):
-            logits = model(batch.images)
-            terms = loss(logits, batch.labels)
-    assert logits.shape == (2, 8, 1000)
+        model, loss = hollow_network(arch, RESOLUTIONS, 100, backend)
+        batch = hollow_batch(RESOLUTIONS, 8, precision, task=model.task)
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            loss(model(batch.images), batch.labels)  # makes constants
+            with HostWaits() as watch:
+                logits = model(batch.images)
+                terms = loss(logits, batch.labels)
+    if model.task == "segmentation":
+        assert [logits.level(n).shape for n in (0, 1)] == [(8, 100, 56, 56), (8, 100, 40, 40)]
+        logits = logits.rows
+    else:
+        assert logits.shape == (2, 8, 100)
     assert (logits.device.type, logits.dtype) == ("cuda", dtype or torch.float32)
     assert {(term.device.type, term.dtype) for term in terms} == {("cuda", torch.float32)}
     assert not watch.found

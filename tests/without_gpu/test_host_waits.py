@@ -7,6 +7,7 @@ averaged weights. The first step is left out: kernels are compiled there, and co
 from __future__ import annotations
 
 import contextlib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kernel_helpers import skip_unless_it_runs_on
 from rsfast import train
+from rsfast.tasks.segmentation import Scores
 from rsfast.training.run import Run
 from without_gpu.watch import HostWaits
 
@@ -80,6 +82,28 @@ def test_mixing_erasing_picking_and_lighting_make_no_host_wait(
     assert {"aten.lerp.Tensor", "aten.masked_fill_.Scalar"} <= watch.seen
     assert {"aten.index_select.out", "aten.add_.Tensor"} <= watch.seen
     assert ("rsfast.distillation_loss_fwd.default" in watch.seen) == (kernels == "triton")
+    assert not watch.found
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_steps_of_segmentation_make_no_host_wait(
+    kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "triton":
+        skip_unless_it_runs_on("cpu")
+    maps = "--arch mask_helpers:network --task segmentation --decoder-lr 10".split()
+    watch = steps_under_watch(tmp_path, monkeypatch, "--kernels", kernels, *maps)
+    assert ("rsfast.distillation_loss_fwd.default" in watch.seen) == (kernels == "triton")
+    assert not watch.found
+
+
+def test_scores_of_segmentation_make_no_host_wait() -> None:
+    scores = Scores(2, 3, 255, torch.device("cpu"), torch.tensor([0.5, 0.5]))
+    masks = torch.zeros(5, 4).byte(), torch.ones(3, 6).byte()
+    batch = types.SimpleNamespace(masks=masks, indices=(4, 2))  # those of a Batch are on the CPU
+    with HostWaits() as watch:
+        scores.add([torch.zeros(2, 3, size, size) for size in (4, 2)], batch)
+    assert "aten.scatter_add_.default" in watch.seen
     assert not watch.found
 
 

@@ -24,7 +24,7 @@ from without_gpu.watch import FusedSgd, HostWaits
 
 pytestmark = BACKWARDS
 RESOLUTIONS = (224, 160)
-KINDS = ("resnet18", "resnet50", "resnext50_32x4d", "mobilenetv2")
+KINDS = ("resnet18", "resnet50", "resnext50_32x4d", "mobilenetv2", "refinenet18")
 CASES = [
     (backend, precision)
     for backend in ("triton", "torch", "cuda")
@@ -48,8 +48,8 @@ def test_a_step_neither_waits_nor_lays_out_memory_as_fused_sgd_refuses(
     backend: str, precision: str, arch: str, mixed: bool
 ) -> None:
     with hollow(), FusedSgd() as sgd:
-        model, loss = hollow_network(arch, RESOLUTIONS, 1000, backend)
-        batch = hollow_batch(RESOLUTIONS, 8, precision, mixed=mixed)
+        model, loss = hollow_network(arch, RESOLUTIONS, 100, backend)
+        batch = hollow_batch(RESOLUTIONS, 8, precision, mixed=mixed, task=model.task)
         optimizer = build_optimizer(model, loss, lr=0.1)
         step = TrainStep(model, loss, optimizer, precision=precision, graph=False)
         meter = LossMeter(LossTerms._fields, torch.device("cuda"))

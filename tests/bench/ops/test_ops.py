@@ -34,6 +34,7 @@ def test_the_command_writes_rows_of_the_agreed_names(tmp_path: Path) -> None:
         "card/copy_bandwidth",
         "kernel/distillation_loss/R3-N8-K100/fp32/forward_backward/authors",
         "kernel/distillation_loss/R3-N8-K100-mixed/fp32/forward_backward/reference",
+        "kernel/distillation_loss/R3-N576-K11-pixels/fp32/forward_backward/reference",
         "kernel/global_avg_pool/resnet18/fp32/forward/eager",
         "kernel/switchable_bn_act/resnet18/fp32/forward_backward/eager",
         "kernel/conv2d/resnet18/fp32/forward_backward/rsfast",
