@@ -33,7 +33,7 @@ from rsfast.data.folder import Listing, list_split, listing_of, save_sizes
 from rsfast.data.index import Archive
 from rsfast.data.judging import UNREAD, judge_content, judge_image, judge_other
 from rsfast.data.manifest import MANIFEST, changed_shards
-from rsfast.data.pairs import images_below
+from rsfast.data.pairs import list_images
 from rsfast.data.splits import Split
 from rsfast.data.val_list import flat_images
 from rsfast.files.progress import progress
@@ -123,9 +123,10 @@ def check_split(source: str | Path | Split, *, workers: int | None = None) -> Re
         listing = Listing(
             members.split.place, members.class_names, list(members.paths), [], digest=""
         )
-    elif isinstance(source, Split) and (source.is_flat or source.masks):
-        files = images_below(source.root) if source.masks else flat_images(source.root)
-        listing = listing_of(source.root, files, (source.name,))
+    elif isinstance(source, Split) and source.masks:
+        listing = list_images(source.root)
+    elif isinstance(source, Split) and source.is_flat:
+        listing = listing_of(source.root, flat_images(source.root), (source.name,))
     else:
         listing = list_split(source.root if isinstance(source, Split) else source)
     key = listing.root if members is None else members.split.key

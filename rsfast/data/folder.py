@@ -43,6 +43,7 @@ __all__ = [
     "report_left_out",
     "save_sizes",
     "sizes_of",
+    "warn_of_notes",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def _found(
         copies = repair(root, [paths[row] for row in np.flatnonzero(bad)])
         bad &= np.array([path not in copies for path in paths], dtype=bool)
     report_left_out(root, paths, bad, excluded, strict)
-    _warn_of_notes(listing)
+    warn_of_notes(listing)
     return _Found(sizes, ~(bad | excluded), copies or None)
 
 
@@ -225,7 +226,12 @@ def list_split(root: str | Path) -> Listing:
 
 
 def _flat(root: Path) -> str:
-    """What to do about validation images that lie in the folder itself."""
+    """What to do about images that lie in the folder itself."""
+    if (masks := root.with_name(f"{root.name}annot")).is_dir():
+        return (
+            f"; masks, which {masks} holds, are of segmentation: --arch refinenet101, or --task "
+            "segmentation for a network of your own"
+        )
     names = os.listdir(root) if root.name in ("val", "validation") else []
     count = sum(name.lower().endswith(EXTENSIONS) and not is_hidden(name) for name in names)
     return f"; it holds {count} images: --val-list FILE reads their labels" if count else ""
@@ -340,7 +346,8 @@ def report_left_out(
         )
 
 
-def _warn_of_notes(listing: Listing) -> None:
+def warn_of_notes(listing: Listing) -> None:
+    """Warns of what is no part of a data set though it looks so."""
     if counts := unread(listing.others):
         _LOG.warning(
             "images in %s that not every loader reads are no part of the data set: %s; to use "

@@ -198,6 +198,8 @@ def _stored(image: Image.Image, bits: int, colors: np.ndarray | None) -> np.ndar
     """[H, W] labels from 0 to 255 as the file has them."""
     if colors is not None:
         return _of_colors(np.asarray(image.convert("RGB")), colors)
+    if image.mode == "LA" and image.getextrema()[1] == (255, 255):
+        image = image.getchannel("L")  # nothing is transparent
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(
             f"has pixels of mode {image.mode}, must have class numbers; --colors FILE says which "

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rsfast.data.folder import index_files
+from rsfast.data.folder import Listing, index_files, listing_of, warn_of_notes
 from rsfast.data.formats import EXTENSIONS
 from rsfast.data.index import ImageIndex, check_command, printable
 from rsfast.data.mask_survey import Survey, survey_masks
@@ -25,7 +25,7 @@ from rsfast.data.patterns import is_pattern
 from rsfast.data.splits import existing, masks_folder
 from rsfast.data.turning import turned
 from rsfast.data.val_list import read_classes
-from rsfast.data.walking import files_below
+from rsfast.data.walking import files_below, walk_below
 from rsfast.files.orientation import EXIF_MODES
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "images_below",
     "labelling_of",
     "labelling_of_numbers",
+    "list_images",
     "open_pairs",
     "paired",
     "problem_of",
@@ -44,6 +45,7 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _MASK = ".png"
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
 class Labelling(NamedTuple):
@@ -133,11 +135,12 @@ def open_pairs(
                 f"data folder {folder} does not exist; segmentation needs it with {content}"
             )
     labelling = labelling_of(root, ignore_label, num_classes)
-    files = images_below(root)
+    listing = list_images(root)
+    warn_of_notes(listing)
     images = index_files(
         root,
-        files,
-        np.zeros(len(files), dtype=np.int64),
+        listing.paths,
+        np.zeros(len(listing.paths), dtype=np.int64),
         labelling.class_names,
         strict=strict,
         tolerate_truncated=tolerate_truncated,
@@ -145,15 +148,16 @@ def open_pairs(
     images = turned(images) if exif == "honour" else images
     pairing = paired(root, images.paths)
     survey = _survey(masks_folder(root), pairing)
+    row_of_image = _rows(survey, pairing)
     problems = [
         problem_of(survey, row, size, labelling) if row >= 0 else problem
         for row, size, problem in zip(
-            _rows(survey, pairing), images.sizes.tolist(), pairing.problems, strict=True
+            row_of_image, images.sizes.tolist(), pairing.problems, strict=True
         )
     ]
     _report(images, problems, strict, _check_command(images.known_as, ignore_label))
     good = np.flatnonzero([not problem for problem in problems])
-    rows = np.array(_rows(survey, pairing))[good]
+    rows = np.array(row_of_image)[good]
     kept = images.take(good)
     return Pairs(
         kept,
@@ -174,14 +178,30 @@ def images_below(root: Path) -> list[str]:
     """Paths of the images in a split's folder and below, relative to it, sorted.
 
     Raises:
-        ValueError: if there is none, or a folder cannot be read.
+        ValueError: as :func:`list_images`.
     """
-    files = [path for path in files_below(root) if path.lower().endswith(EXTENSIONS)]
-    if not files:
+    return list_images(root).paths
+
+
+def list_images(root: Path) -> Listing:
+    """The images in a split's folder and below, sorted, other files, and what is passed over.
+
+    Raises:
+        ValueError: if there is no image, or a folder cannot be read.
+    """
+    try:
+        found = walk_below(root, EXTENSIONS)
+    except OSError as error:
+        raise ValueError(f"folder {error.filename} must be readable: {error.strerror}") from error
+    files = sorted(os.path.join(one.path, name) for one in found.folders for name in one.files)
+    images = [path for path in files if path.lower().endswith(EXTENSIONS)]
+    if not images:
         raise ValueError(
             f"data folder {root} must hold images ({' '.join(EXTENSIONS)}), found none"
         )
-    return files
+    others = [path for path in files if not path.lower().endswith(EXTENSIONS)]
+    listing = listing_of(root, images, (root.name,))
+    return dataclasses.replace(listing, others=others, notes=found.notes)
 
 
 def paired(root: Path, images: Sequence[str]) -> Pairing:
@@ -189,19 +209,23 @@ def paired(root: Path, images: Sequence[str]) -> Pairing:
     folder = masks_folder(root)
     files = files_below(folder) if folder.is_dir() else []
     mask_of = {_stem(path): path for path in files if path.lower().endswith(_MASK)}
+    other_of = {_stem(path): path for path in files if not path.lower().endswith(_MASK)}
     masks, problems = [], []
     taken: dict[str, str] = {}
     for image in images:
         stem, mask, problem = _stem(image), "", ""
         if stem not in mask_of:
             problem = f"no mask {folder.name}/{printable(stem)}{_MASK}"
+            if other := other_of.get(stem):
+                problem += f" ({printable(os.path.basename(other))} is none: masks must be PNG"
+                problem += ", JPEG loses labels)" if other.lower().endswith(_LOSSY) else ")"
         elif stem in taken:
             problem = f"its mask is that of {printable(taken[stem])}, too: rename one of the images"
         else:
             taken[stem], mask = image, mask_of[stem]
         masks.append(mask)
         problems.append(problem)
-    used = {*masks}
+    used = {*masks, *(other_of.get(_stem(i)) for i in images if _stem(i) not in mask_of)}
     unused = [p for p in files if p not in used and p.lower().endswith(EXTENSIONS)]
     return Pairing(masks, problems, unused)
 
@@ -270,10 +294,10 @@ def check_label(ignore_label: int) -> None:
     """Refuses what no pixel of a mask can be.
 
     Raises:
-        ValueError: unless it is in [0, 255].
+        ValueError: unless it is in [0, 256).
     """
     if not 0 <= ignore_label <= 255:
-        raise ValueError(f"ignore_label must be in [0, 255], got {ignore_label}")
+        raise ValueError(f"ignore_label must be in [0, 256), got {ignore_label}")
 
 
 def _count_classes(train: Path, ignore_label: int) -> int:
@@ -310,7 +334,7 @@ def problem_of(survey: Survey, row: int, size: Sequence[int], labelling: Labelli
         label = int(beyond[0])
         return (
             f"its mask has label {label}, which must be below {count}, the number of classes, or "
-            f"{ignored}, the label of ignored pixels"
+            f"{ignored}, the label of ignored pixels (--ignore-label takes another)"
         )
     return ""
 

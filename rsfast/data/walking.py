@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Folder", "Note", "Walk", "files_below", "is_folder", "is_hidden", "walk"]
+__all__ = [
+    "Folder",
+    "Note",
+    "Walk",
+    "files_below",
+    "is_folder",
+    "is_hidden",
+    "walk",
+    "walk_below",
+]
 
 # Left behind by systems of files, of archives and of servers; compared in lower case.
 _SYSTEM = {
@@ -140,6 +149,18 @@ def walk(root: Path, extensions: Sequence[str]) -> Walk:
                 found.notes.append(Note("odd", path, reason))
             else:
                 first_in[identity] = path
+    return found
+
+
+def walk_below(root: Path, extensions: Sequence[str]) -> Walk:
+    """Visits a folder and all below, as :func:`walk` does those of one class; it names no classes.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    found = Walk()
+    above = {_identity(os.stat(folder)) for folder in Path(os.path.realpath(root)).parents}
+    _visit(root, "", above, extensions, found)
     return found
 
 

@@ -111,6 +111,17 @@ def test_colours_become_the_numbers_of_their_lines(mode: str, source: Path) -> N
     assert found.tolist() == np.where(LABELS % 4 == 3, 255, LABELS % 4).tolist()
 
 
+def test_grey_with_an_alpha_that_says_nothing_is_grey(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = Image.fromarray(LABELS)
+    Image.merge("LA", (grey, Image.new("L", grey.size, 255))).save(source / "town" / "a.png")
+    assert converted(source).tolist() == LABELS.tolist()
+    Image.merge("LA", (grey, Image.new("L", grey.size, 9))).save(source / "town" / "a.png")
+    assert main(["masks", str(source), str(source.parent / "other")]) != 0
+    assert "has pixels of mode LA" in capsys.readouterr().err
+
+
 def test_a_list_and_an_end_of_names_choose_masks(source: Path) -> None:
     for name in ("a_trainIds", "b_trainIds", "a_color", "c_trainIds"):
         Image.fromarray(LABELS).save(source / "town" / f"{name}.png")

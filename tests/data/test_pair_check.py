@@ -281,7 +281,7 @@ def test_an_ignored_label_that_no_pixel_can_have_is_refused(
     pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = checked(pairs, capsys, "--ignore-label", "256", code=2)
-    assert said == "rsfast.data: error: ignore_label must be in [0, 255], got 256\n"
+    assert said == "rsfast.data: error: ignore_label must be in [0, 256), got 256\n"
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

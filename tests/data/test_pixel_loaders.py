@@ -380,7 +380,7 @@ def test_masks_are_not_turned_and_must_fit_the_image_as_it_is_shown(
     ("arguments", "rule"),
     [
         ({"task": "detection"}, r"^task must be one of \('classification', 'segmentation'\), got"),
-        ({"ignore_label": 256}, r"^ignore_label must be in \[0, 255\], got 256$"),
+        ({"ignore_label": 256}, r"^ignore_label must be in \[0, 256\), got 256$"),
         ({"num_classes": 0}, r"^num_classes must be in \[1, 255\], got 0$"),
         ({"num_classes": 256}, r"^num_classes must be in \[1, 255\], got 256$"),
         (
