@@ -28,7 +28,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--resume auto --weight-bits 2", "was trained with weight_bits = 1, this run has 2"),
         ("--resume auto --activation-bits 2", "was trained with activation_bits = 32"),
         ("--resume auto --arch resnet18", "weight_bits is of resnet18_lq and resnet50_lq"),
-        ("--continue-from RUN --epochs 2 --weight-bits 2", "arch, task, weight_bits, activation_bits"),
+        (
+            "--continue-from RUN --epochs 2 --weight-bits 2",
+            "arch, task, weight_bits, activation_bits",
+        ),
         ("--continue-from RUN --epochs 2 --activation-bits 2", "with activation_bits = 32"),
         ("--pretrained RUN/last.pt --weight-bits 2", "of 2 bits cannot take the state of one with"),
         ("--pretrained RUN/model_best.safetensors --weight-bits 3", "of 3 bits cannot take"),
