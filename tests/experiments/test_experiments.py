@@ -32,15 +32,6 @@ FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py
 SETTINGS = ["--arch", "resnet18", "--resolutions", "48", "32", "--batch-size", "8", "--lr", "0.01"]
 
 
-@pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of what the fake module was asked for."""
-    file = tmp_path / "calls"
-    file.touch()
-    monkeypatch.setenv("FAKE_CALLS", str(file))
-    return file
-
-
 def command_line(output: Path, *arguments: str) -> list[str]:
     data = output.parent / "images"
     if not data.exists():

@@ -17,15 +17,6 @@ FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py
 SETTINGS = "--resolutions 48 32 --batch-size 8 --lr 0.01".split()
 
 
-@pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of what the fake module was asked for."""
-    file = tmp_path / "calls"
-    file.touch()
-    monkeypatch.setenv("FAKE_CALLS", str(file))
-    return file
-
-
 def run(output: Path, name: str, *flags: str) -> int:
     data = make_image_folder(output.parent / "images", train=1, val=1)
     where = ["--output", str(output), "--launch", FAKE, "--data", str(data)]

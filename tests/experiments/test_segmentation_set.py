@@ -24,15 +24,6 @@ FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_module.py
 PIXELS = MEASURES["segmentation"]
 
 
-@pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of what the fake module was asked for."""
-    file = tmp_path / "calls"
-    file.touch()
-    monkeypatch.setenv("FAKE_CALLS", str(file))
-    return file
-
-
 def run(output: Path, *arguments: str) -> int:
     data = output.parent / "masks"
     if not data.exists():
