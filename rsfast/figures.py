@@ -87,6 +87,35 @@ def _results(path: Path, results: Rows, comparisons: Rows) -> None:
     write(figure, path)
 
 
+def _epochs(path: Path, rows: Rows) -> None:
+    """Every method at each resolution after each epoch of training, means over the seeds."""
+    name, label = main_figure(rows[0])
+    methods = list(_grouped(rows, "method"))
+    groups = _grouped(rows, "resolution")
+    size = (2.6 * len(groups) + 1.0, 3.8)
+    figure, panels = new_figure(len(groups), size, sharex=True, sharey=True)
+    for axes, (resolution, part) in zip(panels, groups.items(), strict=True):
+        for method, own in _grouped(part, "method").items():
+            seeds = _grouped(own, "epoch")
+            values = [statistics.mean(float(row[name]) for row in some) for some in seeds.values()]
+            color = f"C{methods.index(method) % 10}"
+            axes.plot([int(epoch) for epoch in seeds], values, color=color)
+        axes.set_title(f"{resolution} px", fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for number, method in enumerate(methods):
+        panels[0].plot([], [], color=f"C{number % 10}", label=method)
+    panels[0].set_ylabel(f"{label} (%)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        frameon=False,
+        fontsize=8,
+        ncols=min(5, len(methods)),
+    )
+    write(figure, path)
+
+
 def _pair(row: dict[str, str]) -> tuple[str, str]:
     return row["ours"], row["theirs"]
 
@@ -253,6 +282,7 @@ def _style(number: int) -> dict[str, Any]:
 
 _FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "results.png": (("results.csv", "comparisons.csv"), _results),
+    "epochs.png": (("epochs.csv",), _epochs),
     "accuracy.png": (("accuracy.csv",), accuracy_against_multiply_adds),
     "alpha.png": (("alpha.csv",), _alpha),
     "batch_norm.png": (("batch_norm.csv",), _batch_norm),

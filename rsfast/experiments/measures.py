@@ -58,6 +58,7 @@ class Measure:
     Attributes:
         figures: that a report has tables of, by column of results.csv; the first one is what
             methods are compared by.
+        after_epochs: what a run's log calls the first of them, before _RESOLUTION.
         images: makes an Images that is empty.
         read: what the per_image.csv of a report holds of each network, as `difference` wants it:
             [n, ...].
@@ -69,6 +70,7 @@ class Measure:
     """
 
     figures: Mapping[str, str]
+    after_epochs: str
     images: Callable[[], Images]
     read: Callable[[Path], dict[str, NDArray[Any]]]
     difference: Callable[[list[NDArray[Any]], list[NDArray[Any]]], Difference]
@@ -182,6 +184,7 @@ def _other_images(test: Path) -> ValueError:
 MEASURES = {
     "classification": Measure(
         figures={"top1": "Top-1"},
+        after_epochs="top1",
         images=_Places,
         read=_read_hits,
         difference=paired_difference,
@@ -192,6 +195,7 @@ MEASURES = {
     ),
     "segmentation": Measure(
         figures={"iou": "Mean IoU", "pixel": "Pixel accuracy", "mean": "Mean accuracy"},
+        after_epochs="miou",
         images=_PixelCounts,
         read=_read_counts,
         difference=bootstrapped_difference,

@@ -86,6 +86,7 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
         _training_table(which),
         *_figures(which, read_rows(folder / "results.csv"), paper, arch),
         f"![{main} and differences](results.png)\n",
+        f"![{main} after each epoch](epochs.png)\n",
         "## Differences\n",
         _about_differences(measure),
         _difference_table(rows, len(which.methods[0].cells)),

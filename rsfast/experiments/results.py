@@ -2,8 +2,8 @@
 
 A report folder gets per_image.csv (for every network and resolution: of each validation image the
 place of its class among all, from 1; of segmentation the pixels of each class and those that are
-right), results.csv (the figures of each), times.csv (training time of each run) and run.json
-(settings and environment).
+right), results.csv (the figures of each), epochs.csv (how training got there), times.csv (training
+time of each run) and run.json (settings and environment).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def collect(
                 )
     write_rows(folder / "per_image.csv", images.rows())
     write_rows(folder / "results.csv", rows)
+    write_rows(folder / "epochs.csv", _epochs(which, seeds, output))
     write_rows(folder / "times.csv", _times(which, seeds, output))
     about = {
         "set": which.name,
@@ -125,22 +126,55 @@ def _check_alike(runs: Sequence[Path], starts: Sequence[dict[str, Any]]) -> None
                 )
 
 
+def _epochs(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[dict[str, Any]]:
+    """Validation after each epoch, at what a network was trained at, and what it took till there.
+
+    `ce` is the training's mean cross entropy in the epoch, of one resolution on average.
+    """
+    measure = MEASURES[which.task]
+    cells = [(m.name, cell, r) for m in which.methods for r, cell in m.cells.items()]
+    known, rows = set(), []
+    for method, cell, resolution in cells:
+        if (cell.training.name, resolution) in known:
+            continue  # the same network in another method's name
+        known.add((cell.training.name, resolution))
+        for seed in seeds:
+            for line, seconds, _ in _progress(run_folder_of(output, cell.training.name, seed)):
+                value = line.get(f"{measure.after_epochs}_{resolution}")
+                if line["event"] == "epoch" and value is not None:
+                    row = {"method": method, "training": cell.training.name}
+                    row |= {"resolution": resolution, "seed": seed, "epoch": line["epoch"]}
+                    row |= {"train_s": round(seconds, 1), measure.main: value}
+                    rows.append({**row, "ce": line["ce"] / len(_trained_at(line))})
+    return rows
+
+
+def _trained_at(line: dict[str, Any]) -> list[str]:
+    """Resolutions of a network, of the line of an epoch."""
+    return [name for name in line if name.startswith("alpha_")]
+
+
 def _times(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[dict[str, Any]]:
     """Seconds in training steps, loading included, of each run."""
     rows = []
     for training in which.trainings:
         for seed in seeds:
-            seconds, images, done = 0.0, 0, 0
-            for line in _log(run_folder_of(output, training.name, seed)):
-                if line["event"] == "start":
-                    batch = line["total_batch"]
-                elif line["event"] == "step":
-                    seconds += (line["step"] - done) * batch / line["images_per_s"]
-                    images += (line["step"] - done) * batch
-                    done = line["step"]
+            *_, (_, seconds, images) = _progress(run_folder_of(output, training.name, seed))
             row = {"training": training.name, "seed": seed, "train_s": round(seconds, 1)}
             rows.append({**row, "images_per_s": round(images / seconds, 1)})
     return rows
+
+
+def _progress(run: Path) -> Iterator[tuple[dict[str, Any], float, int]]:
+    """Lines of a log, each with the seconds and images in training steps up to it."""
+    seconds, images, done, batch = 0.0, 0, 0, 0
+    for line in _log(run):
+        if line["event"] == "start":
+            batch = line["total_batch"]
+        elif line["event"] == "step":
+            new = (line["step"] - done) * batch
+            seconds, images, done = seconds + new / line["images_per_s"], images + new, line["step"]
+        yield line, seconds, images
 
 
 def _about(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -70,9 +70,13 @@ def test_a_set_is_trained_tested_and_reported(tmp_path: Path, calls: Path) -> No
     assert "the 2 networks of I-Nets together" in text
     times = read_rows(report / "times.csv")
     assert all(float(row["train_s"]) == 2.0 for row in times)  # 10 steps of 8 images, 40 a second
+    epochs = read_rows(report / "epochs.csv")
+    assert len(epochs) == (2 + 2 + 2) * 3 * 2  # I-Nets, parallel training and the RS-Net
+    assert {(row["epoch"], float(row["train_s"])) for row in epochs} == {("1", 1.0), ("2", 2.0)}
+    assert all(row["top1"] == f"{row['resolution']}.0" and row["ce"] == "0.5" for row in epochs)
     assert json.loads((report / "run.json").read_text())["settings"]["lr"] == 0.01
-    for picture in ("results.png", "shares.png"):
-        assert (report / picture).exists() == (picture == "results.png")  # two resolutions only
+    for picture in ("results.png", "epochs.png", "shares.png"):
+        assert (report / picture).exists() == (picture != "shares.png")  # two resolutions only
     columns = read_rows(report / "per_image.csv")[0]
     assert {"image", "label", "rs_net/seed2/48", "inet_48/seed0/32"} <= set(columns)
 
