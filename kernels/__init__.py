@@ -11,7 +11,7 @@ from rsfast.kernels.common.backend import (
     choose_backend,
 )
 from rsfast.kernels.common.levels import MAX_LEVELS
-from rsfast.kernels.conv2d import conv2d, conv2d_reference, conv2d_sizes
+from rsfast.kernels.conv2d import conv2d, conv2d_levels, conv2d_reference, conv2d_sizes
 from rsfast.kernels.distillation_loss import (
     DISTILL_MODES,
     distillation_loss,
@@ -44,6 +44,7 @@ __all__ = [
     "check_backend",
     "choose_backend",
     "conv2d",
+    "conv2d_levels",
     "conv2d_reference",
     "conv2d_sizes",
     "distillation_loss",

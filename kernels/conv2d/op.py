@@ -132,7 +132,7 @@ def _bwd(
     geometry = Geometry(stride, padding, dilation)
     out_sizes = conv2d_sizes(sizes, weight.shape, *geometry)
     inputs = images_of_levels(x, sizes, num_images)
-    turned = _turned(weight, geometry, groups) if wants_dx and _has_out(x) else None
+    turned = turned_weight(weight, geometry, groups) if wants_dx and _has_out(x) else None
     copies_dx = wants_dx and turned is None
     # Contiguous: a sum's gradient has strides of 0.
     outputs = images_of_levels(dy.contiguous(), out_sizes, num_images)
@@ -172,7 +172,9 @@ def _gradients(
     return dx, dweight
 
 
-def _turned(weight: Tensor, geometry: Geometry, groups: int) -> tuple[Tensor, Geometry] | None:
+def turned_weight(
+    weight: Tensor, geometry: Geometry, groups: int
+) -> tuple[Tensor, Geometry] | None:
     """The weight and geometry whose convolution of dy is dx; None if there is none."""
     stride, padding, dilation = geometry
     kernel = weight.shape[2:]

@@ -142,10 +142,18 @@ def _epochs(which: ExperimentSet, seeds: Sequence[int], output: Path) -> list[di
             for line, seconds, _ in _progress(run_folder_of(output, cell.training.name, seed)):
                 value = line.get(f"{measure.after_epochs}_{resolution}")
                 if line["event"] == "epoch" and value is not None:
-                    row = {"method": method, "training": cell.training.name}
-                    row |= {"resolution": resolution, "seed": seed, "epoch": line["epoch"]}
-                    row |= {"train_s": round(seconds, 1), measure.main: value}
-                    rows.append({**row, "ce": line["ce"] / len(_trained_at(line))})
+                    rows.append(
+                        {
+                            "method": method,
+                            "training": cell.training.name,
+                            "resolution": resolution,
+                            "seed": seed,
+                            "epoch": line["epoch"],
+                            "train_s": round(seconds, 1),
+                            measure.main: value,
+                            "ce": line["ce"] / len(_trained_at(line)),
+                        }
+                    )
     return rows
 
 

@@ -78,7 +78,14 @@ def _conv2d(
         # 1x1 convolution of 3 channels on a CPU.)
         x = subsample(x, strides)
         strides = stride = (1, 1)
-    if not x.is_packed or both is None or weight.shape[1] * groups != x.num_channels:
+    fits = both is not None and weight.shape[1] * groups == x.num_channels
+    if fits and not x.is_packed and x.device.type == "cpu" and groups == 1:
+        dtype = autocast_dtype(x)
+        levels = [level.to(dtype) for level in x.levels()]
+        bias = bias if bias is None else bias.to(dtype)
+        geometry = {"stride": strides, "padding": both, "dilation": dilation}
+        return x.from_levels(kernels.conv2d_levels(levels, weight.to(dtype), bias, **geometry))
+    if not x.is_packed or not fits:
         given = bias, stride, padding, dilation, groups
         return x.map_levels(lambda level: F.conv2d(level, weight, *given))
     if is_pixelwise and groups == 1:
