@@ -3,13 +3,12 @@
     y[l] = conv2d(x[l], weight) + bias
     dx[l] = gradient of x[l]      dweight, dbias = sums over l of the gradients
 
-oneDNN lays the weight of a k x k kernel, and its gradient, out anew in every call. Where a level
-has few pixels for its channels, as behind the last strides of a network, that takes many times as
-long as the arithmetic. There the windows are gathered instead, [n, k_h k_w C_in] for n pixels of y,
-and multiplied: by the weight, and for its gradient by dy, all levels in one product, which adds
-them up in float32 and rounds once. dx of stride 1 is a convolution of dy with the weight turned
-around and goes the same way. The windows take k_h k_w times the memory of x and are gathered again
-in the backward. All else is the library's.
+On maps of a few pixels, as they are behind the last strides of a network, oneDNN is slow: its
+gradient of the weight takes up to twelve times as long as a product. There the windows are gathered
+instead, [n, k_h k_w C_in] for n pixels of y, and multiplied: by the weight, and for its gradient by
+dy, all levels in one product, which adds them up in float32 and rounds once. dx of stride 1 is a
+convolution of dy with the weight turned around and goes the same way. The windows take k_h k_w
+times the memory of x and are gathered again in the backward. All else is the library's.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from rsfast.kernels.conv2d.op import turned_weight
 
 __all__ = ["conv2d_levels"]
 
-# Pixels of y for each of its channels up to which a product is faster; ResNet-18 at 28 to 64 px.
-_FORWARD, _WEIGHT_GRADIENT = 8, 32
+# Pixels of the map that is computed, or of dy, up to which a product is faster, in fp32 and bf16.
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = 4 * 4, 3 * 3, 7 * 7
+_MOST_PIXELS_PER_CHANNEL = 64
 
 
 def conv2d_levels(
@@ -87,11 +87,10 @@ class _Convolution(torch.autograd.Function):
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     (size,) = conv2d_sizes([_size(x)], weight.shape, *geometry)
-    num_images, c_out = x.shape[0], weight.shape[0]
-    if num_images * size[0] * size[1] > _FORWARD * c_out:
+    if size[0] * size[1] > _FORWARD:
         return F.conv2d(x, weight, bias, *geometry)
     rows = F.linear(_windows([x], weight, geometry), _matrix(weight), bias)
-    return rows.view(num_images, *size, c_out).permute(0, 3, 1, 2)
+    return rows.view(x.shape[0], *size, weight.shape[0]).permute(0, 3, 1, 2)
 
 
 def _input_gradients(
@@ -101,27 +100,32 @@ def _input_gradients(
     geometry: Geometry,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    turned = turned_weight(weight, geometry, 1) if any(wanted) else None
+    # The library's product is as good where there is nothing to gather.
+    has_windows = tuple(weight.shape[2:]) != (1, 1)
+    small = [has_windows and x.shape[2:].numel() <= _INPUT_GRADIENT for x in levels]
+    turned = turned_weight(weight, geometry, 1) if any(wanted) and any(small) else None
     return [
         None
         if not wants
         else _convolve(dy, turned[0], None, turned[1])
-        if turned is not None and x.numel() <= _FORWARD * x.shape[1] ** 2
+        if turned is not None and is_small
         else _library_gradient(dy, x, weight, geometry, 0)
-        for dy, x, wants in zip(grads, levels, wanted, strict=True)
+        for dy, x, wants, is_small in zip(grads, levels, wanted, small, strict=True)
     ]
 
 
 def _weight_gradient(
     grads: Sequence[Tensor], levels: Sequence[Tensor], weight: Tensor, geometry: Geometry
 ) -> Tensor:
-    pairs = list(zip(grads, levels, strict=True))
-    small = [(dy, x) for dy, x in pairs if dy.numel() <= _WEIGHT_GRADIENT * dy.shape[1] ** 2]
-    parts = [
-        _library_gradient(dy, x, weight, geometry, 1)
-        for dy, x in pairs
-        if dy.numel() > _WEIGHT_GRADIENT * dy.shape[1] ** 2
-    ]
+    small: list[tuple[Tensor, Tensor]] = []
+    parts = []
+    for dy, x in zip(grads, levels, strict=True):
+        # The second bound is one of memory, for batches of thousands.
+        fits = dy.numel() <= _MOST_PIXELS_PER_CHANNEL * dy.shape[1] ** 2
+        if fits and dy.shape[2:].numel() <= _WEIGHT_GRADIENT:
+            small.append((dy, x))
+        else:
+            parts.append(_library_gradient(dy, x, weight, geometry, 1))
     if small:
         rows = torch.cat([dy.permute(0, 2, 3, 1).flatten(0, 2) for dy, _ in small])
         c_out, c_in, *kernel = weight.shape
@@ -145,6 +149,9 @@ def _library_gradient(
 def _windows(levels: Sequence[Tensor], weight: Tensor, geometry: Geometry) -> Tensor:
     """[n, k_h k_w C_in], what each pixel of y is computed from."""
     kernel, c_in = weight.shape[2:], weight.shape[1]
+    if tuple(kernel) == (1, 1) and max(geometry.stride) == 1 and not any(geometry.padding):
+        rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
     (step_y, step_x), (pad_y, pad_x), (gap_y, gap_x) = geometry
     sizes = conv2d_sizes([_size(x) for x in levels], weight.shape, *geometry)
     counts = [x.shape[0] * height * width for x, (height, width) in zip(levels, sizes, strict=True)]

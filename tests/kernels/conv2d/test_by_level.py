@@ -31,11 +31,13 @@ class Case(NamedTuple):
 CASES = {
     "all-products": Case(((2, 2), (1, 1)), 4, 16, 24, (3, 3), padding=(1, 1)),
     "all-the-librarys": Case(((9, 9), (8, 7)), 4, 8, 4, (3, 3), padding=(1, 1)),
-    "some-products": Case(((16, 16), (5, 4), (1, 2)), 2, 8, 8, (3, 3), padding=(1, 1)),
-    "only-the-gradient-a-product": Case(((8, 8),), 3, 8, 8, (3, 3), padding=(1, 1)),
+    "some-products": Case(((9, 9), (5, 6), (4, 3), (1, 2)), 2, 8, 8, (3, 3), padding=(1, 1)),
+    "only-the-gradient-a-product": Case(((7, 7),), 2, 8, 16, (3, 3), padding=(1, 1)),
+    "too-many-images": Case(((1, 1),), 300, 4, 4, (1, 1)),
     "stem-7x7-stride2": Case(((9, 8), (5, 3)), 2, 3, 8, (7, 7), stride=(2, 2), padding=(3, 3)),
     "odd-channels-stride2": Case(((7, 7), (4, 5)), 2, 5, 3, (3, 3), stride=(2, 2), padding=(1, 1)),
-    "1x1": Case(((4, 3), (2, 2)), 2, 8, 4, (1, 1)),
+    "1x1": Case(((4, 3), (2, 2)), 2, 8, 24, (1, 1)),
+    "1x1-one-level": Case(((2, 2),), 2, 8, 24, (1, 1)),
     "oblong": Case(((7, 8), (3, 7)), 2, 8, 8, (1, 7), padding=(0, 3)),
     "oblong-strides": Case(((9, 7), (5, 6)), 2, 4, 6, (2, 3), stride=(1, 2), padding=(1, 0)),
     "dilated-unequally": Case(((9, 9), (6, 7)), 1, 4, 4, (3, 3), dilation=(2, 1)),
@@ -113,6 +115,8 @@ def test_small_maps_are_matrix_products_and_large_ones_the_librarys() -> None:
     assert convolution in forward
     assert gradient in backward
     assert "aten::mm" not in forward | backward
+    _, backward = operations(CASES["too-many-images"])
+    assert gradient in backward
     forward, backward = operations(CASES["only-the-gradient-a-product"])
     assert convolution in forward
     assert "aten::mm" in backward
