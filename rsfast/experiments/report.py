@@ -20,6 +20,7 @@ from rsfast.analyze import wrong_and_right
 from rsfast.config import TrainConfig, shown
 from rsfast.config.rules import rules_of
 from rsfast.experiments.compare import Difference, spread
+from rsfast.experiments.costs import RUNNING, costs_of
 from rsfast.experiments.measures import MEASURES, Measure
 from rsfast.experiments.results import column_name
 from rsfast.experiments.sets import Comparison, ExperimentSet, Method
@@ -93,6 +94,8 @@ def write_report(which: ExperimentSet, seeds: Sequence[int], folder: Path) -> No
         "## Training time\n",
         _about_times(about),
         _time_table(which, read_rows(folder / "times.csv")),
+        "## Until as good as the first method\n",
+        *_costs(measure, read_rows(folder / "epochs.csv")),
     ]
     if shares:
         text += [
@@ -295,6 +298,23 @@ def _time_table(which: ExperimentSet, rows: Sequence[dict[str, str]]) -> str:
             label = f"the {len(names)} networks of {method.name} together"
             lines.append(_line(label, _spread(list(totals.values())), ""))
     return "\n".join(lines) + "\n"
+
+
+def _costs(measure: Measure, rows: Sequence[dict[str, str]]) -> list[str]:
+    """A table of `costs_of`, and what it is."""
+    costs = costs_of(rows, measure.main)
+    name = main_figure(measure.figures)[1]
+    text = (
+        f"{name}, mean over resolutions, seeds and the last {RUNNING} epochs; epochs and seconds "
+        f"in training steps until it is that of {costs[0].method} at the end, "
+        f"{costs[0].figure:.1f} %. A schedule that ended there might have needed less.\n"
+    )
+    lines = [_line("method", f"{name} at the end", "epochs", "seconds"), _rule(4)]
+    for cost in costs:
+        seconds = "" if cost.seconds is None else f"{cost.seconds:.0f}"
+        cells = cost.method, f"{cost.figure:.1f}", _cell(cost.epochs) or "not reached", seconds
+        lines.append(_line(*cells))
+    return [text, "\n".join(lines) + "\n"]
 
 
 def _line(*cells: object) -> str:
