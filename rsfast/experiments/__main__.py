@@ -17,6 +17,7 @@ from rsfast.config import TrainConfig, parse_args
 from rsfast.data import default_workers
 from rsfast.data.builtin import builtin_root
 from rsfast.experiments.measures import MEASURES
+from rsfast.experiments.overrides import check_patterns, parse_overrides, with_overrides
 from rsfast.experiments.report import write_report
 from rsfast.experiments.results import collect
 from rsfast.experiments.runs import Job, Jobs, test_folder
@@ -56,6 +57,13 @@ _NOT_HERE = {
     "restart_epoch": _RUNS,
     "profile": "it is for one run",
 }
+# What --for cannot give to some trainings only.
+_NOT_FOR_SOME = {
+    **_NOT_HERE,
+    "resolutions": _ROWS,
+    "output": "it is one folder for all",
+    **dict.fromkeys(("data", "train_data", "val_data", "val_list"), "all are tested on one set"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs > 1 and base.workers is None and args.launch == _PYTHON:
             base = dataclasses.replace(base, workers=max(1, default_workers() // args.jobs))
         which = [make_set(name, base.resolutions, base.arch) for name in dict.fromkeys(args.sets)]
+        overrides = parse_overrides(args.overrides, _NOT_FOR_SOME)
+        check_patterns(overrides, [t.name for part in which for t in part.trainings])
+        which = [with_overrides(part, overrides, base) for part in which]
         for part in which:
             if part.task != base.task:
                 raise ValueError(
@@ -161,6 +172,16 @@ def _parser() -> argparse.ArgumentParser:
     add("sets", nargs="+", metavar="SET", help=", ".join(SETS))
     add("--seeds", type=_positive, default=1, help="trainings of each network (default 1)")
     add("--jobs", type=_positive, default=1, help="trainings at a time (default 1)")
+    add(
+        "--for",
+        dest="overrides",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAMES", "SETTING=VALUE"),
+        help="settings of some trainings, named as their folders are, such as 'inet_*' lr=0.05; "
+        "several times, if need be, where the last one counts",
+    )
     add(
         "--launch",
         default=_PYTHON,

@@ -81,6 +81,34 @@ def test_a_set_is_trained_tested_and_reported(tmp_path: Path, calls: Path) -> No
     assert {"image", "label", "rs_net/seed2/48", "inet_48/seed0/32"} <= set(columns)
 
 
+def test_some_trainings_have_settings_of_their_own(tmp_path: Path, calls: Path) -> None:
+    assert run(tmp_path / "out", "table2", "--for", "inet_*", "lr=0.05", "--seeds", "2") == 0
+    found = {f.parent.parent.name: read_config(f).lr for f in tmp_path.rglob("settings.toml")}
+    assert found == {"inet_48": 0.05, "inet_32": 0.05, "parallel": 0.01, "rs_net": 0.01}
+    report = tmp_path / "out" / "table2"
+    assert json.loads((report / "run.json").read_text())["settings"]["lr"] == [0.05, 0.01]
+    text = (report / "README.md").read_text()
+    assert "| inet_48 | 48 | none | private | single | 1 | 0.05 |" in text
+    assert "| rs_net | 48 32 | full | private | single | 1 | 0.01 |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["inet_*", "lr=-1"], "lr must be positive"),
+        (["other", "lr=1"], "got 'other'"),
+        (["inet_*", "distill=full"], "distill cannot be given"),
+        (["inet_*", "data=elsewhere"], "data cannot be given: all are tested on one set"),
+    ],
+)
+def test_bad_settings_of_some_trainings_are_refused(
+    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
+) -> None:
+    assert run(tmp_path / "out", "table2", "--for", *given) == 2
+    assert message in capsys.readouterr().err
+    assert calls.read_text() == ""
+
+
 def test_trainings_at_a_time_share_the_cores(
     tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
