@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsfast.kernels.common.windows import Geometry, IntOrPair, conv2d_sizes, geometry_of
-from rsfast.kernels.conv2d.op import turned_weight
+from rsfast.kernels.conv2d.op import library_gradients, turned_weight
 
 __all__ = ["conv2d_levels"]
 
@@ -109,7 +109,7 @@ def _input_gradients(
         if not wants
         else _convolve(dy, turned[0], None, turned[1])
         if turned is not None and is_small
-        else _library_gradient(dy, x, weight, geometry, 0)
+        else library_gradients(dy, x, weight, geometry, 1, (True, False))[0]
         for dy, x, wants, is_small in zip(grads, levels, wanted, small, strict=True)
     ]
 
@@ -125,7 +125,7 @@ def _weight_gradient(
         if fits and dy.shape[2:].numel() <= _WEIGHT_GRADIENT:
             small.append((dy, x))
         else:
-            parts.append(_library_gradient(dy, x, weight, geometry, 1))
+            parts.append(library_gradients(dy, x, weight, geometry, 1, (False, True))[1])
     if small:
         rows = torch.cat([dy.permute(0, 2, 3, 1).flatten(0, 2) for dy, _ in small])
         c_out, c_in, *kernel = weight.shape
@@ -134,16 +134,6 @@ def _weight_gradient(
     if len(parts) == 1:
         return parts[0]
     return torch.stack([part.to(_wide(part)) for part in parts]).sum(0).to(weight.dtype)
-
-
-def _library_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, index: int
-) -> Tensor:
-    """dx (0) or dweight (1)."""
-    wanted = [index == 0, index == 1, False]
-    whole = False, [0, 0], 1  # not a transposed convolution, one group
-    gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, *whole, wanted)
-    return gradients[index]
 
 
 def _windows(levels: Sequence[Tensor], weight: Tensor, geometry: Geometry) -> Tensor:

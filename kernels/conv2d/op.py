@@ -143,7 +143,7 @@ def _bwd(
         with level_range(f"level {level.shape[2]}x{level.shape[3]}"):
             if turned is not None:
                 _into_place(output, *turned, groups, target)
-            level_dx, level_dweight = _gradients(
+            level_dx, level_dweight = library_gradients(
                 output, level, weight, geometry, groups, (copies_dx, wants_dweight)
             )
             if copies_dx:
@@ -156,7 +156,7 @@ def _bwd(
     return dx, dweight
 
 
-def _gradients(
+def library_gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,

@@ -95,7 +95,7 @@ def test_some_trainings_have_settings_of_their_own(tmp_path: Path, calls: Path) 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["inet_*", "lr=-1"], "lr must be positive"),
+        (["inet_*", "lr=-1"], "lr must not be negative, got -1"),
         (["other", "lr=1"], "got 'other'"),
         (["inet_*", "distill=full"], "distill cannot be given"),
         (["inet_*", "data=elsewhere"], "data cannot be given: all are tested on one set"),
